@@ -110,3 +110,15 @@ class Transformer(nn.Module):
         end, interval = ops.time_embedding(t, r, self.config.time_scale, SINUSOID)
         (m_t, e_t), (m_r, e_r) = self.time_embed_t(each(cast, end)), self.time_embed_r(each(cast, interval))
         return ops.gated_residual(m_t, None, m_r), ops.gated_residual(e_t, None, e_r)
+
+
+class TextToImage(nn.Module):
+    """What is trained, saved and sampled: a text encoder (ids, mask, drop -> states, mask) and the transformer."""
+
+    def __init__(self, encoder: nn.Module, transformer: Transformer) -> None:
+        super().__init__()
+        self.encoder, self.transformer = encoder, transformer
+
+    def forward(self, z: Value, t: Value, r: Tensor | None, ids: Tensor, mask: Tensor, drop: Tensor | None = None) -> Any:
+        """u or v at (z, r, t) for token ids [B, M] with mask [B, M]; drop [B] bool marks samples without their condition. See Transformer."""
+        return self.transformer(z, t, r, *self.encoder(ids, mask, drop))

@@ -173,6 +173,7 @@ class Op:
     cost:      (case, itemsize) -> Cost of the dual at that case.
     batched:   arguments whose first dimension is the batch (see lift).
     differentiable: arguments with a gradient (default: every floating-point tensor).
+    dual:      value and tangent in plain torch, where it beats lift(reference) on every device (the default).
     triton:    the fused function of the same arguments, Duals or Tensors alike.
     """
 
@@ -186,11 +187,12 @@ class Op:
         cost: Callable[[Case, int], Cost],
         batched: Sequence[str] = (),
         differentiable: Sequence[str] | None = None,
+        dual: Callable[..., Any] | None = None,
         triton: Callable[..., Any] | None = None,
     ) -> None:
         self.name, self.reference, self.inputs, self.cases, self.cost = name, reference, inputs, tuple(cases), cost
         self.batched, self.differentiable, self.triton = tuple(batched), differentiable, triton
-        self.lifted = lift(reference, batched)
+        self.dual = dual or lift(reference, batched)
         self.signature = inspect.signature(reference)
         self.__doc__ = reference.__doc__
         REGISTRY[name] = self
@@ -217,4 +219,4 @@ class Op:
         if self.backend_for(lead) == "triton":
             assert self.triton is not None
             return self.triton(*args)
-        return self.lifted(*args) if duals else self.reference(*args)
+        return self.dual(*args) if duals else self.reference(*args)

@@ -1,0 +1,1 @@
+"""EMF: few-step text-to-image flow maps (arXiv 2604.18168)."""

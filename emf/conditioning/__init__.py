@@ -1,0 +1,1 @@
+"""Text to condition states [B, M, C] with a key mask [B, M]."""

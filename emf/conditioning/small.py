@@ -1,0 +1,67 @@
+"""A small text encoder of the paper's kind: a Qwen3 language model from a config, and BLIP3o-NEXT's connector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import Qwen3Config, Qwen3Model
+
+from emf.layers import Linear, RMSNorm
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Sizes under transformers' names."""
+
+    hidden_size: int = 128
+    intermediate_size: int = 256
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 32
+    out_channels: int = 128
+    """Channels of the condition states; the transformer's caption_channels."""
+
+
+class Connector(nn.Module):
+    """LLM states [B, M, hidden] -> [B, M, C]: Linear, GELU(tanh), Linear, RMSNorm whose weight starts at sqrt(5.5) (BLIP3o-NEXT, arXiv 2510.15857)."""
+
+    def __init__(self, hidden: int, channels: int) -> None:
+        super().__init__()
+        self.linear_1, self.linear_2, self.norm = Linear(hidden, channels), Linear(channels, channels), RMSNorm(channels)
+        nn.init.constant_(self.norm.weight, 5.5**0.5)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.norm(self.linear_2(nn.functional.gelu(self.linear_1(states), approximate="tanh")))
+
+
+class SmallEncoder(nn.Module):
+    """Token ids [B, M] (right-padded) and their mask -> condition states [B, M, C] and key mask [B, M]."""
+
+    def __init__(self, config: EncoderConfig, vocabulary: int) -> None:
+        super().__init__()
+        self.language_model = Qwen3Model(
+            Qwen3Config(
+                vocab_size=vocabulary,
+                hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size,
+                num_hidden_layers=config.num_hidden_layers,
+                num_attention_heads=config.num_attention_heads,
+                num_key_value_heads=config.num_key_value_heads,
+                head_dim=config.head_dim,
+                use_cache=False,
+                pad_token_id=0,
+                attn_implementation="eager",
+            )
+        )
+        self.connector = Connector(config.hidden_size, config.out_channels)
+
+    def forward(self, ids: Tensor, mask: Tensor, drop: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """drop [B] bool: samples whose states are zeroed before the connector (condition dropout, the null condition); they attend to all M
+        positions, so that the length of the dropped caption does not show."""
+        states = self.language_model(input_ids=ids, attention_mask=mask).last_hidden_state
+        if drop is not None:
+            states, mask = torch.where(drop[:, None, None], 0.0, states), mask | drop[:, None]
+        return self.connector(states), mask

@@ -1,0 +1,132 @@
+"""Every setting of a run, as frozen dataclasses. A recipe (recipes.py) fills them; the command line overrides single fields; config.json keeps them.
+
+A config file is read by turning it back into command-line arguments, so the one parser checks names and types for both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from emf.conditioning.small import EncoderConfig
+from emf.data.digits import World
+from emf.flow import FlowConfig
+from emf.model import TransformerConfig
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with linear warm-up."""
+
+    lr: float = 1e-4
+    decay: Literal["cosine", "constant"] = "cosine"
+    """Learning rate after warm-up: to zero along a cosine, or constant."""
+    warmup: int = 50
+    """Steps."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    """Largest norm of the whole gradient; 0 does not clip."""
+    ema: float = 0.999
+    """Decay of the exponential moving average of the weights; early steps use (1 + step) / (10 + step) where that is smaller."""
+
+
+@dataclass(frozen=True)
+class ZeroConfig:
+    """What becomes the DeepSpeed config."""
+
+    stage: Literal[0, 1, 2, 3] = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 keeps float32 master weights."""
+    accumulation: int = 1
+    """Micro-batches a step."""
+    json: Path | None = None
+    """A DeepSpeed JSON merged over the derived config."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What is written and when; nothing here changes the weights that come out."""
+
+    log_every: int = 10
+    save_every: int = 100
+    eval_every: int = 0
+    """Sample and score during training every so many steps; 0: never."""
+    eval_prompts: int = 10
+    """Prompts of each of the six tasks in those scores."""
+    keep: int = 2
+    """Checkpoints kept."""
+    skip: int = 0
+    """Steps with a NaN or inf loss that are skipped before the run stops."""
+
+
+@dataclass(frozen=True)
+class Config:
+    recipe: str
+    objective: Literal["flow_matching", "meanflow"] = "meanflow"
+    init: Path | None = None
+    """Weights to start from (model.safetensors of a checkpoint, or the shipped base); none: random."""
+    embedder_init: Literal["duplicate", "preserve"] = "duplicate"
+    """MeanFlow's two time embedders from the pretrained one: `duplicate` copies it into both (the paper); `preserve` keeps the pretrained function at
+    r = t: the end-time branch is fitted to it at the new time scale, the interval branch starts at zero."""
+    freeze_encoder: bool = False
+    seed: int = 0
+    steps: int = 1000
+    batch_size: int = 64
+    """Samples a step, over all ranks and micro-batches."""
+    drop: float = 0.1
+    """Probability of dropping a sample's condition."""
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    world: World = field(default_factory=World)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1:
+            raise ValueError(f"config: steps {self.steps} and batch_size {self.batch_size} must be at least 1")
+        if self.batch_size % self.zero.accumulation:
+            raise ValueError(f"config: batch_size {self.batch_size} is no multiple of zero.accumulation {self.zero.accumulation}")
+        if self.encoder.out_channels != self.transformer.caption_channels:
+            raise ValueError(
+                f"config: encoder.out_channels {self.encoder.out_channels} != transformer.caption_channels {self.transformer.caption_channels}"
+            )
+        if self.objective == "meanflow" and not self.transformer.dual_time:
+            raise ValueError("config: objective meanflow needs transformer.dual_time True")
+        if not 0 <= self.drop < 1:
+            raise ValueError(f"config: drop {self.drop} must lie in [0, 1)")
+
+
+def to_json(config: Config) -> str:
+    """The resolved config, one field a line."""
+    return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
+
+
+def to_arguments(tree: dict[str, Any], prefix: str = "--") -> list[str]:
+    """A config file's contents as command-line arguments."""
+    arguments: list[str] = []
+    for key, value in tree.items():
+        name = prefix + key.replace("_", "-")
+        if isinstance(value, dict):
+            arguments += to_arguments(value, name + ".")
+        else:
+            arguments += [name, *map(str, value if isinstance(value, (list, tuple)) else [value])]
+    return arguments
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A config file as a tree. Raises ValueError where it is missing or no JSON object."""
+    try:
+        tree = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"config: no file {path}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"config: {path} is not JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"config: {path} holds {type(tree).__name__}; expected an object")
+    return tree

@@ -1,0 +1,219 @@
+"""All of distribution: the DeepSpeed engine, its config, collectives, checkpoints, the moving average. The only file that imports deepspeed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from emf.config import Config
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("DS_LOG_LEVEL", "warning")
+
+import deepspeed
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
+
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+PART = ".part"  # a folder so named is being written or removed, and never read
+
+
+@contextmanager
+def process_group() -> Iterator[tuple[int, int]]:
+    """(rank, world size) under the deepspeed launcher, torchrun, or alone. Destroys the group at exit."""
+    if "RANK" not in os.environ:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update({k: v for k, v in alone.items()})
+    if not torch.cuda.is_available():
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))))
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    try:
+        yield dist.get_rank(), dist.get_world_size()
+    finally:
+        dist.destroy_process_group()
+
+
+def engine_config(config: Config, world: int) -> dict[str, Any]:
+    """The DeepSpeed dict of a run; the user's own JSON is merged over it. Raises ValueError on "auto", which only the HF Trainer resolves."""
+    micro, rest = divmod(config.batch_size, world * config.zero.accumulation)
+    if rest or not micro:
+        raise ValueError(
+            f"config: batch_size {config.batch_size} is no multiple of {world} ranks x {config.zero.accumulation} micro-batches (zero.accumulation)"
+        )
+    optim = config.optim
+    derived: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": config.zero.accumulation,
+        "gradient_clipping": optim.clip,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": optim.lr, "betas": list(optim.betas), "weight_decay": optim.weight_decay, "torch_adam": True},
+        },
+        "bf16": {"enabled": config.zero.dtype == "bfloat16"},
+        # memory_efficient_linear replaces F.linear, process-wide, by a Function without a forward-mode rule
+        "zero_optimization": {"stage": config.zero.stage, "memory_efficient_linear": False},
+        "steps_per_print": 10**9,
+    }
+    if config.zero.json is not None:
+        try:
+            own = json.loads(config.zero.json.read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"config: zero.json {config.zero.json} cannot be read: {error}") from None
+        derived = _merge(derived, own)
+    automatic = [name for name, value in _leaves(derived) if value == "auto"]
+    if automatic:
+        raise ValueError(f"config: {', '.join(automatic)} is 'auto', which DeepSpeed itself does not resolve; write the value")
+    return derived
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    return base | {k: _merge(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in over.items()}
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+class Engine:
+    """A network under DeepSpeed, with its moving average. Every method is called on every rank."""
+
+    def __init__(self, network: nn.Module, config: Config) -> None:
+        self.rank, self.world, self.stage, self.decay = dist.get_rank(), dist.get_world_size(), config.zero.stage, config.optim.ema
+        settings = engine_config(config, self.world)
+        self.stage = settings["zero_optimization"]["stage"]
+        self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+        self.dtype = torch.bfloat16 if settings["bf16"]["enabled"] else torch.float32
+        trainable = [p for p in network.parameters() if p.requires_grad]
+        self.engine, *_ = deepspeed.initialize(model=network, model_parameters=trainable, config=settings)
+        if self.stage == 3:
+            for module in network.modules():
+                for name in getattr(module, "borrows", ()):
+                    owner, _, leaf = name.rpartition(".")
+                    if module.get_submodule(owner) is not None:
+                        deepspeed.zero.register_external_parameter(module, getattr(module.get_submodule(owner), leaf))
+        self.parameters = dict(network.named_parameters())
+        self.trainable = {k: p for k, p in self.parameters.items() if p.requires_grad}
+        self.ema = {k: self._master(p).clone() for k, p in self.trainable.items()}
+
+    def __call__(self, *args: Any) -> Any:
+        return self.engine(*args)
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)
+
+    def step(self, lr: float, step: int) -> None:
+        """Optimizer step at the end of the last micro-batch, then the moving average. step counts from 0."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        if self.engine.is_gradient_accumulation_boundary():
+            decay = min(self.decay, (1 + step) / (10 + step))
+            with torch.no_grad():
+                for name, p in self.trainable.items():
+                    self.ema[name].lerp_(self._master(p), 1 - decay)
+
+    def mean(self, *values: float) -> list[float]:
+        """Each value's mean over the ranks."""
+        x = torch.tensor(values, dtype=torch.float64, device=self.device if self.device.type == "cuda" else "cpu")
+        dist.all_reduce(x)
+        return (x / self.world).tolist()
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def _master(self, p: nn.Parameter) -> Tensor:
+        """float32 weights: this rank's shard on stage 3, else all."""
+        if self.stage == 3:
+            return safe_get_local_fp32_param(p)
+        return p.detach() if p.dtype == torch.float32 else safe_get_full_fp32_param(p)
+
+    def weights(self, average: bool = True) -> dict[str, Tensor]:
+        """The whole state dict in float32 on CPU, on rank 0 (empty elsewhere): the moving average, or the raw weights."""
+        state: dict[str, Tensor] = {}
+        for name, p in self.parameters.items():
+            if self.stage == 3 and name in self.trainable and average:
+                shards = [torch.empty_like(self.ema[name]) for _ in range(self.world)]
+                dist.all_gather(shards, self.ema[name])
+                full = torch.cat([s.flatten() for s in shards])[: p.ds_numel].view(p.ds_shape)
+            elif self.stage == 3:
+                with deepspeed.zero.GatheredParameters([p]):
+                    full = p.detach().clone()
+            else:
+                full = self.ema[name] if average and name in self.trainable else self._master(p) if name in self.trainable else p.detach()
+            if self.rank == 0:
+                state[name] = full.float().cpu().clone().contiguous()
+        return state
+
+    def save(self, folder: Path, step: int, notes: dict[str, Any], keep: int) -> Path:
+        """checkpoints/step_N: the engine's state, the moving average, model.safetensors (the average, whole) and config.json.
+
+        Written under another name and renamed when every rank is done, so a folder of that name is always whole.
+        """
+        final = folder / f"step_{step:07d}"
+        part = final.with_suffix(PART)
+        if self.rank == 0:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        self.barrier()
+        self.engine.save_checkpoint(str(part), tag="engine", client_state={"step": step}, save_latest=False)
+        if self.stage == 3 or self.rank == 0:
+            save_file({k: v.contiguous() for k, v in self.ema.items()}, part / f"ema-{self.rank}.safetensors")
+        weights = self.weights()
+        if self.rank == 0:
+            save_file(weights, part / "model.safetensors")
+            (part / "config.json").write_text(notes["config"])
+            (part / "checkpoint.json").write_text(json.dumps({"step": step, "world": self.world, "stage": self.stage} | notes["extra"]))
+        self.barrier()
+        if self.rank == 0:
+            if final.exists():
+                remove(final)
+            part.rename(final)
+            for old in checkpoints(folder)[:-keep]:
+                remove(old)
+        self.barrier()
+        return final
+
+    def load(self, checkpoint: Path) -> int:
+        """Continue from a checkpoint of the same run; returns its step. Raises ValueError where it does not fit."""
+        made = json.loads((checkpoint / "checkpoint.json").read_text())
+        if (made["world"], made["stage"]) != (self.world, self.stage):
+            raise ValueError(
+                f"resume: {checkpoint} was saved by {made['world']} ranks at ZeRO stage {made['stage']}; this run has {self.world} at stage {self.stage}"
+            )
+        self.engine.load_checkpoint(str(checkpoint), tag="engine")
+        saved = load_file(checkpoint / f"ema-{self.rank if self.stage == 3 else 0}.safetensors")
+        for name, value in self.ema.items():
+            value.copy_(saved[name])
+        return int(made["step"])
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints in a folder, oldest first."""
+    return sorted(p for p in folder.glob("step_*") if p.suffix != PART) if folder.is_dir() else []
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint; renamed first, so that a half-deleted one is never taken for whole."""
+    part = checkpoint.with_suffix(PART)
+    shutil.rmtree(part, ignore_errors=True)
+    checkpoint.rename(part)
+    shutil.rmtree(part)
