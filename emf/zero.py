@@ -163,7 +163,7 @@ class Engine:
                 state[name] = full.float().cpu().clone().contiguous()
         return state
 
-    def save(self, folder: Path, step: int, notes: dict[str, Any], keep: int) -> Path:
+    def save(self, folder: Path, step: int, config: str, keep: int) -> Path:
         """checkpoints/step_N: the engine's state, the moving average, model.safetensors (the average, whole) and config.json.
 
         Written under another name and renamed when every rank is done, so a folder of that name is always whole.
@@ -180,8 +180,8 @@ class Engine:
         weights = self.weights()
         if self.rank == 0:
             save_file(weights, part / "model.safetensors")
-            (part / "config.json").write_text(notes["config"])
-            (part / "checkpoint.json").write_text(json.dumps({"step": step, "world": self.world, "stage": self.stage} | notes["extra"]))
+            (part / "config.json").write_text(config)
+            (part / "checkpoint.json").write_text(json.dumps({"step": step, "world": self.world, "stage": self.stage}))
         self.barrier()
         if self.rank == 0:
             if final.exists():

@@ -41,14 +41,14 @@ BACKGROUND = 128
 GLYPH = 8  # scans are 8 x 8
 CELLS = 2  # a scene has 2 x 2 cells
 
-VOCAB = ("<pad>", "a", "and", "to", "the", "of", "left", "right", "above", "below", *CLASSES, *PLURALS, *COLORS)
+VOCAB = ("<pad>", "a", "an", "and", "to", "the", "of", "left", "right", "above", "below", *CLASSES, *PLURALS, *COLORS)
 MAX_TOKENS = 10  # "a blue three to the left of a green five"
 _IDS = {word: i for i, word in enumerate(VOCAB)}
 
 
 @dataclass(frozen=True)
 class World:
-    """Geometry of a scene: glyphs keep at least pitch - 8 pixels distance."""
+    """Geometry of a scene: glyphs keep at least pitch - 8 - jitter pixels distance."""
 
     size: int = 18
     """Pixels along a side."""
@@ -56,10 +56,16 @@ class World:
     """Distance of the two cells along a side."""
     shift: int = 1
     """The whole scene is moved by 0..shift pixels down and right."""
+    jitter: int = 0
+    """Each glyph is moved by 0..jitter pixels down and right on its own."""
 
     def __post_init__(self) -> None:
-        if self.pitch < GLYPH or self.pitch + GLYPH + self.shift > self.size:
-            raise ValueError(f"world: pitch {self.pitch} and shift {self.shift} do not fit glyphs of {GLYPH} into size {self.size}")
+        needed = self.pitch + GLYPH + self.shift + self.jitter
+        if min(self.shift, self.jitter) < 0 or self.pitch < GLYPH + self.jitter or needed > self.size:
+            raise ValueError(
+                f"world: size {self.size}, pitch {self.pitch}, shift {self.shift}, jitter {self.jitter} do not fit; "
+                f"shift and jitter are at least 0, pitch at least {GLYPH} + jitter, size here at least {needed}"
+            )
 
 
 @cache
@@ -68,11 +74,12 @@ def scans(split: Split) -> tuple[np.ndarray, ...]:
     data = load_digits()
     images = (data.images / 16).astype(np.float32)
     by_class = [images[data.target == k] for k in range(10)]
-    return tuple(s[np.arange(len(s)) % 5 == 0] if split == "held_out" else s[np.arange(len(s)) % 5 != 0] for s in by_class)
+    return tuple(s[(np.arange(len(s)) % 5 == 0) == (split == "held_out")] for s in by_class)
 
 
 def _article(color: str | None, digit: str) -> str:
-    return f"a {color} {digit}" if color else f"a {digit}"
+    words = f"{color} {digit}" if color else digit
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def sample_spec(rng: np.random.Generator, tag: str | None = None) -> Spec:
@@ -97,8 +104,9 @@ def sample_spec(rng: np.random.Generator, tag: str | None = None) -> Spec:
     if tag != "position":
         return spec | {"include": [a, b], "prompt": f"{names[0]} and {names[1]}"}
     relation = list(RELATIONS)[rng.integers(4)]
-    # GenEval: include[0] is the target, the second entry stands in `relation` to it; the caption names the placed object first.
-    return spec | {"include": [b, a | {"position": [relation, 0]}], "prompt": f"{names[0]} {RELATIONS[relation]} {names[1]}"}
+    # GenEval: include[0] is the target, the second entry stands in `relation` to it; the caption names that one first.
+    prompt = f"{names[0]} {RELATIONS[relation]} {names[1]}"
+    return spec | {"include": [b, a | {"position": [relation, 0]}], "prompt": prompt}
 
 
 def arrange(spec: Spec, rng: np.random.Generator) -> list[tuple[int, str, int, int]]:
@@ -110,7 +118,8 @@ def arrange(spec: Spec, rng: np.random.Generator) -> list[tuple[int, str, int, i
         along = int(rng.integers(CELLS))  # the line that both objects stand on
         low, high = ((along, 0), (along, 1)) if relation in ("left of", "right of") else ((0, along), (1, along))
         cells = [high, low] if relation in ("left of", "above") else [low, high]  # target first
-    return [(digit, color or COLORS[rng.integers(len(COLORS))], *cell) for (digit, color), cell in zip(objects, cells, strict=True)]
+    colors = [color or COLORS[rng.integers(len(COLORS))] for _, color in objects]
+    return [(digit, color, *cell) for (digit, _), color, cell in zip(objects, colors, cells, strict=True)]
 
 
 def render(spec: Spec, rng: np.random.Generator, split: Split = "train", world: World | None = None) -> np.ndarray:
@@ -121,7 +130,8 @@ def render(spec: Spec, rng: np.random.Generator, split: Split = "train", world: 
     for digit, color, row, column in arrange(spec, rng):
         pool = scans(split)[digit]
         ink = pool[rng.integers(len(pool))]
-        y, x = down + row * world.pitch, right + column * world.pitch
+        own_down, own_right = rng.integers(world.jitter + 1, size=2)
+        y, x = down + own_down + row * world.pitch, right + own_right + column * world.pitch
         patch = canvas[:, y : y + GLYPH, x : x + GLYPH]
         patch += ink * (np.array(PALETTE[color], np.float32)[:, None, None] / 127.5 - 1 - patch)
     return canvas
@@ -156,7 +166,8 @@ def encode(captions: list[str], length: int = MAX_TOKENS) -> tuple[Tensor, Tenso
         words = caption.lower().split()
         unknown = [w for w in words if w not in _IDS]
         if unknown:
-            raise ValueError(f"digits: word {unknown[0]!r} of caption {caption!r} is not among the {len(VOCAB)} known words: {' '.join(VOCAB[1:])}")
+            known = " ".join(VOCAB[1:])
+            raise ValueError(f"digits: word {unknown[0]!r} of caption {caption!r} is unknown; known words: {known}")
         if not 0 < len(words) <= length:
             raise ValueError(f"digits: caption {caption!r} has {len(words)} words; expected 1 to {length}")
         row[: len(words)] = torch.tensor([_IDS[w] for w in words])

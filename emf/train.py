@@ -1,0 +1,223 @@
+"""One training step after another: `deepspeed --module emf.train <recipe or config.json> --out DIR [--field value]`.
+
+Everything random in a step comes from (seed, step), so a resumed run continues as if it had not stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from emf import config as configs
+from emf.config import Config
+from emf.data import digits
+from emf.evaluate.digits import Scorer
+from emf.flow import flow_matching_loss, meanflow_loss, times
+from emf.generate import generate
+from emf.network import build, load_weights
+from emf.zero import Engine, checkpoints, process_group
+
+
+class Batch(NamedTuple):
+    """One rank's part of a micro-batch; the first b samples have r < t."""
+
+    x: Tensor
+    e: Tensor
+    t: Tensor
+    r: Tensor
+    b: int
+    ids: Tensor
+    mask: Tensor
+    drop: Tensor
+
+
+def make_batch(config: Config, step: int, part: int, parts: int) -> Batch:
+    """Part `part` of `parts` of step's batch. Every part has the same share of r < t (to one sample): the sorted batch is dealt out in turn."""
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    x, captions = digits.make_batch(config.seed * 1_000_003 + step, config.batch_size, "train", config.world)
+    t, r, b = times(step / config.steps, config.batch_size, config.flow, generator)
+    e = torch.randn(x.shape, generator=generator)
+    drop = torch.rand(config.batch_size, generator=generator) < config.drop
+    mine = slice(part, None, parts)
+    ids, mask = digits.encode(captions[mine])
+    return Batch(x[mine], e[mine], t[mine], r[mine], len(range(part, b, parts)), ids, mask, drop[mine])
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Linear warm-up, then constant or a cosine to zero."""
+    o = config.optim
+    if step < o.warmup:
+        return o.lr * (step + 1) / o.warmup
+    if o.decay == "constant":
+        return o.lr
+    return o.lr * (1 + math.cos(math.pi * (step - o.warmup) / max(1, config.steps - o.warmup))) / 2
+
+
+def losses(config: Config, network: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(loss, mean squared error), both [B]."""
+
+    def velocity(z: Any, t: Any, r: Tensor | None) -> Any:
+        return network(z, t, r, batch.ids, batch.mask, batch.drop)
+
+    if config.objective == "flow_matching":
+        return flow_matching_loss(velocity, batch.x, batch.e, batch.t)
+    return meanflow_loss(velocity, batch.x, batch.e, batch.t, batch.r, batch.b, config.flow)
+
+
+class Diverged(RuntimeError):
+    """The loss is NaN or inf."""
+
+
+def memory_mib() -> float:
+    """Peak memory so far: CUDA's allocator, or the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class Log:
+    """metrics.jsonl, curve.jsonl and the progress display; rank 0 only. Rows past the step that a run resumes from are dropped."""
+
+    def __init__(self, out: Path, start: int, total: int) -> None:
+        self.out, self.console = out, Console()
+        for name in ("metrics.jsonl", "curve.jsonl"):
+            file = out / name
+            if file.exists():
+                rows = [row for row in file.read_text().splitlines() if row and json.loads(row)["step"] <= start]
+                file.write_text("".join(row + "\n" for row in rows))
+        columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+        self.progress = Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=self.console)
+        self.task = self.progress.add_task("train", total=total, completed=start, note="")
+
+    def metrics(self, row: dict[str, Any], total: int) -> None:
+        with (self.out / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        eta = (total - row["step"]) / max(row["it_s"], 1e-9)
+        note = f"loss {row['loss']:.4f}  error {row['error']:.4f}  {row['it_s']:.2f} it/s"
+        self.progress.update(self.task, completed=row["step"], note=note)
+        if not self.console.is_terminal:
+            print(f"step {row['step']}/{total}  {note}  ETA {eta / 60:.1f} min", flush=True)
+
+    def curve(self, row: dict[str, Any]) -> None:
+        with (self.out / "curve.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        scores = "  ".join(f"{steps}-step {score:.3f}" for steps, score in row["overall"].items())
+        self.progress.console.print(f"step {row['step']}: {scores}")
+
+
+def validate(config: Config, state: dict[str, Tensor], scorer: Scorer) -> dict[str, float]:
+    """Overall score of few-step samples of the averaged weights, by number of steps."""
+    network = build(config)
+    load_weights(network, state, "the running average")
+    specs = digits.prompts(config.run.eval_prompts)
+    average = config.objective == "meanflow"
+    overall = {}
+    for steps in (1, 2, 4) if average else (1, 4, 30):
+        images = generate(network, config, [s["prompt"] for s in specs], steps, average=average, seed=0)
+        overall[str(steps)] = scorer.score(images.numpy(), specs)["overall"]
+    return overall
+
+
+def train(config: Config, out: Path, resume: bool = False) -> None:
+    """Train in folder out. Raises ValueError on a config that does not fit, before anything is written; Diverged on a NaN loss."""
+    with process_group() as (rank, world):
+        folder = out / "checkpoints"
+        saved = checkpoints(folder)
+        if (out / "config.json").exists() and not resume:
+            raise ValueError(f"train: {out} holds a run already; add --resume to continue it, or choose another --out")
+        if resume and saved:
+            check_same_model(config, saved[-1])
+        torch.manual_seed(config.seed)
+        network = build(config, from_scratch=not saved)
+        engine = Engine(network, config)
+        start = engine.load(saved[-1]) if resume and saved else 0
+        text = configs.to_json(config)
+        log = None
+        scorer = Scorer.fit() if rank == 0 and config.run.eval_every else None
+        if rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "config.json").write_text(text)
+            log = Log(out, start, config.steps)
+            log.progress.start()
+        try:
+            run(config, engine, start, folder, text, log, scorer)
+        finally:
+            if log:
+                log.progress.stop()
+        engine.barrier()
+
+
+def check_same_model(config: Config, checkpoint: Path) -> None:
+    """Raises ValueError if a checkpoint's network has another shape than the config's."""
+    made, now = configs.read(checkpoint / "config.json"), json.loads(configs.to_json(config))
+    for part in ("objective", "transformer", "encoder"):
+        if made.get(part) != now[part]:
+            raise ValueError(f"resume: {checkpoint} is a checkpoint of another model ({part} differs); choose another --out")
+
+
+def run(config: Config, engine: Engine, start: int, folder: Path, text: str, log: Log | None, scorer: Scorer | None) -> None:
+    """The steps start .. config.steps."""
+    accumulation, skipped, last, clock, count = config.zero.accumulation, 0, "none", time.monotonic(), 0
+    if start:
+        last = str(checkpoints(folder)[-1])
+    for step in range(start, config.steps):
+        total, error, times_seen, finite = 0.0, 0.0, "", True
+        for micro in range(accumulation):
+            batch = make_batch(config, step, engine.rank + engine.world * micro, engine.world * accumulation)
+            batch = Batch(*(x.to(engine.device) if isinstance(x, Tensor) else x for x in batch))
+            batch = batch._replace(x=batch.x.to(engine.dtype), e=batch.e.to(engine.dtype))
+            loss, squared = losses(config, engine, batch)
+            values = engine.mean(loss.mean().item(), squared.mean().item())
+            if not all(map(math.isfinite, values)):
+                finite = False
+                bad = ~torch.isfinite(loss)
+                times_seen = f"t {batch.t[bad].tolist()[:4]}, r {batch.r[bad].tolist()[:4]}" if bad.any() else "on another rank"
+                break
+            total, error = total + values[0] / accumulation, error + values[1] / accumulation
+            engine.backward(loss.mean())
+            engine.step(learning_rate(config, step), step)
+        if not finite:
+            skipped += 1
+            if skipped > config.run.skip:
+                raise Diverged(f"train: loss is not finite at step {step} ({times_seen}); last good checkpoint: {last}")
+            continue
+        done, count = step + 1, count + 1
+        if log and (done % config.run.log_every == 0 or done == config.steps):
+            now = time.monotonic()
+            row = dict(step=done, loss=total, error=error, lr=learning_rate(config, step), it_s=count / (now - clock))
+            log.metrics(row | dict(share=batch.b / len(batch.t), memory_mib=memory_mib(), skipped=skipped), config.steps)
+            clock, count = now, 0
+        if config.run.eval_every and (done % config.run.eval_every == 0 or done == config.steps):
+            weights = engine.weights()
+            if log and scorer:
+                paused = time.monotonic()
+                log.curve({"step": done, "overall": validate(config, weights, scorer)})
+                clock += time.monotonic() - paused
+        if done % config.run.save_every == 0 or done == config.steps:
+            last = str(engine.save(folder, done, text, config.run.keep))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry of `emf train` and of the deepspeed launcher."""
+    from emf.cli import parse_train, report_errors
+
+    # the launcher hands every process --local_rank=N; the environment says the same
+    arguments = [a for a in (sys.argv[1:] if arguments is None else arguments) if not a.startswith("--local_rank")]
+    with report_errors():
+        train(*parse_train(arguments))
+
+
+if __name__ == "__main__":
+    main()
