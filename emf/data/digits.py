@@ -1,7 +1,8 @@
-"""A small world with GenEval's six tasks: scikit-learn's 1,797 scanned digits, coloured and arranged into scenes with captions.
+"""A small world with GenEval's six tasks: scikit-learn's 1,797 scanned digits, coloured, in scenes with captions.
 
-A scene is described by GenEval's own metadata ({"tag", "include": [...], "exclude": [...], "prompt"}; classes are the digits' names) and drawn
-from it. Training and evaluation use different scans. Everything is a function of a seed: a resumed run sees the same batches.
+A scene is described by GenEval's own metadata ({"tag", "include": [...], "exclude": [...], "prompt"}; classes are the
+digits' names) and drawn from it. Training and evaluation use different scans. Everything is a function of a seed: a
+resumed run sees the same batches.
 """
 
 from __future__ import annotations
@@ -77,6 +78,10 @@ def scans(split: Split) -> tuple[np.ndarray, ...]:
     return tuple(s[(np.arange(len(s)) % 5 == 0) == (split == "held_out")] for s in by_class)
 
 
+def _entry(digit: str, count: int, color: str | None) -> Spec:
+    return {"class": digit, "count": count} | ({"color": color} if color else {})
+
+
 def _article(color: str | None, digit: str) -> str:
     words = f"{color} {digit}" if color else digit
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
@@ -91,16 +96,17 @@ def sample_spec(rng: np.random.Generator, tag: str | None = None) -> Spec:
     one, two = (COLORS[i] for i in rng.permutation(len(COLORS))[:2])
     spec: Spec = {"tag": tag}
     if tag in ("single_object", "colors"):
-        entry = {"class": first, "count": 1} | ({"color": one} if tag == "colors" else {})
-        return spec | {"include": [entry], "prompt": _article(entry.get("color"), first)}
+        color = one if tag == "colors" else None
+        return spec | {"include": [_entry(first, 1, color)], "prompt": _article(color, first)}
     if tag == "counting":
         n, color = int(rng.integers(2, 5)), one if rng.random() < 0.5 else None
-        entry = {"class": first, "count": n} | ({"color": color} if color else {})
         words = [NUMBERS[n], *([color] if color else []), PLURALS[CLASSES.index(first)]]
-        return spec | {"include": [entry], "exclude": [{"class": first, "count": n + 1}], "prompt": " ".join(words)}
+        exclude = [{"class": first, "count": n + 1}]
+        return spec | {"include": [_entry(first, n, color)], "exclude": exclude, "prompt": " ".join(words)}
     colored = tag == "color_attr" or (tag == "position" and rng.random() < 0.5)
-    a, b = ({"class": c, "count": 1} | ({"color": k} if colored else {}) for c, k in ((first, one), (second, two)))
-    names = _article(a.get("color"), first), _article(b.get("color"), second)
+    colors = (one, two) if colored else (None, None)
+    a, b = _entry(first, 1, colors[0]), _entry(second, 1, colors[1])
+    names = _article(colors[0], first), _article(colors[1], second)
     if tag != "position":
         return spec | {"include": [a, b], "prompt": f"{names[0]} and {names[1]}"}
     relation = list(RELATIONS)[rng.integers(4)]
@@ -145,7 +151,7 @@ def make_batch(seed: int, size: int, split: Split = "train", world: World | None
 
 
 def prompts(per_tag: int, seed: int = 0) -> list[Spec]:
-    """The fixed evaluation set: per_tag descriptions of each tag, tag by tag, no prompt twice where the world has enough."""
+    """The fixed evaluation set: per_tag descriptions of each tag, tag by tag; no prompt twice where there are enough."""
     rng, chosen = np.random.default_rng(seed), []
     for tag in TAGS:
         seen: dict[str, Spec] = {}
@@ -160,7 +166,10 @@ def prompts(per_tag: int, seed: int = 0) -> list[Spec]:
 
 
 def encode(captions: list[str], length: int = MAX_TOKENS) -> tuple[Tensor, Tensor]:
-    """(ids [B, length] int64, mask [B, length] bool), right-padded with 0. Raises ValueError on an unknown word or a long caption."""
+    """(ids [B, length] int64, mask [B, length] bool), right-padded with 0.
+
+    Raises ValueError on an unknown word, an empty caption or one of more than `length` words.
+    """
     ids = torch.zeros(len(captions), length, dtype=torch.int64)
     for row, caption in zip(ids, captions, strict=True):
         words = caption.lower().split()

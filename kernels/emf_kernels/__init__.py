@@ -1,5 +1,9 @@
 """Fused operations that carry a value and its tangent together. See op.py for the contract; one operation a file."""
 
+# isort: off
+from .op import REGISTRY, Case, Cost, Dual, Op, backend, each, lift, primal  # first: it decides whether kernels are interpreted
+
+# isort: on
 from .adaln import adaln
 from .attention import attention
 from .gated_residual import gated_residual
@@ -9,7 +13,6 @@ from .linear import linear
 from .linear_attention import linear_attention
 from .meanflow import meanflow
 from .modulation import modulation
-from .op import REGISTRY, Case, Cost, Dual, Op, backend, each, lift, primal
 from .rmsnorm import rmsnorm
 from .silu import silu
 from .time_embedding import time_embedding

@@ -9,15 +9,131 @@ Source:   DiT (arXiv 2212.09748); SANA's norm1, norm2 and norm_out (eps 1e-6).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from .op import Case, Cost, Op
+from .op import Case, Cost, Dual, Op, check, halves, leading
+
+ROWS = 16  # tokens a backward program sums dscale and dshift over
 
 
 def reference(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
     n = torch.nn.functional.layer_norm(x, x.shape[-1:], None, None, eps)
     return torch.addcmul(shift.unsqueeze(1), n, 1 + scale.unsqueeze(1))
+
+
+@triton.jit
+def _fwd(
+    x_ptr, scale_ptr, shift_ptr, x_dot_ptr, scale_dot_ptr, shift_dot_ptr, y_ptr, y_dot_ptr, mean_ptr, rstd_ptr,
+    x_b, x_n, scale_b, shift_b, x_dot_b, x_dot_n, scale_dot_b, shift_dot_b, N, C, b, eps,
+    X_LIVE: tl.constexpr, SCALE_LIVE: tl.constexpr, SHIFT_LIVE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    sample, token = row // N, row % N
+    c = tl.arange(0, BLOCK)
+    inside = c < C
+    x = tl.load(x_ptr + sample * x_b + token * x_n + c, mask=inside, other=0).to(tl.float32)
+    scale = tl.load(scale_ptr + sample * scale_b + c, mask=inside, other=0).to(tl.float32)
+    shift = tl.load(shift_ptr + sample * shift_b + c, mask=inside, other=0).to(tl.float32)
+    mean = tl.sum(x) / C
+    centred = tl.where(inside, x - mean, 0)
+    rstd = 1 / tl.sqrt(tl.sum(centred * centred) / C + eps)
+    n = centred * rstd
+    tl.store(y_ptr + row * C + c, n * (1 + scale) + shift, mask=inside)
+    tl.store(mean_ptr + row, mean)
+    tl.store(rstd_ptr + row, rstd)
+    if X_LIVE or SCALE_LIVE or SHIFT_LIVE:
+        if sample < b:
+            y_dot = tl.zeros([BLOCK], tl.float32)
+            if X_LIVE:
+                x_dot = tl.load(x_dot_ptr + sample * x_dot_b + token * x_dot_n + c, mask=inside, other=0).to(tl.float32)
+                n_dot = rstd * (x_dot - tl.sum(x_dot) / C - n * (tl.sum(n * x_dot) / C))
+                y_dot += n_dot * (1 + scale)
+            if SCALE_LIVE:
+                y_dot += n * tl.load(scale_dot_ptr + sample * scale_dot_b + c, mask=inside, other=0).to(tl.float32)
+            if SHIFT_LIVE:
+                y_dot += tl.load(shift_dot_ptr + sample * shift_dot_b + c, mask=inside, other=0).to(tl.float32)
+            tl.store(y_dot_ptr + row * C + c, y_dot, mask=inside)
+
+
+@triton.jit
+def _bwd(
+    dy_ptr, x_ptr, scale_ptr, mean_ptr, rstd_ptr, dx_ptr, dscale_ptr, dshift_ptr,
+    dy_b, dy_n, x_b, x_n, scale_b, N, C, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # one program: ROWS tokens of one sample; dscale and dshift leave as partial sums [B, chunks, C], added in a fixed order afterwards
+    chunk, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    c = tl.arange(0, BLOCK)
+    inside = c < C
+    scale = tl.load(scale_ptr + sample * scale_b + c, mask=inside, other=0).to(tl.float32)
+    dscale, dshift = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for token in range(chunk * ROWS, min(chunk * ROWS + ROWS, N)):
+        row = sample * N + token
+        dy = tl.load(dy_ptr + sample * dy_b + token * dy_n + c, mask=inside, other=0).to(tl.float32)
+        x = tl.load(x_ptr + sample * x_b + token * x_n + c, mask=inside, other=0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row)
+        n = tl.where(inside, (x - tl.load(mean_ptr + row)) * rstd, 0)
+        g = dy * (1 + scale)
+        dx = rstd * (g - tl.sum(g) / C - n * (tl.sum(n * g) / C))
+        tl.store(dx_ptr + row * C + c, dx, mask=inside)
+        dscale += dy * n
+        dshift += dy
+    part = (sample * tl.num_programs(0) + chunk) * C + c
+    tl.store(dscale_ptr + part, dscale, mask=inside)
+    tl.store(dshift_ptr + part, dshift, mask=inside)
+
+
+class _AdaLN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, x_dot: Any, scale_dot: Any, shift_dot: Any, eps: float) -> Any:
+        B, N, C = x.shape
+        tangents = [d for d in (x_dot, scale_dot, shift_dot) if d is not None]
+        b = tangents[0].shape[0] if tangents else 0
+        y, y_dot = torch.empty(B, N, C, dtype=x.dtype, device=x.device), torch.empty(b, N, C, dtype=x.dtype, device=x.device)
+        mean, rstd = (torch.empty(B, N, dtype=torch.float32, device=x.device) for _ in range(2))
+        block = triton.next_power_of_2(C)
+        stride = lambda d, i: 0 if d is None else d.stride(i)  # noqa: E731
+        _fwd[(B * N,)](
+            x, scale, shift, x_dot, scale_dot, shift_dot, y, y_dot, mean, rstd,
+            x.stride(0), x.stride(1), scale.stride(0), shift.stride(0),
+            stride(x_dot, 0), stride(x_dot, 1), stride(scale_dot, 0), stride(shift_dot, 0), N, C, b, eps,
+            x_dot is not None, scale_dot is not None, shift_dot is not None, block, num_warps=min(max(block // 512, 1), 8),
+        )  # fmt: skip
+        ctx.save_for_backward(x, scale, mean, rstd)
+        ctx.mark_non_differentiable(y_dot)
+        return y, y_dot
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, _: Any) -> Any:
+        x, scale, mean, rstd = ctx.saved_tensors
+        B, N, C = x.shape
+        dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+        dx = torch.empty(B, N, C, dtype=x.dtype, device=x.device)
+        chunks = triton.cdiv(N, ROWS)
+        dscale, dshift = (torch.empty(B, chunks, C, dtype=torch.float32, device=x.device) for _ in range(2))
+        block = triton.next_power_of_2(C)
+        _bwd[(chunks, B)](
+            dy, x, scale, mean, rstd, dx, dscale, dshift, dy.stride(0), dy.stride(1), x.stride(0), x.stride(1), scale.stride(0), N, C,
+            ROWS, block, num_warps=min(max(block // 512, 1), 8),
+        )  # fmt: skip
+        return dx, dscale.sum(1).to(x.dtype), dshift.sum(1).to(x.dtype), None, None, None, None
+
+
+def fused(x: Tensor | Dual, scale: Tensor | Dual, shift: Tensor | Dual, eps: float = 1e-6) -> Tensor | Dual:
+    duals = [a for a in (x, scale, shift) if isinstance(a, Dual)]
+    b = leading(duals, "adaln") if duals else 0
+    (x, x_dot), (scale, scale_dot), (shift, shift_dot) = halves(x), halves(scale), halves(shift)
+    if x.ndim != 3 or x.shape[2] > 16384:
+        raise ValueError(f"adaln: x is {tuple(x.shape)}; expected [B, N, C] with C at most 16384")
+    B, N, C = x.shape
+    check("adaln", x, x=(x, (B, N, C)), scale=(scale, (B, C)), shift=(shift, (B, C)))
+    check("adaln", x, x_dot=(x_dot, (b, N, C)), scale_dot=(scale_dot, (b, C)), shift_dot=(shift_dot, (b, C)))
+    y, y_dot = _AdaLN.apply(x, scale, shift, x_dot, scale_dot, shift_dot, eps)
+    return Dual(y, y_dot) if duals else y
 
 
 def inputs(case: Case, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, Tensor]:
@@ -38,6 +154,7 @@ adaln = Op(
     inputs=inputs,
     cost=cost,
     batched=("x", "scale", "shift"),
+    triton=fused,
     cases=[
         Case("small", dict(B=3, N=5, C=8), ("x", "scale", "shift")),
         Case("odd", dict(B=2, N=3, C=37, b=1), ("x", "scale", "shift")),

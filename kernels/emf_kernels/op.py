@@ -54,7 +54,8 @@ def primal(x: Tensor | Dual) -> Tensor:
     return x.primal if isinstance(x, Dual) else x
 
 
-def _leading(duals: Sequence[Dual], op: str) -> int:
+def leading(duals: Sequence[Dual], op: str) -> int:
+    """b, the number of leading samples that carry a tangent. Raises ValueError where the Duals disagree or do not fit."""
     sizes = {d.tangent.shape[0] for d in duals}
     if len(sizes) != 1:
         raise ValueError(f"{op}: the tangents cover different numbers of leading samples {sorted(sizes)}; expected one number")
@@ -92,7 +93,7 @@ def lift(reference: Callable[..., Any], batched: Sequence[str] = ()) -> Callable
 
     def dual(*args: Any) -> Any:
         duals = [a for a in args if isinstance(a, Dual)]
-        b, total = _leading(duals, getattr(reference, "__name__", "lift")), duals[0].primal.shape[0]
+        b, total = leading(duals, getattr(reference, "__name__", "lift")), duals[0].primal.shape[0]
         if b == total:
             y, y_dot = _jvp(reference, args)
         else:
@@ -146,6 +147,30 @@ class Cost(NamedTuple):
 
     flops: float
     bytes: float
+
+
+def check(op: str, lead: Tensor, **tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """A kernel's arguments: name=(tensor or None, shape). One ValueError that names what does not fit; nothing is ever copied or cast to fit."""
+    if not lead.is_cuda and lead.dtype not in (torch.float16, torch.float32):
+        raise ValueError(f"{op}: dtype {lead.dtype} on {lead.device}; Triton's interpreter is right in float32 and float16 only")
+    if lead.is_cuda and lead.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"{op}: dtype {lead.dtype}; expected float16, bfloat16 or float32")
+    for name, (x, shape) in tensors.items():
+        if x is None:
+            continue
+        if tuple(x.shape) != shape:
+            raise ValueError(f"{op}: {name} is {tuple(x.shape)}; expected {shape}")
+        if 0 in shape and not name.endswith("_dot"):
+            raise ValueError(f"{op}: {name} is empty {shape}; expected at least one element along every dimension")
+        if x.device != lead.device or (x.dtype != lead.dtype and x.dtype != torch.bool):
+            raise ValueError(f"{op}: {name} is {x.dtype} on {x.device}; expected {lead.dtype} on {lead.device}")
+        if x.stride(-1) != 1 and shape[-1] > 1:
+            raise ValueError(f"{op}: {name} {shape} has stride {x.stride(-1)} in its last dimension; expected 1")
+
+
+def halves(x: Any) -> tuple[Any, Tensor | None]:
+    """(primal, tangent or None)."""
+    return (x.primal, x.tangent) if isinstance(x, Dual) else (x, None)
 
 
 REGISTRY: dict[str, Op] = {}
