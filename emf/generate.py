@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from emf.config import Config
@@ -46,3 +50,24 @@ def generate(
 
         images.append(sample(guided(velocity(states), velocity(null), guidance), noise[here], steps, average))
     return torch.cat(images)
+
+
+def to_uint8(images: Tensor | np.ndarray) -> np.ndarray:
+    """Images [n, C, H, W] in about [-1, 1] -> [n, H, W, C] uint8."""
+    return ((np.asarray(images) + 1) * 127.5).round().clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def write_images(images: Tensor, captions: list[str], out: Path, settings: dict[str, Any], zoom: int = 8) -> list[Path]:
+    """PNG files, enlarged `zoom` times, with caption and settings in their metadata. A name that is taken gets the next number."""
+    out.mkdir(parents=True, exist_ok=True)
+    taken, paths = len(list(out.glob("*.png"))), []
+    for image, caption in zip(to_uint8(images), captions, strict=True):
+        while (path := out / f"{taken:05d}.png").exists():
+            taken += 1
+        note = PngInfo()
+        for key, value in {"caption": caption, **settings}.items():
+            note.add_text(key, str(value))
+        picture = Image.fromarray(image)
+        picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST).save(path, pnginfo=note)
+        paths.append(path)
+    return paths

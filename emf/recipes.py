@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import tyro
+
+from emf import config as configs
 from emf.config import Config, OptimConfig, RunConfig
 from emf.flow import FlowConfig
 from emf.model import TransformerConfig
@@ -57,3 +60,11 @@ def digits() -> Config:
 
 
 RECIPES = {"digits-base": digits_base, "digits": digits}
+
+
+def from_file(path: Path) -> Config:
+    """The config in a config.json. Raises ValueError where there is no such file; tyro exits with 2 on fields it does not know."""
+    tree = configs.read(path)
+    default = RECIPES.get(str(tree.get("recipe")), digits)()
+    # as arguments, so that the one parser checks names, types and values
+    return tyro.cli(Config, args=configs.to_arguments(tree), default=default, prog=str(path), config=(tyro.conf.FlagConversionOff,))

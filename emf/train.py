@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from emf import config as configs
+from emf.cli import Diverged, parse_train, report_errors
 from emf.config import Config
 from emf.data import digits
 from emf.evaluate.digits import Scorer
@@ -74,10 +73,6 @@ def losses(config: Config, network: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     if config.objective == "flow_matching":
         return flow_matching_loss(velocity, batch.x, batch.e, batch.t)
     return meanflow_loss(velocity, batch.x, batch.e, batch.t, batch.r, batch.b, config.flow)
-
-
-class Diverged(RuntimeError):
-    """The loss is NaN or inf."""
 
 
 def memory_mib() -> float:
@@ -136,7 +131,7 @@ def train(config: Config, out: Path, resume: bool = False) -> None:
         folder = out / "checkpoints"
         saved = checkpoints(folder)
         if (out / "config.json").exists() and not resume:
-            raise ValueError(f"train: {out} holds a run already; add --resume to continue it, or choose another --out")
+            raise ValueError(f"train: {out} holds a run already; add --resume True to continue it, or choose another --out")
         if resume and saved:
             check_same_model(config, saved[-1])
         torch.manual_seed(config.seed)
@@ -211,8 +206,6 @@ def run(config: Config, engine: Engine, start: int, folder: Path, text: str, log
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry of `emf train` and of the deepspeed launcher."""
-    from emf.cli import parse_train, report_errors
-
     # the launcher hands every process --local_rank=N; the environment says the same
     arguments = [a for a in (sys.argv[1:] if arguments is None else arguments) if not a.startswith("--local_rank")]
     with report_errors():

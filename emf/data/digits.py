@@ -151,7 +151,7 @@ def make_batch(seed: int, size: int, split: Split = "train", world: World | None
 
 
 def prompts(per_tag: int, seed: int = 0) -> list[Spec]:
-    """The fixed evaluation set: per_tag descriptions of each tag, tag by tag; no prompt twice where there are enough."""
+    """The fixed evaluation set: per_tag descriptions of each tag in turn; no prompt twice where there are enough."""
     rng, chosen = np.random.default_rng(seed), []
     for tag in TAGS:
         seen: dict[str, Spec] = {}

@@ -1,12 +1,13 @@
 """The digits world's scorer: GenEval's rules on the detections of a learned detector.
 
-Detector: connected components of what is not background; the palette colour that explains a component best; a support vector machine on its ink, trained
-on the training scans and on what no digit is (blends of digits, pieces, noise), so that it can say no. Held to real scenes, noise and shuffled
-captions by `calibrate`; never fitted to a model's images.
+Detector: connected components of what is not background; the palette colour that explains a component best; a support
+vector machine on its ink, trained on the training scans and on what no digit is (blends of digits, pieces, noise), so
+that it can say no. Held to real scenes, noise and shuffled captions by `calibrate`; never fitted to a model's images.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,11 +15,13 @@ import numpy as np
 from scipy import ndimage
 from sklearn.svm import SVC
 
-from emf.data.digits import BACKGROUND, CLASSES, GLYPH, PALETTE, TAGS, World, prompts, render, scans
+from emf.data.digits import BACKGROUND, CLASSES, GLYPH, PALETTE, TAGS, Spec, World, prompts, render, scans
 from emf.evaluate.rules import Detection, evaluate
 
-INK = 0.25  # of the way from background to a colour: below is background
-SOLID = 0.7  # a stroke reaches its full colour somewhere; a faint ghost does not
+INK = 0.35  # of the way from background to a colour: below is background
+SOLID = 0.7  # a stroke comes this near its colour somewhere; a faint ghost does not
+UNEXPLAINED = 0.15  # share of a component's energy that its one colour may leave over
+SPECK = 12  # pixels: a component this small may be a piece of its neighbour
 NOTHING = len(CLASSES)  # the SVM's class of what no digit is
 _COLORS = np.array(list(PALETTE.values()), np.float32) / 127.5 - 1
 _DIRECTIONS = _COLORS - (BACKGROUND / 127.5 - 1)  # from background to colour
@@ -43,12 +46,15 @@ class Scorer:
         y = np.tile(labels, 4)
         nothing = _not_digits(glyphs, labels, rng)
         features = np.stack([normalize(g) for g in np.concatenate([x, nothing])])
-        svm = SVC(C=10, gamma=0.06, cache_size=500)
+        # C and gamma by validation on a fifth of the training scans
+        svm = SVC(C=3, gamma=0.12, cache_size=500)
         return cls(svm.fit(features, np.concatenate([y, np.full(len(nothing), NOTHING)])))
 
     def detect(self, images: np.ndarray) -> list[list[Detection]]:
-        """Objects in each of images [n, 3, H, W], about [-1, 1]."""
-        found = [components(image) for image in images]
+        """Objects in each of images [n, 3, H, W], float; clipped to [-1, 1]. Raises ValueError on another shape."""
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"scorer: images have shape {images.shape}; expected [n, 3, height, width]")
+        found = [components(image) for image in np.clip(images, -1, 1)]
         features = [ink for parts in found for ink, *_ in parts]
         if not features:
             return [[] for _ in images]
@@ -64,16 +70,30 @@ class Scorer:
             detections.append(here)
         return detections
 
-    def score(self, images: np.ndarray, specs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """overall: mean of the six tags' accuracies; by_tag; images: GenEval's row per image (tag, prompt, correct, reason)."""
-        if len(images) != len(specs):
-            raise ValueError(f"score: {len(images)} images for {len(specs)} descriptions")
-        rows = []
-        for found, spec in zip(self.detect(images), specs, strict=True):
-            correct, reason = evaluate(spec, found)
-            rows.append({"tag": spec["tag"], "prompt": spec["prompt"], "correct": correct, "reason": reason})
-        by_tag = {tag: float(np.mean([r["correct"] for r in rows if r["tag"] == tag] or [np.nan])) for tag in TAGS}
+    def score(self, images: np.ndarray, specs: Sequence[Spec]) -> dict[str, Any]:
+        """Images [n, 3, H, W] against their n descriptions.
+
+        by_tag: each tag's share of correct images; overall: mean of those (not of the images); images: GenEval's row of
+        each image (tag, prompt, correct, reason, metadata, details; the last two are JSON strings).
+        Raises ValueError on none or another number of images.
+        """
+        if len(images) != len(specs) or not len(specs):
+            raise ValueError(
+                f"scorer: {len(images)} images for {len(specs)} descriptions; expected one each, one at least"
+            )
+        rows = [_row(spec, found) for spec, found in zip(specs, self.detect(images), strict=True)]
+        correct = {tag: [r["correct"] for r in rows if r["tag"] == tag] for tag in TAGS}
+        by_tag = {tag: float(np.mean(c)) for tag, c in correct.items() if c}
         return {"overall": float(np.mean(list(by_tag.values()))), "by_tag": by_tag, "images": rows}
+
+
+def _row(spec: Spec, found: Sequence[Detection]) -> dict[str, Any]:
+    correct, reason = evaluate(spec, found)
+    details: dict[str, list[list[float]]] = {}
+    for d in found:
+        details.setdefault(d.label, []).append([*d.box, d.score])
+    row = {"tag": spec["tag"], "prompt": spec["prompt"], "correct": correct, "reason": reason}
+    return row | {"metadata": json.dumps(spec), "details": json.dumps(details)}
 
 
 def components(image: np.ndarray) -> list[tuple[np.ndarray, tuple[int, int, int, int], str]]:
@@ -83,35 +103,36 @@ def components(image: np.ndarray) -> list[tuple[np.ndarray, tuple[int, int, int,
     ink = np.einsum("chw,kc->khw", away, _DIRECTIONS) / np.square(_DIRECTIONS).sum(1)[:, None, None]
     rest = np.square(away[None] - np.clip(ink, 0, 1.15)[:, None] * _DIRECTIONS[:, :, None, None]).sum(1)
     best = np.take_along_axis(ink, rest.argmin(0)[None], 0)[0]
-    labels, n = ndimage.label((best > INK) & (np.abs(away).max(0) > INK * 0.6), np.ones((3, 3)))
-    parts = [labels == i + 1 for i in range(n)]
+    labels, n = ndimage.label(best > INK, np.ones((3, 3)))
     found = []
-    for mask in _join(parts):
+    for mask in _join([labels == i + 1 for i in range(n)]):
         color = int((rest * mask).sum((1, 2)).argmin())
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         y0, y1, x0, x1 = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
         own = np.clip(ink[color] * mask, 0, 1)[y0:y1, x0:x1]
         unexplained = (rest[color] * mask).sum() / max(np.square(away * mask).sum(), 1e-9)
-        if y1 - y0 > GLYPH + 1 or x1 - x0 > GLYPH + 1 or y1 - y0 < 5 or np.sort(own.ravel())[-3:].mean() < SOLID or unexplained > 0.15:
-            continue
-        found.append((own, (int(x0), int(y0), int(x1), int(y1)), _NAMES[color]))
+        fits = 5 <= y1 - y0 <= GLYPH + 1 and x1 - x0 <= GLYPH + 1
+        if fits and np.sort(own.ravel())[-3:].mean() >= SOLID and unexplained <= UNEXPLAINED:
+            found.append((own, (int(x0), int(y0), int(x1), int(y1)), _NAMES[color]))
     return found
 
 
 def _join(parts: list[np.ndarray]) -> list[np.ndarray]:
     """Strokes of one digit that do not touch: pieces are joined where one is small and both fit into one glyph."""
-    parts = sorted((p for p in parts if p.sum() > 1), key=np.sum)
+    parts = sorted((p for p in parts if p.sum() > 1), key=np.sum)  # a lone pixel is dirt
     done = []
-    while parts:
-        piece = parts.pop(0)
-        for i, other in enumerate(parts):
-            both = piece | other
-            if piece.sum() <= 12 and np.ptp(np.flatnonzero(both.any(1))) < GLYPH and np.ptp(np.flatnonzero(both.any(0))) < GLYPH:
-                parts[i] = both
-                break
-        else:
+    for i, piece in enumerate(parts):
+        hosts = (j for j in range(i + 1, len(parts)) if _one_glyph(piece | parts[j]))
+        host = next(hosts, None) if piece.sum() <= SPECK else None
+        if host is None:
             done.append(piece)
+        else:
+            parts[host] = piece | parts[host]
     return done
+
+
+def _one_glyph(mask: np.ndarray) -> bool:
+    return all(np.ptp(np.flatnonzero(mask.any(axis))) < GLYPH for axis in (0, 1))
 
 
 def normalize(ink: np.ndarray) -> np.ndarray:
@@ -144,7 +165,11 @@ def _not_digits(glyphs: np.ndarray, labels: np.ndarray, rng: np.random.Generator
 
 
 def calibrate(scorer: Scorer, per_tag: int = 50, seed: int = 1, world: World | None = None) -> dict[str, float]:
-    """What the scorer gives to real held-out scenes (ceiling), to noise, and to real scenes under other captions of the same task (shuffled)."""
+    """Overall scores that say whether the scorer can be trusted.
+
+    ceiling: real held-out scenes; noise: uniform and Gaussian noise, the larger of the two; shuffled: real scenes, each
+    scored with the next caption of its task.
+    """
     specs, rng = prompts(per_tag, seed), np.random.default_rng(seed)
     scenes = np.stack([render(s, rng, "held_out", world) for s in specs])
     uniform = rng.uniform(-1, 1, scenes.shape).astype(np.float32)

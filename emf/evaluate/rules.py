@@ -23,13 +23,14 @@ class Detection:
 def relations(a: Detection, b: Detection, threshold: float = 0.1) -> set[str]:
     """Where a stands seen from b: of left of, right of, above, below; empty where they overlap too much.
 
-    The offset of the centres is shortened by threshold x (sum of the sizes) along each axis; a direction counts where it keeps more than half of the
-    offset's length.
+    The offset of the centres is shortened by threshold x (sum of the sizes) along each axis; a direction counts where
+    what is left of it exceeds half of the offset's length.
     """
     centres = [((d.box[0] + d.box[2]) / 2, (d.box[1] + d.box[3]) / 2) for d in (a, b)]
     sizes = [(abs(d.box[2] - d.box[0]), abs(d.box[3] - d.box[1])) for d in (a, b)]
     offset = [centres[0][i] - centres[1][i] for i in (0, 1)]
-    kept = [math.copysign(max(abs(offset[i]) - threshold * (sizes[0][i] + sizes[1][i]), 0.0), offset[i]) for i in (0, 1)]
+    slack = [threshold * (sizes[0][i] + sizes[1][i]) for i in (0, 1)]
+    kept = [math.copysign(max(abs(offset[i]) - slack[i], 0.0), offset[i]) for i in (0, 1)]
     if all(abs(k) < 1e-3 for k in kept):
         return set()
     length = math.hypot(*offset)
@@ -39,36 +40,42 @@ def relations(a: Detection, b: Detection, threshold: float = 0.1) -> set[str]:
 
 
 def evaluate(spec: dict[str, Any], detections: Sequence[Detection], threshold: float = 0.1) -> tuple[bool, str]:
-    """(correct, reason) of an image. spec: GenEval metadata; detections: of all classes, already above the score threshold.
+    """(correct, reason) of an image. spec: GenEval metadata; detections: all that passed the detector's own threshold.
 
-    For each included class the `count` highest-scored detections are taken; colours and positions are asked of those. Only `exclude` catches surplus.
+    For each included class the `count` highest-scored detections are taken; colours and positions are asked of those.
+    Only `exclude` catches surplus. A position is asked against an earlier entry, which must itself hold.
     """
     by_label = defaultdict(list)
     for d in sorted(detections, key=lambda d: -d.score):
         by_label[d.label].append(d)
-    correct, reasons, groups = True, [], []
+    reasons: list[str] = []
+    groups: list[list[Detection] | None] = []  # of each entry, what was found; None where it does not hold
     for wanted in spec["include"]:
-        label, count = wanted["class"], wanted["count"]
-        found: list[Detection] = by_label[label][:count]
-        group: list[Detection] | None = found
-        if len(found) < count:
-            correct, group = False, None
-            reasons.append(f"expected {label}>={count}, found {len(found)}")
-        else:
-            if "color" in wanted and sum(d.color == wanted["color"] for d in found) < count:
-                correct = False
-                reasons.append(f"expected {wanted['color']} {label}>={count}, found {', '.join(str(d.color) for d in found)}")
-            if "position" in wanted:
-                relation, target = wanted["position"]
-                if groups[target] is None:
-                    correct = False
-                    reasons.append(f"no target for {label} to be {relation}")
-                elif any(relation not in relations(d, other, threshold) for d in found for other in groups[target]):
-                    correct = False
-                    reasons.append(f"expected {label} {relation} target")
-        groups.append(group)
+        found = by_label[wanted["class"]][: wanted["count"]]
+        fault = _fault(wanted, found, groups, threshold)
+        groups.append(None if fault else found)
+        reasons += [fault] if fault else []
     for unwanted in spec.get("exclude", ()):
-        if len(by_label[unwanted["class"]]) >= unwanted["count"]:
-            correct = False
-            reasons.append(f"expected {unwanted['class']}<{unwanted['count']}, found {len(by_label[unwanted['class']])}")
-    return correct, "; ".join(reasons)
+        label, count, n = unwanted["class"], unwanted["count"], len(by_label[unwanted["class"]])
+        if n >= count:
+            reasons.append(f"expected {label}<{count}, found {n}")
+    return not reasons, "; ".join(reasons)
+
+
+def _fault(
+    wanted: dict[str, Any], found: list[Detection], groups: list[list[Detection] | None], threshold: float
+) -> str:
+    """What keeps an included entry from holding; empty where it holds."""
+    label, count = wanted["class"], wanted["count"]
+    if len(found) < count:
+        return f"expected {label}>={count}, found {len(found)}"
+    if "color" in wanted and any(d.color != wanted["color"] for d in found):
+        return f"expected {wanted['color']} {label}>={count}, found {', '.join(str(d.color) for d in found)}"
+    if "position" in wanted:
+        relation, index = wanted["position"]
+        target = groups[index]
+        if target is None:
+            return f"no target for {label} to be {relation}"
+        if any(relation not in relations(d, other, threshold) for d in found for other in target):
+            return f"expected {label} {relation} target"
+    return ""

@@ -1,0 +1,48 @@
+# `make` alone prints the verbs. Everything is installed into .venv, which `rm -rf .venv` undoes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install -c constraints.txt
+
+LAUNCH := $(BIN)/deepspeed --num_accelerators 1 --module emf.train
+DEMO_TRAIN := $(LAUNCH) digits --out runs/demo --resume True
+BASE_TRAIN := $(LAUNCH) digits-base --out runs/base --resume True
+
+.PHONY: help demo base test check
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/installed-demo ## train the few-step model from the shipped base and write runs/demo/report.html
+	$(DEMO_TRAIN)
+	$(BIN)/emf evaluate runs/demo
+	$(BIN)/emf report runs/demo
+
+base: $(VENV)/installed-demo ## make the shipped base again: flow matching from scratch, at most 90 minutes on 2 cores
+	$(BASE_TRAIN)
+	$(BIN)/emf evaluate runs/base
+	$(BIN)/emf report runs/base
+	test -e runs/base/digits-base.safetensors || $(BIN)/emf release runs/base --out runs/base/digits-base.safetensors
+
+test: $(VENV)/installed-test ## run the tests
+	env -u TRITON_INTERPRET $(BIN)/python -m pytest -q
+
+check: $(VENV)/installed-test ## check formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "error: $(PYTHON) is not Python 3.11 or later; name one: make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed-demo: setup.py constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) -e ".[train,eval]"
+	@touch $@
+
+# holds all that the demo needs, so it counts as both
+$(VENV)/installed-test: setup.py constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) -e ".[train,eval,test]"
+	@touch $(VENV)/installed-demo $@

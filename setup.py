@@ -1,0 +1,25 @@
+"""Distribution `emf-meanflow`: the packages emf and emf_kernels. constraints.txt pins the versions tested."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+EVAL = ["matplotlib", "pillow", "rich", "safetensors", "scikit-learn", "scipy", "transformers", "tyro"]
+TRAIN = [*EVAL, "deepspeed", "nvtx"]
+TEST = [*TRAIN, "diffusers", "hypothesis", "mypy", "pytest", "pytest-benchmark", "ruff"]
+
+setup(
+    name="emf-meanflow",
+    version=re.findall(r'__version__ = "(.+)"', Path(__file__).with_name("emf").joinpath("__init__.py").read_text())[0],
+    description="Few-step text-to-image flow maps, trained at the cost of plain flow matching",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    # the folder kernels/ is no package itself: that import name belongs to Hugging Face's distribution `kernels`
+    packages=["emf_kernels", *find_packages(include=["emf", "emf.*"])],
+    package_dir={"emf_kernels": "kernels/emf_kernels", "emf": "emf"},
+    package_data={"emf": ["py.typed", "assets/*"], "emf_kernels": ["py.typed"]},
+    install_requires=["torch>=2.11", "triton>=3.6", "numpy"],
+    extras_require={"train": TRAIN, "eval": EVAL, "test": TEST, "gpu": ["flash-attn"]},
+    entry_points={"console_scripts": ["emf = emf.cli:main"]},
+)
