@@ -34,7 +34,7 @@ def add_time_branches(state: dict[str, Tensor], config: TransformerConfig, how: 
     return state | {f"{PREFIX}_{b}.{k}": v.clone() for b, tree in branches.items() for k, v in tree.items()}
 
 
-def refit(source: dict[str, Tensor], old_scale: float, new_scale: float, grid: int = 2001, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:
+def refit(source: dict[str, Tensor], old_scale: float, new_scale: float, grid: int = 2001, ridge: float = 1e-4) -> tuple[Tensor, Tensor]:
     """(weight, bias) of linear_2 with which the embedder, fed new_scale t, best gives e(t) of the embedder fed old_scale t, t in [0, 1]."""
     t = torch.linspace(0, 1, grid, dtype=torch.float64)
     layer = {k.removeprefix("emb.timestep_embedder."): v.double() for k, v in source.items()}

@@ -55,7 +55,7 @@ class World:
     """Pixels along a side."""
     pitch: int = 9
     """Distance of the two cells along a side."""
-    shift: int = 1
+    shift: int = 0
     """The whole scene is moved by 0..shift pixels down and right."""
     jitter: int = 0
     """Each glyph is moved by 0..jitter pixels down and right on its own."""
@@ -84,7 +84,7 @@ def _entry(digit: str, count: int, color: str | None) -> Spec:
 
 def _article(color: str | None, digit: str) -> str:
     words = f"{color} {digit}" if color else digit
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+    return f"{'an' if words[0] in 'aeiou' and words != 'one' else 'a'} {words}"
 
 
 def sample_spec(rng: np.random.Generator, tag: str | None = None) -> Spec:

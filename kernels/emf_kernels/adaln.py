@@ -3,7 +3,8 @@
 Shapes:   x [B, N, C]; scale, shift [B, C]; y [B, N, C]. Statistics over C.
 Primal:   n = (x - mean) rstd;  y = n (1 + scale) + shift
 Tangent:  n_dot = rstd (x_dot - mean(x_dot) - n mean(n x_dot));  y_dot = n_dot (1 + scale) + n scale_dot + shift_dot
-Backward: g = dy (1 + scale);  dx = rstd (g - mean(g) - n mean(n g));  dscale = sum over tokens of dy n;  dshift = sum over tokens of dy
+Backward: g = dy (1 + scale);  dx = rstd (g - mean(g) - n mean(n g))
+          dscale = sum over tokens of dy n;  dshift = sum over tokens of dy
 Source:   DiT (arXiv 2212.09748); SANA's norm1, norm2 and norm_out (eps 1e-6).
 """
 
@@ -15,10 +16,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .op import Case, Cost, Dual, Op, check, halves, leading
 
-ROWS = 16  # tokens a backward program sums dscale and dshift over
+ROWS = 16  # tokens over which one backward program sums dscale and dshift
 
 
 def reference(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
@@ -46,18 +48,17 @@ def _fwd(
     tl.store(y_ptr + row * C + c, n * (1 + scale) + shift, mask=inside)
     tl.store(mean_ptr + row, mean)
     tl.store(rstd_ptr + row, rstd)
-    if X_LIVE or SCALE_LIVE or SHIFT_LIVE:
-        if sample < b:
-            y_dot = tl.zeros([BLOCK], tl.float32)
-            if X_LIVE:
-                x_dot = tl.load(x_dot_ptr + sample * x_dot_b + token * x_dot_n + c, mask=inside, other=0).to(tl.float32)
-                n_dot = rstd * (x_dot - tl.sum(x_dot) / C - n * (tl.sum(n * x_dot) / C))
-                y_dot += n_dot * (1 + scale)
-            if SCALE_LIVE:
-                y_dot += n * tl.load(scale_dot_ptr + sample * scale_dot_b + c, mask=inside, other=0).to(tl.float32)
-            if SHIFT_LIVE:
-                y_dot += tl.load(shift_dot_ptr + sample * shift_dot_b + c, mask=inside, other=0).to(tl.float32)
-            tl.store(y_dot_ptr + row * C + c, y_dot, mask=inside)
+    if sample < b:  # one branch a program: the other samples do no tangent work
+        y_dot = tl.zeros([BLOCK], tl.float32)
+        if X_LIVE:
+            x_dot = tl.load(x_dot_ptr + sample * x_dot_b + token * x_dot_n + c, mask=inside, other=0).to(tl.float32)
+            n_dot = rstd * (x_dot - tl.sum(x_dot) / C - n * (tl.sum(n * x_dot) / C))
+            y_dot += n_dot * (1 + scale)
+        if SCALE_LIVE:
+            y_dot += n * tl.load(scale_dot_ptr + sample * scale_dot_b + c, mask=inside, other=0).to(tl.float32)
+        if SHIFT_LIVE:
+            y_dot += tl.load(shift_dot_ptr + sample * shift_dot_b + c, mask=inside, other=0).to(tl.float32)
+        tl.store(y_dot_ptr + row * C + c, y_dot, mask=inside)
 
 
 @triton.jit
@@ -65,7 +66,8 @@ def _bwd(
     dy_ptr, x_ptr, scale_ptr, mean_ptr, rstd_ptr, dx_ptr, dscale_ptr, dshift_ptr,
     dy_b, dy_n, x_b, x_n, scale_b, N, C, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # one program: ROWS tokens of one sample; dscale and dshift leave as partial sums [B, chunks, C], added in a fixed order afterwards
+    # one program: ROWS tokens of one sample; dscale and dshift leave as partial sums [B, chunks, C], which are added
+    # in a fixed order afterwards (no atomics: the gradient is the same every time)
     chunk, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     c = tl.arange(0, BLOCK)
     inside = c < C
@@ -89,11 +91,11 @@ def _bwd(
 
 class _AdaLN(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, x_dot: Any, scale_dot: Any, shift_dot: Any, eps: float) -> Any:
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, x_dot: Any, scale_dot: Any, shift_dot: Any, eps: float, b: int
+    ) -> Any:
         B, N, C = x.shape
-        tangents = [d for d in (x_dot, scale_dot, shift_dot) if d is not None]
-        b = tangents[0].shape[0] if tangents else 0
-        y, y_dot = torch.empty(B, N, C, dtype=x.dtype, device=x.device), torch.empty(b, N, C, dtype=x.dtype, device=x.device)
+        y, y_dot = (torch.empty(samples, N, C, dtype=x.dtype, device=x.device) for samples in (B, b))
         mean, rstd = (torch.empty(B, N, dtype=torch.float32, device=x.device) for _ in range(2))
         block = triton.next_power_of_2(C)
         stride = lambda d, i: 0 if d is None else d.stride(i)  # noqa: E731
@@ -105,9 +107,11 @@ class _AdaLN(torch.autograd.Function):
         )  # fmt: skip
         ctx.save_for_backward(x, scale, mean, rstd)
         ctx.mark_non_differentiable(y_dot)
+        ctx.set_materialize_grads(False)  # no zeros for the tangent's gradient, which there never is
         return y, y_dot
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor, _: Any) -> Any:
         x, scale, mean, rstd = ctx.saved_tensors
         B, N, C = x.shape
@@ -117,29 +121,33 @@ class _AdaLN(torch.autograd.Function):
         dscale, dshift = (torch.empty(B, chunks, C, dtype=torch.float32, device=x.device) for _ in range(2))
         block = triton.next_power_of_2(C)
         _bwd[(chunks, B)](
-            dy, x, scale, mean, rstd, dx, dscale, dshift, dy.stride(0), dy.stride(1), x.stride(0), x.stride(1), scale.stride(0), N, C,
+            dy, x, scale, mean, rstd, dx, dscale, dshift,
+            dy.stride(0), dy.stride(1), x.stride(0), x.stride(1), scale.stride(0), N, C,
             ROWS, block, num_warps=min(max(block // 512, 1), 8),
         )  # fmt: skip
-        return dx, dscale.sum(1).to(x.dtype), dshift.sum(1).to(x.dtype), None, None, None, None
+        return dx, dscale.sum(1).to(x.dtype), dshift.sum(1).to(x.dtype), None, None, None, None, None
 
 
 def fused(x: Tensor | Dual, scale: Tensor | Dual, shift: Tensor | Dual, eps: float = 1e-6) -> Tensor | Dual:
+    """adaln of Tensors, or of Duals in any of the three places: one launch for value and tangent. Shapes as above; float16, bfloat16 (on
+    a GPU) or float32, the same for all; statistics in float32; last dimension contiguous, C at most 16384; else ValueError."""
     duals = [a for a in (x, scale, shift) if isinstance(a, Dual)]
     b = leading(duals, "adaln") if duals else 0
-    (x, x_dot), (scale, scale_dot), (shift, shift_dot) = halves(x), halves(scale), halves(shift)
-    if x.ndim != 3 or x.shape[2] > 16384:
-        raise ValueError(f"adaln: x is {tuple(x.shape)}; expected [B, N, C] with C at most 16384")
-    B, N, C = x.shape
-    check("adaln", x, x=(x, (B, N, C)), scale=(scale, (B, C)), shift=(shift, (B, C)))
-    check("adaln", x, x_dot=(x_dot, (b, N, C)), scale_dot=(scale_dot, (b, C)), shift_dot=(shift_dot, (b, C)))
-    y, y_dot = _AdaLN.apply(x, scale, shift, x_dot, scale_dot, shift_dot, eps)
+    (x_, x_dot), (scale_, scale_dot), (shift_, shift_dot) = halves(x), halves(scale), halves(shift)
+    if x_.ndim != 3 or x_.shape[2] > 16384:
+        raise ValueError(f"adaln: x is {tuple(x_.shape)}; expected [B, N, C] with C at most 16384")
+    B, N, C = x_.shape
+    check("adaln", x_, x=(x_, (B, N, C)), scale=(scale_, (B, C)), shift=(shift_, (B, C)))
+    check("adaln", x_, x_dot=(x_dot, (b, N, C)), scale_dot=(scale_dot, (b, C)), shift_dot=(shift_dot, (b, C)))
+    y, y_dot = _AdaLN.apply(x_, scale_, shift_, x_dot, scale_dot, shift_dot, eps, b)
     return Dual(y, y_dot) if duals else y
 
 
 def inputs(case: Case, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, Tensor]:
     s = case.shape
     normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=dtype).to(device)  # noqa: E731
-    return dict(x=2 * normal(s["B"], s["N"], s["C"]) + 0.5, scale=0.5 * normal(s["B"], s["C"]), shift=normal(s["B"], s["C"]))
+    x = 2 * normal(s["B"], s["N"], s["C"]) + 0.5
+    return dict(x=x, scale=0.5 * normal(s["B"], s["C"]), shift=normal(s["B"], s["C"]))
 
 
 def cost(case: Case, itemsize: int) -> Cost:
