@@ -36,7 +36,7 @@ def digits_base() -> Config:
     return Config(
         recipe="digits-base",
         objective="flow_matching",
-        steps=3600,
+        steps=2800,
         batch_size=64,
         transformer=_digits_transformer(dual_time=False),
         flow=FlowConfig(mean=(0.3, 0.3), spread=(1.0, 1.0), share=(0.0, 0.0)),

@@ -27,6 +27,8 @@ import deepspeed
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# On a CPU DeepSpeed would compile a C++ all-reduce at start-up (a minute, a compiler, ninja); gloo's serves.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 PART = ".part"  # a folder so named is being written or removed, and never read
 
 
@@ -37,8 +39,7 @@ def process_group() -> Iterator[tuple[int, int]]:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        os.environ.update({k: v for k, v in alone.items()})
+        os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))))
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)

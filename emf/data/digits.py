@@ -116,14 +116,18 @@ def sample_spec(rng: np.random.Generator, tag: str | None = None) -> Spec:
 
 
 def arrange(spec: Spec, rng: np.random.Generator) -> list[tuple[int, str, int, int]]:
-    """(digit, colour, row, column) of every object of a scene, what the caption leaves open drawn at random."""
+    """(digit, colour, row, column) of every object of a scene, what the caption leaves open drawn at random.
+
+    Related objects stand in a random row or column; others fill the cells in reading order, from the upper or the lower row.
+    """
     objects = [(CLASSES.index(e["class"]), e.get("color")) for e in spec["include"] for _ in range(e["count"])]
-    cells = [divmod(int(i), CELLS) for i in rng.permutation(CELLS * CELLS)[: len(objects)]]
     relation = next((e["position"][0] for e in spec["include"] if "position" in e), None)
+    line = int(rng.integers(CELLS))
     if relation:
-        along = int(rng.integers(CELLS))  # the line that both objects stand on
-        low, high = ((along, 0), (along, 1)) if relation in ("left of", "right of") else ((0, along), (1, along))
+        low, high = ((line, 0), (line, 1)) if relation in ("left of", "right of") else ((0, line), (1, line))
         cells = [high, low] if relation in ("left of", "above") else [low, high]  # target first
+    else:
+        cells = [(line ^ i // CELLS, i % CELLS) for i in range(len(objects))]
     colors = [color or COLORS[rng.integers(len(COLORS))] for _, color in objects]
     return [(digit, color, *cell) for (digit, _), color, cell in zip(objects, colors, cells, strict=True)]
 

@@ -92,7 +92,15 @@ def _bwd(
 class _AdaLN(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, x_dot: Any, scale_dot: Any, shift_dot: Any, eps: float, b: int
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        x_dot: Any,
+        scale_dot: Any,
+        shift_dot: Any,
+        eps: float,
+        b: int,
     ) -> Any:
         B, N, C = x.shape
         y, y_dot = (torch.empty(samples, N, C, dtype=x.dtype, device=x.device) for samples in (B, b))

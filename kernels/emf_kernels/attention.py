@@ -1,10 +1,13 @@
 """Softmax attention, self or cross, with a key mask.
 
 Shapes:   q [B, Nq, H, D]; k, v [B, Nk, H, D]; mask [B, Nk] bool (True = attend) or None; o [B, Nq, H, D].
-Primal:   s = q k^T D^-1/2;  p = softmax(s);  o = p v.  A masked key has weight 0; a sample without any key to attend to gives 0.
+Primal:   s = q k^T D^-1/2;  p = softmax(s);  o = p v.  A masked key has weight 0; a sample without any live key gives 0.
 Tangent:  s_dot = (q_dot k^T + q k_dot^T) D^-1/2;  o_dot = (p * s_dot) v - rowsum(p * s_dot) o + p v_dot
-Backward: ds = p * (do v^T - rowsum(do * o));  dq = ds k D^-1/2;  dk = ds^T q D^-1/2;  dv = p^T do
+Backward: ds = p * (do v^T - rowsum(do * o)) D^-1/2;  dq = ds k;  dk = ds^T q;  dv = p^T do
 Source:   FlashAttention-2 (arXiv 2307.08691) for the primal; the tangent follows from d softmax = p * (s_dot - <p, s_dot>).
+
+The kernel keeps two wide accumulators, a = sum p v and a_dot = sum (p * s_dot) v + p v_dot, and two narrow ones, l = sum p and
+mu = sum p * s_dot, all relative to the running maximum m of s. At the end o = a / l and o_dot = (a_dot - mu o) / l.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .op import Case, Cost, Dual, Op, check, halves, leading
 
@@ -22,125 +26,161 @@ from .op import Case, Cost, Dual, Op, check, halves, leading
 def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     s = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * q.shape[-1] ** -0.5
     dead = None if mask is None else ~mask[:, None, None, :]
-    p = s.softmax(-1) if dead is None else s.masked_fill(dead, torch.finfo(s.dtype).min).softmax(-1).masked_fill(dead, 0)
+    p = (s if dead is None else s.masked_fill(dead, torch.finfo(s.dtype).min)).softmax(-1)
+    p = p if dead is None else p.masked_fill(dead, 0)
     return (p @ v.transpose(1, 2)).transpose(1, 2)
+
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _tile(ptr, stride_b, stride_n, stride_h, sample, head, n, d, inside):
+    return tl.load(ptr + sample * stride_b + head * stride_h + n[:, None] * stride_n + d[None, :], mask=inside, other=0)
 
 
 @triton.jit
 def _fwd(
     q_ptr, k_ptr, v_ptr, mask_ptr, q_dot_ptr, k_dot_ptr, v_dot_ptr, o_ptr, o_dot_ptr, lse_ptr,
-    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, mask_b, qd_b, qd_n, qd_h, kd_b, kd_n, kd_h, vd_b, vd_n, vd_h,
-    first, Nq, Nk, scale, H: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, Q_LIVE: tl.constexpr, K_LIVE: tl.constexpr, V_LIVE: tl.constexpr,
+    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, mask_b,
+    q_dot_b, q_dot_n, q_dot_h, k_dot_b, k_dot_n, k_dot_h, v_dot_b, v_dot_n, v_dot_h,
+    first, Nq, Nk, scale, H: tl.constexpr, D: tl.constexpr,
+    MASKED: tl.constexpr, Q_LIVE: tl.constexpr, K_LIVE: tl.constexpr, V_LIVE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # one program: BLOCK_Q queries of one head of one sample; keys and values are read once for both halves
+    # one program: BLOCK_Q queries of one head of one sample; keys and values are read once for value and tangent
     head, sample = tl.program_id(1), first + tl.program_id(2).to(tl.int64)
-    i = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    d = tl.arange(0, BLOCK_D)
-    i_in, d_in = (i < Nq)[:, None] & (d < D)[None, :], d < D
-    q = tl.load(q_ptr + sample * q_b + head * q_h + i[:, None] * q_n + d[None, :], mask=i_in, other=0)
+    i, d = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
+    i_inside = (i < Nq)[:, None] & (d < D)[None, :]
+    q = _tile(q_ptr, q_b, q_n, q_h, sample, head, i, d, i_inside)
     if Q_LIVE:
-        q_dot = tl.load(q_dot_ptr + sample * qd_b + head * qd_h + i[:, None] * qd_n + d[None, :], mask=i_in, other=0)
-    LIVE: tl.constexpr = Q_LIVE or K_LIVE or V_LIVE
+        q_dot = _tile(q_dot_ptr, q_dot_b, q_dot_n, q_dot_h, sample, head, i, d, i_inside)
     m, l = tl.full([BLOCK_Q], float("-inf"), tl.float32), tl.zeros([BLOCK_Q], tl.float32)  # noqa: E741
-    a, a_dot, mu = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32), tl.zeros([BLOCK_Q, BLOCK_D], tl.float32), tl.zeros([BLOCK_Q], tl.float32)
+    mu = tl.zeros([BLOCK_Q], tl.float32)
+    a, a_dot = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32), tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for start in range(0, Nk, BLOCK_K):
         j = start + tl.arange(0, BLOCK_K)
-        j_in = j < Nk
-        inside = j_in[:, None] & d_in[None, :]
-        k = tl.load(k_ptr + sample * k_b + head * k_h + j[:, None] * k_n + d[None, :], mask=inside, other=0)
-        v = tl.load(v_ptr + sample * v_b + head * v_h + j[:, None] * v_n + d[None, :], mask=inside, other=0)
-        alive = j_in
+        inside = (j < Nk)[:, None] & (d < D)[None, :]
+        k = _tile(k_ptr, k_b, k_n, k_h, sample, head, j, d, inside)
+        v = _tile(v_ptr, v_b, v_n, v_h, sample, head, j, d, inside)
+        live = j < Nk
         if MASKED:
-            alive = alive & (tl.load(mask_ptr + sample * mask_b + j, mask=j_in, other=0) != 0)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * 1.4426950408889634)  # in units of log2, for exp2
-        s = tl.where(alive[None, :], s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # no live key so far
-        p = tl.exp2(s - m_safe[:, None])
-        shrink = tl.exp2(m - m_safe)
+            live = live & (tl.load(mask_ptr + sample * mask_b + j, mask=live, other=0) != 0)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)  # in units of log2, for exp2
+        s = tl.where(live[None, :], s, float("-inf"))
+        m_next = tl.maximum(m, tl.max(s, 1))
+        reached = tl.where(m_next == float("-inf"), 0.0, m_next)  # no live key so far: -inf - 0, and not -inf - -inf
+        p = tl.exp2(s - reached[:, None])
+        shrink = tl.exp2(m - reached)
         l = l * shrink + tl.sum(p, 1)  # noqa: E741
         a = a * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-        if LIVE:
-            a_dot = a_dot * shrink[:, None]
+        a_dot = a_dot * shrink[:, None]  # with no live argument this and the next block compile to nothing
         if Q_LIVE or K_LIVE:
             s_dot = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
             if Q_LIVE:
                 s_dot += tl.dot(q_dot, tl.trans(k), input_precision=PRECISION)
             if K_LIVE:
-                k_dot = tl.load(k_dot_ptr + sample * kd_b + head * kd_h + j[:, None] * kd_n + d[None, :], mask=inside, other=0)
+                k_dot = _tile(k_dot_ptr, k_dot_b, k_dot_n, k_dot_h, sample, head, j, d, inside)
                 s_dot += tl.dot(q, tl.trans(k_dot), input_precision=PRECISION)
             w = p * (s_dot * scale)
             mu = mu * shrink + tl.sum(w, 1)
             a_dot += tl.dot(w.to(v.dtype), v, input_precision=PRECISION)
         if V_LIVE:
-            v_dot = tl.load(v_dot_ptr + sample * vd_b + head * vd_h + j[:, None] * vd_n + d[None, :], mask=inside, other=0)
+            v_dot = _tile(v_dot_ptr, v_dot_b, v_dot_n, v_dot_h, sample, head, j, d, inside)
             a_dot += tl.dot(p.to(v.dtype), v_dot, input_precision=PRECISION)
-        m = m_new
+        m = m_next
     dead = l == 0
-    total = tl.where(dead, 1.0, l)
-    o = a / total[:, None]
+    l = tl.where(dead, 1.0, l)  # noqa: E741
+    o = a / l[:, None]
     out = sample * Nq * H * D + i[:, None] * (H * D) + head * D + d[None, :]
-    tl.store(o_ptr + out, o, mask=i_in)
-    # a row without any live key: +inf, with which exp(s - lse) is 0 in backward
-    tl.store(lse_ptr + (sample * H + head) * Nq + i, tl.where(dead, float("inf"), (m + tl.log2(total)) / 1.4426950408889634), mask=i < Nq)
-    if LIVE:
-        tl.store(o_dot_ptr + out, a_dot / total[:, None] - (mu / total)[:, None] * o, mask=i_in)
+    tl.store(o_ptr + out, o, mask=i_inside)
+    lse = tl.where(dead, float("inf"), (m + tl.log2(l)) / LOG2E)  # +inf: exp(s - lse) is 0 in backward
+    tl.store(lse_ptr + (sample * H + head) * Nq + i, lse, mask=i < Nq)
+    if Q_LIVE or K_LIVE or V_LIVE:
+        tl.store(o_dot_ptr + out, (a_dot - mu[:, None] * o) / l[:, None], mask=i_inside)
+
+
+def blocks(D: int, Nq: int, Nk: int) -> dict[str, int]:
+    """Launch constants by shape: tile sizes, warps, stages."""
+    block_d = max(16, triton.next_power_of_2(D))
+    cap_q, cap_k = (64, 64) if block_d >= 128 else (128, 64)
+    fit = lambda cap, n: min(cap, max(16, triton.next_power_of_2(n)))  # noqa: E731
+    return dict(BLOCK_Q=fit(cap_q, Nq), BLOCK_K=fit(cap_k, Nk), BLOCK_D=block_d, num_warps=8, num_stages=2)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, q_dot: Any, k_dot: Any, v_dot: Any) -> Any:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, q_dot: Any, k_dot: Any, v_dot: Any, b: int
+    ) -> Any:
         (B, Nq, H, D), Nk = q.shape, k.shape[1]
-        tangents = [d for d in (q_dot, k_dot, v_dot) if d is not None]
-        b = tangents[0].shape[0] if tangents else 0
-        o, o_dot = torch.empty(B, Nq, H, D, dtype=q.dtype, device=q.device), torch.empty(b, Nq, H, D, dtype=q.dtype, device=q.device)
+        o, o_dot = (torch.empty(samples, Nq, H, D, dtype=q.dtype, device=q.device) for samples in (B, b))
         lse = torch.empty(B, H, Nq, dtype=torch.float32, device=q.device)
-        block_d = max(16, triton.next_power_of_2(D))
-        block_q, block_k, warps = (64, 64, 8) if block_d >= 128 else (128, 64, 8)
-        block_q, block_k = min(block_q, max(16, triton.next_power_of_2(Nq))), min(block_k, max(16, triton.next_power_of_2(Nk)))
-        strides = [0 if x is None else x.stride(i) for x in (q, k, v) for i in range(3)]
-        tangent_strides = [0 if x is None else x.stride(i) for x in (q_dot, k_dot, v_dot) for i in range(3)]
+        strides = lambda *xs: [0 if x is None else x.stride(i) for x in xs for i in range(3)]  # noqa: E731
+        dots = (q_dot, k_dot, v_dot)
+        launch = blocks(D, Nq, Nk)
         precision = "ieee" if q.dtype == torch.float32 else "tf32"
-        # the first b samples with their tangents, then the rest without: two launches rather than a branch around every product
-        for first, count, live in ((0, b, [d is not None for d in (q_dot, k_dot, v_dot)]), (b, B - b, [False] * 3)):
+        # the first b samples with their tangents, then the rest without: the second launch compiles to plain attention
+        for first, count, live in ((0, b, [d is not None for d in dots]), (b, B - b, [False] * 3)):
             if count:
-                _fwd[(triton.cdiv(Nq, block_q), H, count)](
-                    q, k, v, mask, q_dot, k_dot, v_dot, o, o_dot, lse, *strides, 0 if mask is None else mask.stride(0), *tangent_strides,
-                    first, Nq, Nk, D**-0.5, H, D, mask is not None, *live, precision, block_q, block_k, block_d, num_warps=warps, num_stages=2,
+                _fwd[(triton.cdiv(Nq, launch["BLOCK_Q"]), H, count)](
+                    q, k, v, mask, *dots, o, o_dot, lse, *strides(q, k, v), 0 if mask is None else mask.stride(0),
+                    *strides(*dots), first, Nq, Nk, D**-0.5, H, D, mask is not None, *live, precision, **launch,
                 )  # fmt: skip
         ctx.save_for_backward(q, k, v, mask, o, lse)
         ctx.mark_non_differentiable(o_dot)
+        ctx.set_materialize_grads(False)  # no zeros for the tangent's gradient, which there never is
         return o, o_dot
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, do: Tensor, _: Any) -> Any:
-        # plain torch from the saved lse; the library's flash backward takes its place where a GPU can be had to hold it to this one
-        q, k, v, mask, o, lse = (x if x is None or x.dtype == torch.bool else x.float() for x in ctx.saved_tensors)
-        do, scale = do.float(), q.shape[-1] ** -0.5
-        p = torch.exp(torch.einsum("bihd,bjhd->bhij", q, k) * scale - lse[..., None])
-        if mask is not None:
-            p = p.masked_fill(~mask[:, None, None, :], 0)
-        ds = p * (torch.einsum("bihd,bjhd->bhij", do, v) - (do * o).sum(-1).transpose(1, 2)[..., None]) * scale
-        dq, dk = torch.einsum("bhij,bjhd->bihd", ds, k), torch.einsum("bhij,bihd->bjhd", ds, q)
-        dv = torch.einsum("bhij,bihd->bjhd", p, do)
-        dtype = ctx.saved_tensors[0].dtype
-        return dq.to(dtype), dk.to(dtype), dv.to(dtype), None, None, None, None
+        return *_bwd(do, *ctx.saved_tensors), None, None, None, None, None
+
+
+def _bwd(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, o: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) from the saved lse: PyTorch's flash kernel where it can, which has no key mask; else plain torch, which holds
+    a few float32 [B, H, Nq, Nk]."""
+    scale = q.shape[3] ** -0.5
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    if (
+        mask is None
+        and half
+        and q.shape[3] % 8 == 0
+        and q.is_cuda
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    ):
+        unused = torch.empty(0, dtype=torch.uint64, device=q.device)  # the state of the dropout that there is not
+        return torch.ops.aten._flash_attention_backward(
+            do, q, k, v, o, lse, None, None, q.shape[1], k.shape[1], 0.0, False, unused, unused, scale=scale
+        )
+    q_, k_, v_, do = q.float(), k.float(), v.float(), do.float()
+    p = torch.exp(torch.einsum("bihd,bjhd->bhij", q_, k_) * scale - lse[..., None])
+    p = p if mask is None else p.masked_fill(~mask[:, None, None, :], 0)
+    do_o = (do * o.float()).sum(-1).transpose(1, 2)
+    ds = p * (torch.einsum("bihd,bjhd->bhij", do, v_) - do_o[..., None]) * scale
+    dq, dk = torch.einsum("bhij,bjhd->bihd", ds, k_), torch.einsum("bhij,bihd->bjhd", ds, q_)
+    dv = torch.einsum("bhij,bihd->bjhd", p, do)
+    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 
 def fused(q: Tensor | Dual, k: Tensor | Dual, v: Tensor | Dual, mask: Tensor | None = None) -> Tensor | Dual:
+    """Attention of Tensors, or of Duals in any of the three places: one kernel for value and tangent. Shapes as above; float16, bfloat16
+    (on a GPU) or float32, the same for q, k, v; sums in float32; last dimension contiguous, D at most 256; else ValueError."""
     duals = [a for a in (q, k, v) if isinstance(a, Dual)]
     b = leading(duals, "attention") if duals else 0
-    (q, q_dot), (k, k_dot), (v, v_dot) = halves(q), halves(k), halves(v)
-    if q.ndim != 4 or k.ndim != 4 or not 1 <= q.shape[3] <= 256:
-        raise ValueError(f"attention: q is {tuple(q.shape)}, k is {tuple(k.shape)}; expected [B, N, H, D] with D at most 256")
+    (q_, q_dot), (k_, k_dot), (v_, v_dot) = halves(q), halves(k), halves(v)
+    if q_.ndim != 4 or k_.ndim != 4 or not 1 <= q_.shape[3] <= 256:
+        shapes = f"q is {tuple(q_.shape)}, k is {tuple(k_.shape)}"
+        raise ValueError(f"attention: {shapes}; expected [B, N, H, D] with D at most 256")
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"attention: mask is {mask.dtype}; expected bool [B, Nk], True where a key is attended to")
-    (B, Nq, H, D), Nk = q.shape, k.shape[1]
-    kv = (B, Nk, H, D)
-    check("attention", q, q=(q, (B, Nq, H, D)), k=(k, kv), v=(v, kv), mask=(mask, (B, Nk)))
-    check("attention", q, q_dot=(q_dot, (b, Nq, H, D)), k_dot=(k_dot, (b, *kv[1:])), v_dot=(v_dot, (b, *kv[1:])))
-    o, o_dot = _Attention.apply(q, k, v, mask, q_dot, k_dot, v_dot)
+    (B, Nq, H, D), Nk = q_.shape, k_.shape[1]
+    check("attention", q_, q=(q_, (B, Nq, H, D)), k=(k_, (B, Nk, H, D)), v=(v_, (B, Nk, H, D)), mask=(mask, (B, Nk)))
+    check("attention", q_, q_dot=(q_dot, (b, Nq, H, D)), k_dot=(k_dot, (b, Nk, H, D)), v_dot=(v_dot, (b, Nk, H, D)))
+    o, o_dot = _Attention.apply(q_, k_, v_, mask, q_dot, k_dot, v_dot, b)
     return Dual(o, o_dot) if duals else o
 
 
@@ -148,7 +188,7 @@ def inputs(case: Case, dtype: torch.dtype, device: str, generator: torch.Generat
     s = case.shape
     normal = lambda n: torch.randn(s["B"], n, s["H"], s["D"], generator=generator, dtype=dtype).to(device)  # noqa: E731
     mask = None
-    if s.get("masked"):  # sample 0 attends to one key, the last one (of several) to none, the others to a growing number
+    if s.get("masked"):  # sample 0 attends to one key, the last of several to none, the others to a growing number
         lengths = torch.linspace(1, s["Nk"], s["B"]).round()
         lengths[-1] = 0 if s["B"] > 1 else s["Nk"]
         mask = (torch.arange(s["Nk"])[None] < lengths[:, None]).to(device)
@@ -176,6 +216,8 @@ attention = Op(
         Case("cross-masked", dict(B=3, Nq=10, Nk=7, H=2, D=16, masked=1, b=2), ("q",)),
         Case("all-live-masked", dict(B=3, Nq=5, Nk=19, H=2, D=24, masked=1), QKV),
         Case("one-key", dict(B=2, Nq=3, Nk=1, H=1, D=16, b=1), QKV),
+        Case("tiles", dict(B=2, Nq=70, Nk=150, H=1, D=16), QKV),
+        Case("tiles-masked", dict(B=3, Nq=3, Nk=140, H=1, D=16, masked=1, b=2), QKV),
         Case("head-112", dict(B=2, Nq=17, Nk=35, H=1, D=112), ("q",)),
         Case("sana-1.6b-cross", dict(B=4, Nq=1024, Nk=730, H=20, D=112), ("q",), frozenset({"bench"})),
     ],
