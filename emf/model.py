@@ -32,6 +32,8 @@ class TransformerConfig:
     patch_size: int = 1
     sample_size: int = 32
     norm_eps: float = 1e-6
+    interpolation_scale: float | None = None
+    """Fixed 2-D sinusoidal positions added to the patches, at this scale (SANA at 2048 and 4096 px: 1 and 2; none below)."""
     qk_norm: bool = True
     """RMS norm of queries and keys across heads (SANA-1.5: yes; SANA-1.0: no)."""
     dual_time: bool = False
@@ -88,6 +90,9 @@ class Transformer(nn.Module):
         m, e = self.embed_time(t, r, x.dtype)
         c = self.caption_norm(self.caption_projection(c))
         h = self.patch_embed["proj"](tokens(z, p))
+        if config.interpolation_scale is not None:
+            where = positions(height, width, config.channels, config.sample_size // p, config.interpolation_scale)
+            h = ops.gated_residual(h, None, where.to(x.device, x.dtype).expand(x.shape[0], -1, -1))
         for block in self.transformer_blocks:
 
             def run(h: Value, m: Value, c: Tensor, block: nn.Module = block) -> Any:
@@ -110,6 +115,18 @@ class Transformer(nn.Module):
         end, interval = ops.time_embedding(t, r, self.config.time_scale, SINUSOID)
         (m_t, e_t), (m_r, e_r) = self.time_embed_t(each(cast, end)), self.time_embed_r(each(cast, interval))
         return ops.gated_residual(m_t, None, m_r), ops.gated_residual(e_t, None, e_r)
+
+
+def positions(height: int, width: int, channels: int, base: int, scale: float) -> Tensor:
+    """[height width, channels] float32: half the channels for the column, half for the row, each sines then cosines (diffusers' PatchEmbed).
+
+    base: grid size of the configured sample, at which neighbours are 1 / scale apart.
+    """
+    f = 1e4 ** -(torch.arange(channels // 4, dtype=torch.float64) / (channels // 4))
+    row, column = (torch.arange(n, dtype=torch.float64) * (base / n) / scale for n in (height, width))
+    row, column = (torch.cat([torch.sin(s[:, None] * f), torch.cos(s[:, None] * f)], 1) for s in (row, column))
+    grid = torch.cat([column[None].expand(height, -1, -1), row[:, None].expand(-1, width, -1)], 2)
+    return grid.reshape(height * width, channels).float()
 
 
 class TextToImage(nn.Module):

@@ -27,6 +27,7 @@ def _digits_transformer(dual_time: bool) -> TransformerConfig:
         caption_channels=128,
         patch_size=3,
         sample_size=18,
+        interpolation_scale=1.0,
         dual_time=dual_time,
     )
 
@@ -36,7 +37,7 @@ def digits_base() -> Config:
     return Config(
         recipe="digits-base",
         objective="flow_matching",
-        steps=2800,
+        steps=2000,
         batch_size=64,
         transformer=_digits_transformer(dual_time=False),
         flow=FlowConfig(mean=(0.3, 0.3), spread=(1.0, 1.0), share=(0.0, 0.0)),
