@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +29,8 @@ def report_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, Diverged) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # every rank sees the same
+            print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, ValueError) else 3) from None
     except KeyboardInterrupt:
         print("interrupted; --resume True continues from the last checkpoint", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import tyro
@@ -60,7 +61,15 @@ def digits() -> Config:
     )
 
 
-RECIPES = {"digits-base": digits_base, "digits": digits}
+def digits_full() -> Config:
+    """Stage 2 for longer: the figures under profiles/digits-full."""
+    config = digits()
+    return replace(
+        config, recipe="digits-full", steps=2000, optim=replace(config.optim, warmup=100, ema=0.995), run=replace(config.run, save_every=200, eval_every=200)
+    )
+
+
+RECIPES = {"digits-base": digits_base, "digits": digits, "digits-full": digits_full}
 
 
 def from_file(path: Path) -> Config:

@@ -89,9 +89,9 @@ class Log:
         self.out, self.console = out, Console()
         for name in ("metrics.jsonl", "curve.jsonl"):
             file = out / name
-            if file.exists():
-                rows = [row for row in file.read_text().splitlines() if row and json.loads(row)["step"] <= start]
-                file.write_text("".join(row + "\n" for row in rows))
+            if file.exists():  # a kill may have torn the last line; what ends in a newline is whole
+                rows = [row for row in file.read_text().splitlines(keepends=True) if row.endswith("\n") and json.loads(row)["step"] <= start]
+                file.write_text("".join(rows))
         columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
         self.progress = Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=self.console)
         self.task = self.progress.add_task("train", total=total, completed=start, note="")
@@ -130,6 +130,8 @@ def train(config: Config, out: Path, resume: bool = False) -> None:
     with process_group() as (rank, world):
         folder = out / "checkpoints"
         saved = checkpoints(folder)
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"train: {out} is no folder; choose another --out")
         if (out / "config.json").exists() and not resume:
             raise ValueError(f"train: {out} holds a run already; add --resume True to continue it, or choose another --out")
         if resume and saved:

@@ -125,8 +125,9 @@ class Engine:
         """Optimizer step at the end of the last micro-batch, then the moving average. step counts from 0."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
+        last = self.engine.is_gradient_accumulation_boundary()
         self.engine.step()
-        if self.engine.is_gradient_accumulation_boundary():
+        if last:
             decay = min(self.decay, (1 + step) / (10 + step))
             with torch.no_grad():
                 for name, p in self.trainable.items():

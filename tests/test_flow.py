@@ -1,0 +1,145 @@
+"""Times, path, losses and samplers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from emf.convert import add_time_branches
+from emf.flow import FlowConfig, guided, meanflow_loss, path, sample, times
+from emf.model import Transformer, TransformerConfig
+from emf_kernels import Dual
+
+
+@pytest.mark.parametrize(("progress", "share", "mean_t", "mean_gap"), [(0.0, 0.25, 0.51, 0.23), (0.5, 0.5, 0.66, 0.31), (1.0, 0.75, 0.75, 0.35)])
+def test_times_follow_the_schedule(progress: float, share: float, mean_t: float, mean_gap: float) -> None:
+    """The paper's code: E[t] of all, E[t - r] of the two draws before r = t is set."""
+    g = torch.Generator().manual_seed(0)
+    draws = [times(progress, 64, FlowConfig(), g) for _ in range(400)]
+    b = torch.tensor([float(d[2]) for d in draws])
+    assert all((t[:n] > r[:n]).all() and (t[n:] == r[n:]).all() for t, r, n in draws)
+    assert abs(b.mean() / 64 - share) < 0.005
+    assert abs(torch.cat([d[0] for d in draws]).mean() - mean_t) < 0.01
+    assert abs(torch.cat([d[0][: d[2]] - d[1][: d[2]] for d in draws]).mean() - mean_gap) < 0.01
+
+
+def test_share_is_exact_on_average_for_small_batches() -> None:
+    g = torch.Generator().manual_seed(0)
+    b = [times(0.0, 2, FlowConfig(), g)[2] for _ in range(4000)]
+    assert set(b) == {0, 1} and abs(sum(b) / 8000 - 0.25) < 0.02
+
+
+def test_uniform_and_cosine() -> None:
+    g = torch.Generator().manual_seed(0)
+    t, r, _ = times(0.0, 4000, FlowConfig(sampler="uniform", share=(1.0, 1.0)), g)
+    assert abs(t.mean() - 2 / 3) < 0.02 and abs(r.mean() - 1 / 3) < 0.02
+    quarter = [times(0.25, 1000, FlowConfig(schedule=s), g)[2] / 1000 for s in ("linear", "cosine")]  # type: ignore[arg-type]
+    assert abs(quarter[0] - 0.375) < 2e-3 and abs(quarter[1] - (0.25 + 0.5 * (1 - 0.5**0.5) / 2)) < 2e-3
+
+
+def test_path() -> None:
+    x, e = torch.randn(2, 5, 3, 2, 2)
+    z, v = path(x, e, torch.tensor([0.0, 1.0, 0.5, 0.25, 0.75]))
+    torch.testing.assert_close(z[0], x[0])
+    torch.testing.assert_close(z[1], e[1])
+    torch.testing.assert_close(z[3] - z[2], -0.25 * 0 + (0.75 * x[3] + 0.25 * e[3]) - (x[2] + e[2]) / 2)
+    torch.testing.assert_close(v, e - x)
+
+
+def test_meanflow_loss_against_an_independent_computation() -> None:
+    """On the real transformer: target by torch.func.jvp over all samples, weight and gradient by hand."""
+    torch.manual_seed(0)
+    config = TransformerConfig(3, 3, 2, 8, 1, 1, 16, 12, 2.5, 2, 4, dual_time=True)
+    net = Transformer(config).double()
+    x, e, c = torch.randn(4, 3, 4, 4).double(), torch.randn(4, 3, 4, 4).double(), torch.randn(4, 3, 12).double()
+    t = torch.tensor([0.9, 0.5, 0.7, 0.3]).double()
+    r = torch.tensor([0.1, 0.4, 0.7, 0.3]).double()
+    loss, error = meanflow_loss(lambda z, t, r: net(z, t, r, c), x, e, t, r, 2, FlowConfig())
+    loss.sum().backward()
+    got = {k: p.grad.clone() for k, p in net.named_parameters() if p.grad is not None}
+    net.zero_grad()
+    z, v = (1 - t)[:, None, None, None] * x + t[:, None, None, None] * e, e - x
+    _, u_dot = torch.func.jvp(lambda z, r, t: net(z, t, r, c), (z, r, t), (v, torch.zeros_like(r), torch.ones_like(t)))
+    u = net(z, t, r, c)
+    squares = (u - (v - (t - r)[:, None, None, None] * u_dot).detach()).square()
+    weight = 1 / (squares.sum((1, 2, 3)).detach() + 1e-3)
+    torch.testing.assert_close(loss, weight * squares.sum((1, 2, 3)), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(error, squares.mean((1, 2, 3)).detach(), rtol=1e-9, atol=1e-9)
+    (weight * squares.sum((1, 2, 3))).sum().backward()
+    for name, p in net.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(got[name], p.grad, rtol=1e-8, atol=1e-10, msg=name)
+
+
+def decay(average: bool) -> Any:
+    """dz/dt = z: v = z; the exact average velocity over [r, t] is z (1 - exp(r - t)) / (t - r)."""
+
+    def network(z: Tensor, t: Tensor, r: Tensor | None) -> Tensor:
+        if r is None:
+            return z
+        gap = (t - r)[:, None]
+        return z * (1 - torch.exp(-gap)) / gap
+
+    return network
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_sampler_is_exact_where_u_is(steps: int) -> None:
+    z = torch.randn(3, 5)
+    torch.testing.assert_close(sample(decay(True), z, steps), z * torch.exp(torch.tensor(-1.0)), rtol=1e-5, atol=1e-6)
+
+
+def test_euler_converges() -> None:
+    z = torch.ones(1, 1)
+    errors = [(sample(decay(False), z, n, average=False) - torch.exp(torch.tensor(-1.0))).abs().item() for n in (4, 40, 400)]
+    assert errors[0] > 8 * errors[1] > 64 * errors[2]
+    with pytest.raises(ValueError, match="steps"):
+        sample(decay(False), z, 0)
+
+
+def test_guidance() -> None:
+    calls: list[str] = []
+
+    def named(name: str, value: float) -> Any:
+        return lambda z, t, r: calls.append(name) or torch.full_like(z, value)
+
+    z = torch.zeros(1)
+    assert guided(named("c", 3.0), named("null", 1.0), 1.0)(z, z, None) == 3 and calls == ["c"]
+    assert guided(named("c", 3.0), named("null", 1.0), 2.0)(z, z, None) == 5
+
+
+def test_a_dual_network_gets_a_tangent_for_the_first_samples_only() -> None:
+    seen: list[Any] = []
+
+    def network(z: Dual, t: Dual, r: Tensor) -> Dual:
+        seen.append((z, t))
+        return Dual(z.primal, z.tangent)
+
+    x, e = torch.randn(2, 4, 2)
+    t = torch.full((4,), 0.5)
+    meanflow_loss(network, x, e, t, torch.cat([t[:1] / 2, t[1:]]), 1, FlowConfig())
+    z, t = seen[0]
+    assert z.tangent.shape == (1, 2) and t.tangent.tolist() == [1.0]
+
+
+@pytest.mark.parametrize("scale", [1.0, 10.0, 1000.0])
+def test_time_branches(scale: float) -> None:
+    torch.manual_seed(0)
+    config = TransformerConfig(3, 3, 4, 16, 2, 1, 64, 12, 2.5, 2, 4)
+    base = Transformer(config)
+    state = {f"transformer.{k}": v for k, v in base.state_dict().items()}
+    dual = Transformer(TransformerConfig(3, 3, 4, 16, 2, 1, 64, 12, 2.5, 2, 4, dual_time=True, time_scale=scale))
+    z, t, c = torch.randn(4, 3, 4, 4), torch.tensor([0.1, 0.4, 0.7, 0.95]), torch.randn(4, 3, 12)
+    with torch.no_grad():
+        want = base(z, t, None, c)
+        for how, same in (("duplicate", False), ("preserve", scale == 1000)):
+            dual.load_state_dict({k.removeprefix("transformer."): v for k, v in add_time_branches(state, dual.config, how).items()})
+            torch.testing.assert_close(dual(z, t, None, c), want)  # the pretrained embedder is kept
+            off = ((dual(z, t, t, c) - want).norm() / want.norm()).item()
+            assert (off < 1e-2) if same else (off > 1e-2 if how == "duplicate" else off < 0.6), (how, off)
+    assert torch.equal(add_time_branches(state, dual.config, "duplicate")["transformer.time_embed_r.linear.weight"], state["transformer.time_embed.linear.weight"])
+    with pytest.raises(ValueError, match="time_embed"):
+        add_time_branches({}, config, "duplicate")

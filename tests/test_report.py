@@ -1,0 +1,146 @@
+"""The report page: whole, self-contained, and honest about what is missing."""
+
+import json
+import math
+from html.parser import HTMLParser
+
+import pytest
+
+from emf import config as configs
+from emf.data.digits import TAGS
+from emf.evaluate.run import contact_sheet
+from emf.recipes import digits, digits_base
+from emf.report import write_report
+
+FM = {1: 0.12, 4: 0.48, 30: 0.72}
+EMF = {1: 0.43, 2: 0.58, 4: 0.69, 8: 0.71}
+
+
+def score_rows(model, overall):
+    spread = (0.25, 0.05, -0.12, 0.2, -0.18, -0.2)
+    tags = {n: {tag: min(1, max(0, s + d)) for tag, d in zip(TAGS, spread, strict=True)} for n, s in overall.items()}
+    return [{"model": model, "steps": n, "overall": s, "by_tag": tags[n]} for n, s in overall.items()]
+
+
+def write_jsonl(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def fake_run(run, config, scores=(), curve=(), seed=0):
+    """A run's folder as train and evaluate leave it, without the training."""
+    run.mkdir()
+    (run / "config.json").write_text(configs.to_json(config))
+    emf = config.objective == "meanflow"
+    rows = []
+    for step in range(10, config.steps + 1, 10):
+        wobble = 1 + 0.3 * math.sin(step * 12.9898 + seed)
+        error = (1.4 if emf else 0.9) * math.exp(-3 * step / config.steps) * wobble + 0.2
+        rows.append(
+            dict(step=step, loss=error / (error + 1e-3) if emf else error, error=error, lr=min(step / 30, 1) * config.optim.lr)
+            | dict(it_s=1.4 * wobble, share=0.25 + 0.5 * step / config.steps if emf else 0, memory_mib=900, skipped=0)
+        )
+    write_jsonl(run / "metrics.jsonl", rows)
+    if curve:
+        write_jsonl(
+            run / "curve.jsonl",
+            [
+                {"step": step, "overall": {str(n): curve[n] * (1 - math.exp(-4 * step / config.steps)) for n in (1, 2, 4)}}
+                for step in range(100, config.steps + 1, 100)
+            ],
+        )
+    if scores:
+        (run / "scores.json").write_text(json.dumps({"rows": scores, "ceiling": 0.97, "noise": 0.0, "shuffled": 0.03}))
+    return run
+
+
+@pytest.fixture
+def emf_run(tmp_path):
+    run = fake_run(tmp_path / "demo", digits(), score_rows("fm", FM) + score_rows("emf", EMF), EMF)
+    contact_sheet(run / "samples.png", ["two red <sevens>"], {"FM 1": [[[0.2, 0.4, 0.6]]], "EMF 1": [[[1, 0, 0]]]})
+    return run
+
+
+class Page(HTMLParser):
+    """The elements of a page; asserts that each is closed where it must be."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.images, self.links = [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.links += [v for k, v in attrs.items() if k in ("src", "href", "srcset")]
+        if tag == "img":
+            self.images.append(attrs)
+        if tag not in ("img", "meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_page_is_whole_and_self_contained(emf_run):
+    text = write_report(emf_run).read_text()
+    page = Page(text)
+    assert len(page.images) == 9 and all(len(image["alt"]) > 20 for image in page.images)
+    assert all(link.startswith("data:image/") for link in page.links)
+    for foreign in ("url(", "@import", "<script", "<link"):
+        assert foreign not in text
+    assert "is missing" not in text
+
+
+def test_shares_of_the_gap_stand_beside_the_papers(emf_run):
+    text = write_report(emf_run).read_text()
+    for here, paper in (("52 %", "62 %"), ("77 %", "87 %"), ("95 %", "98 %")):
+        assert f"<b>{here}</b>" in text and f"the paper: {paper}" in text
+
+
+def test_same_files_same_page(emf_run):
+    assert write_report(emf_run).read_bytes() == write_report(emf_run).read_bytes()
+
+
+def test_flow_matching_run_without_curve(tmp_path):
+    text = write_report(fake_run(tmp_path / "base", digits_base(), score_rows("fm", FM))).read_text()
+    assert len(Page(text).images) == 7
+    assert "gap closed in" not in text and "0.72 in 30" in text and "curve.jsonl is missing" in text
+
+
+def test_says_what_is_missing_and_what_makes_it(tmp_path):
+    run = fake_run(tmp_path / "bare", digits())
+    text = write_report(run).read_text()
+    assert len(Page(text).images) == 6
+    for file in ("scores.json", "samples.png"):
+        assert f"{file} is missing; <code>emf evaluate {run}</code>" in text
+
+
+def test_no_gap_is_no_share(tmp_path):
+    scores = score_rows("fm", dict.fromkeys(FM, 0.0)) + score_rows("emf", EMF)
+    text = write_report(fake_run(tmp_path / "untrained", digits(), scores)).read_text()
+    assert "no gap" in text and "nan" not in text.split("</style>")[1].split("data:image")[0]
+
+
+def test_a_row_half_written_is_left_out(emf_run):
+    with (emf_run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 610, "lo')
+    assert "600 of 600" in write_report(emf_run).read_text()
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("metrics.jsonl", None, "metrics.jsonl holds no row"),
+        ("metrics.jsonl", "", "metrics.jsonl holds no row"),
+        ("metrics.jsonl", '{"step": 1}\n', "metrics.jsonl line 1 is no row"),
+        ("curve.jsonl", "[]\n", "curve.jsonl line 1 is no row"),
+        ("scores.json", '{"rows": []}', "scores.json is not what"),
+        ("config.json", None, "config: no file"),
+    ],
+)
+def test_what_is_wrong_is_one_line(emf_run, file, text, message):
+    (emf_run / file).unlink() if text is None else (emf_run / file).write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        write_report(emf_run)
+    assert "\n" not in str(error.value)
+    assert not (emf_run / "report.html").exists()
