@@ -53,7 +53,7 @@ class World:
 
     size: int = 18
     """Pixels along a side."""
-    pitch: int = 9
+    pitch: int = 10
     """Distance of the two cells along a side."""
     shift: int = 0
     """The whole scene is moved by 0..shift pixels down and right."""

@@ -1,0 +1,105 @@
+"""What an op gives in a dtype, what plain torch gives, and what both should give: the same in float64."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from emf_kernels import Case, Dual, Op, primal
+from torch import Tensor
+
+# Fresh in every run, printed by a failure; EMF_TEST_SEED repeats one.
+SEED = int(os.environ.get("EMF_TEST_SEED", random.randrange(2**31)))
+
+Outcome = dict[str, Tensor]
+Run = Callable[[Op, Case, dict[str, Any], dict[str, Tensor]], tuple[list[Tensor], list[Tensor]]]
+
+
+def floating(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def make(
+    op: Op, case: Case, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[dict[str, Any], dict[str, Tensor], torch.Generator]:
+    """(arguments by name, tangents [b, ...] of the live ones, the generator that follows). The same in every call of a run."""
+    generator = torch.Generator().manual_seed(SEED)
+    args = op.inputs(case, dtype, device, generator)
+    draw = lambda x: torch.randn(x.shape, generator=generator, dtype=torch.float64).to(device, dtype)  # noqa: E731
+    return args, {k: draw(args[k])[: case.b] for k in case.live}, generator
+
+
+def require_grad(op: Op, args: dict[str, Any]) -> list[str]:
+    """The names of the differentiable arguments, which now require grad."""
+    names = [k for k, v in args.items() if floating(v) and v.numel()]
+    names = [k for k in names if op.differentiable is None or k in op.differentiable]
+    for k in names:
+        args[k].requires_grad_()
+    return names
+
+
+def ours(op: Op, case: Case, args: dict[str, Any], tangents: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """(values, tangents) of the outputs, by the op with Duals."""
+    y = op(**{k: Dual(v, tangents[k]) if k in tangents else v for k, v in args.items()})
+    outputs = [y] if isinstance(y, (Dual, Tensor)) else list(y)
+    return [primal(o) for o in outputs], [o.tangent for o in outputs if isinstance(o, Dual)]
+
+
+def eager(op: Op, case: Case, args: dict[str, Any], tangents: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The same by torch.func.jvp of the reference over the whole batch, with zero tangents after b: not through lift."""
+    live = list(tangents)
+
+    def f(*values: Tensor) -> tuple[Tensor, ...]:
+        y = op.reference(**(args | dict(zip(live, values, strict=True))))
+        return y if isinstance(y, tuple) else (y,)
+
+    if not live:
+        return list(f()), []
+    full = tuple(torch.cat([tangents[k], torch.zeros_like(args[k][len(tangents[k]) :])]) for k in live)
+    y, y_dot = torch.func.jvp(f, tuple(args[k] for k in live), full)
+    return list(y), [d[: case.b].detach() for d in y_dot]
+
+
+def gradients(args: dict[str, Any], names: list[str], y: list[Tensor], dy: list[Tensor]) -> Outcome:
+    used = [(o, w) for o, w in zip(y, dy, strict=True) if o.requires_grad]
+    grads = torch.autograd.grad([o for o, _ in used], [args[k] for k in names], [w for _, w in used], allow_unused=True)
+    return {k: g for k, g in zip(names, grads, strict=True) if g is not None}
+
+
+def outcome(op: Op, case: Case, dtype: torch.dtype, run: Run, device: str = "cpu", exact: bool = False) -> Outcome:
+    """Everything that a run gives, by name: y0.., y0_dot.., d<argument>. exact: the same numbers, computed on in float64."""
+    args, tangents, generator = make(op, case, dtype, device)
+    if exact:
+        args = {k: v.double() if floating(v) else v for k, v in args.items()}
+        tangents = {k: d.double() for k, d in tangents.items()}
+    names = require_grad(op, args)
+    y, y_dot = run(op, case, args, tangents)
+    draw = lambda o: torch.randn(o.shape, generator=generator, dtype=torch.float64).to(device, dtype).to(o.dtype)  # noqa: E731
+    dy = [draw(o) for o in y]
+    result = {f"y{i}": o.detach() for i, o in enumerate(y)} | {f"y{i}_dot": o for i, o in enumerate(y_dot)}
+    return result | {f"d{k}": g for k, g in gradients(args, names, y, dy).items()}
+
+
+def finite(result: Outcome) -> bool:
+    return all(bool(x.isfinite().all()) for x in result.values())
+
+
+def compare(got: Outcome, plain: Outcome, exact: Outcome, dtype: torch.dtype) -> None:
+    """At most twice plain torch's error in the same dtype, as L2 norms.
+
+    Below four roundings an error is rounding: of the root mean square of the result, or of the largest result of its kind (values,
+    tangents, gradients), for a gradient that is zero by cancellation still carries the roundings of what cancelled.
+    """
+    assert got.keys() == exact.keys()
+    kind = lambda name: "d" if name[0] == "d" else name.partition("_")[2]  # noqa: E731
+    rms = lambda x: (x.norm() / max(x.numel(), 1) ** 0.5).item()  # noqa: E731
+    for name, want in exact.items():
+        assert got[name].shape == want.shape, f"{name} is {tuple(got[name].shape)}, expected {tuple(want.shape)}"
+        assert got[name].isfinite().all(), f"{name} is not finite (seed {SEED})"
+        floor = 4 * torch.finfo(dtype).eps * max(rms(x) for other, x in exact.items() if kind(other) == kind(name))
+        error, twice = rms(got[name].double() - want), 2 * rms(plain[name].double() - want)
+        message = f"{name}: error {error:.2e}; twice eager's is {twice:.2e}, four roundings {floor:.2e} (seed {SEED})"
+        assert error <= max(twice, floor), message
