@@ -85,12 +85,12 @@ dt { color: #59616e } dd { margin: 0 }
 def write_report(run: Path) -> Path:
     """report.html in a run's folder, from what lies there; returns its path.
 
-    Needs config.json and a row of metrics.jsonl. Where curve.jsonl, scores.json or samples.png is missing, the page says
-    so and names the command that makes it. Raises ValueError on no metrics, no config, or a file that is not what we write.
+    Needs config.json and a row of metrics.jsonl. Where curve.jsonl, scores.json or samples.png is missing, the page
+    says so and names the command that makes it. Raises ValueError on no metrics, no config, or a file of another form.
     """
     metrics = _rows(run / "metrics.jsonl", ("step", "loss", "error", "lr", "it_s", "share", "memory_mib", "skipped"))
     if not metrics:
-        raise ValueError(f"report: {run}/metrics.jsonl holds no row; expected the folder of a run that has logged a step")
+        raise ValueError(f"report: {run}/metrics.jsonl holds no row; give the folder of a run that has logged a step")
     config, scores = configs.read(run / "config.json"), _scores(run / "scores.json")
     curve = _rows(run / "curve.jsonl", ("step", "overall"))
     name, ended = run.resolve().name, datetime.fromtimestamp((run / "metrics.jsonl").stat().st_mtime, UTC)
@@ -109,7 +109,8 @@ def write_report(run: Path) -> Path:
 <title>{escape(name)}: EMF-MeanFlow</title><style>{CSS}</style></head><body>
 {"".join(sections)}
 <h2>Settings</h2>
-<details><summary>The resolved config; <code>emf train {escape(str(run / "config.json"))} --out DIR</code> runs it again</summary>
+<details><summary>The resolved config; <code>emf train {escape(str(run / "config.json"))} --out DIR</code> runs it
+again</summary>
 <pre>{escape(json.dumps(config, indent=2))}</pre></details>
 <p class="quiet">Run ended {ended:%Y-%m-%d %H:%M} UTC (last row of metrics.jsonl). Page made with emf {__version__},
 torch {torch.__version__}, Python {platform.python_version()}.</p>
@@ -165,23 +166,24 @@ def _header(
     """Title, what one sees, the run in four lines."""
     emf = config.get("objective") == "meanflow"
     if emf:
-        seen = "Flow matching draws a caption well in 30 steps and blurs it in one; this run taught it to draw in 1, 2 or 4."
+        seen = "Flow matching draws a caption in 30 steps and blurs it in one; this run taught it to draw in 1, 2 or 4."
     else:
-        seen = "A flow-matching model trained from scratch: it draws in 30 steps and blurs in one. EMF starts from here."
+        seen = "A flow-matching model trained from scratch: it draws in 30 steps, blurs in one. EMF starts here."
     if scores:
         fm, few = _overall(scores, "fm"), _overall(scores, "emf")
         if emf and 4 in few:
-            seen += f" In 4 steps EMF scores {few[4]:.2f}, where flow matching scores {fm[4]:.2f} in 4 and {fm[30]:.2f} in 30."
+            seen += f" In 4 steps EMF scores {few[4]:.2f}; flow matching {fm[4]:.2f} in 4 and {fm[30]:.2f} in 30."
         else:
             seen += f" Its score rises from {fm[1]:.2f} in one step to {fm[30]:.2f} in 30."
     last, total = metrics[-1], config.get("steps")
     done = f"{last['step']} of {total}" + ("" if last["step"] == total else " (unfinished)")
     before = [0] + [m["step"] for m in metrics]
     minutes = sum((m["step"] - b) / m["it_s"] for m, b in zip(metrics, before, strict=False) if m["it_s"]) / 60
+    objective, speed = "EMF (MeanFlow)" if emf else "flow matching", np.median([m["it_s"] for m in metrics])
     facts = {
-        "Recipe": f"{config.get('recipe')}, {'EMF (MeanFlow)' if emf else 'flow matching'}, batch {config.get('batch_size')}",
+        "Recipe": f"{config.get('recipe')}, {objective}, batch {config.get('batch_size')}",
         "Steps": done + (f", {last['skipped']} skipped" if last["skipped"] else ""),
-        "Training": f"about {minutes:.1f} minutes, {np.median([m['it_s'] for m in metrics]):.2f} steps a second (median)",
+        "Training": f"about {minutes:.1f} minutes, {speed:.2f} steps a second (median)",
         "Ended": f"{ended:%Y-%m-%d %H:%M} UTC",
     }
     items = "".join(f"<dt>{key}</dt><dd>{escape(value)}</dd>" for key, value in facts.items())
@@ -205,12 +207,13 @@ def _key_figures(scores: dict[str, Any] | None) -> str:
             paper = (score - PAPER_FM[1]) / gap
             cards += (
                 f'<div class="card"><b>{_percent(share[n])}</b>of the gap closed in {_steps(n)}; score {few[n]:.2f}'
-                f'{_bar(share[n], "")}{_bar(paper, "paper")}'
+                f"{_bar(share[n], '')}{_bar(paper, 'paper')}"
                 f'<span class="quiet">grey, the paper: {_percent(paper)}, GenEval {score:.2f}</span></div>'
             )
     return f"""<h2>How much of the gap few-step EMF closes</h2><div class="cards">{cards}</div>
-<p class="quiet">The gap runs from flow matching in one step to flow matching in 30: here from {fm[1]:.2f} to {fm[30]:.2f},
-in the paper (GenEval, another model and other images) from {PAPER_FM[1]:.2f} to {PAPER_FM[30]:.2f}. Only the shares compare.</p>"""
+<p class="quiet">The gap runs from flow matching in one step to flow matching in 30: here from {fm[1]:.2f} to
+{fm[30]:.2f}, in the paper (GenEval, another model, other images) from {PAPER_FM[1]:.2f} to {PAPER_FM[30]:.2f}.
+Only the shares compare.</p>"""
 
 
 def _steps(n: int) -> str:
@@ -228,8 +231,8 @@ def _samples(run: Path) -> str:
         return title + _missing("samples.png", f"emf evaluate {run}")
     data = base64.b64encode((run / "samples.png").read_bytes()).decode()
     alt = "Grid of sampled images: one caption a row, one sampler and number of steps a column"
-    return f"""{title}<p class="quiet">One caption a row, one sampler a column (FM: flow matching, number of steps); the same
-noise along a row.</p><div class="wide"><img src="data:image/png;base64,{data}" alt="{alt}"></div>"""
+    return f"""{title}<p class="quiet">One caption a row, one sampler a column (FM: flow matching; then the number of
+steps); the same noise along a row.</p><div class="wide"><img src="data:image/png;base64,{data}" alt="{alt}"></div>"""
 
 
 def _plot(title: str, note: str, alt: str, draw: Callable[[Axes], None]) -> str:
@@ -244,22 +247,25 @@ def _plot(title: str, note: str, alt: str, draw: Callable[[Axes], None]) -> str:
     )
 
 
+def _note(axes: Axes, text: str, at: tuple[float, float], above: int, **style: Any) -> None:
+    axes.annotate(text, at, (0, above), textcoords="offset points", fontsize=8, **style)
+
+
 def _score_section(run: Path, scores: dict[str, Any] | None) -> str:
     """Overall score by number of steps, and the table by task."""
     title = "<h2>Scores</h2>"
     if not scores:
         return title + _missing("scores.json", f"emf evaluate {run}")
-    lines = {"EMF": (_overall(scores, "emf"), EMF, "o", "-", 6), "flow matching": (_overall(scores, "fm"), FM, "s", "--", -14)}
-    lines = {name: line for name, line in lines.items() if line[0]}
+    fm, few = _overall(scores, "fm"), _overall(scores, "emf")
+    lines = {"EMF": (few, EMF, "o", "-", 6)} if few else {}
+    lines["flow matching"] = (fm, FM, "s", "--", -14)
 
     def draw(axes: Axes) -> None:
         axes.axhline(scores["ceiling"], color=GREY, linestyle=":", label="real held-out scenes")
         for name, (overall, color, marker, dash, offset) in lines.items():
             axes.plot(list(overall), list(overall.values()), color=color, marker=marker, linestyle=dash, label=name)
             for n, score in overall.items():
-                axes.annotate(
-                    f"{score:.2f}", (n, score), (0, offset), textcoords="offset points", ha="center", color=color, fontsize=8
-                )
+                _note(axes, f"{score:.2f}", (n, score), offset, ha="center", color=color)
         ticks = sorted({n for overall, *_ in lines.values() for n in overall})
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [str(n) for n in ticks])
@@ -270,13 +276,18 @@ def _score_section(run: Path, scores: dict[str, Any] | None) -> str:
     plot = _plot("Overall score by number of steps", "", f"Overall score by steps. {said}.", draw)
     share, body = closed(scores), ""
     for r in scores["rows"]:
-        cells = [f'<td style="background:rgba(0,114,178,{0.3 * r["by_tag"][tag]:.2f})">{r["by_tag"][tag]:.2f}</td>' for tag in TAGS]
-        gap = _percent(share[r["steps"]]) if r["model"] == "emf" else ""
-        model = {"fm": "flow matching", "emf": "EMF"}.get(r["model"], escape(str(r["model"])))
-        body += f"<tr><td>{model}</td><td>{r['steps']}</td><td><b>{r['overall']:.3f}</b></td>{''.join(cells)}<td>{gap}</td></tr>"
-    heads = "".join(f"<th>{h}</th>" for h in ("model", "steps", "overall", *(t.replace("_", " ") for t in TAGS), "gap closed"))
-    return f"""{title}<p class="quiet">Share of images that show what the caption says, by GenEval's rules and tasks; overall is the
-mean of the six.</p><div class="plots">{plot}</div><div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"""
+        emf = r["model"] == "emf"
+        body += (
+            f"<tr><td>{'EMF' if emf else 'flow matching'}</td><td>{r['steps']}</td><td><b>{r['overall']:.3f}</b></td>"
+        )
+        for x in (r["by_tag"][tag] for tag in TAGS):
+            body += f'<td style="background:rgba(0,114,178,{0.3 * x:.2f})">{x:.2f}</td>'
+        body += f"<td>{_percent(share[r['steps']]) if emf else ''}</td></tr>"
+    names = ("model", "steps", "overall", *(tag.replace("_", " ") for tag in TAGS), "gap closed")
+    heads = "".join(f"<th>{name}</th>" for name in names)
+    return f"""{title}<p class="quiet">Share of images that show what the caption says, by GenEval's rules and tasks;
+overall is the mean of the six.</p><div class="plots">{plot}</div>
+<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"""
 
 
 def _curve_section(
@@ -297,19 +308,17 @@ def _curve_section(
         if model == "emf":
             for n in (n for n in (EULER[0], EULER[-1]) if n in fm):
                 axes.axhline(fm[n], color=FM, linestyle="--", linewidth=1.2)
-                axes.annotate(
-                    f"flow matching, {_steps(n)}", (1, fm[n]), (0, 3), xycoords=("axes fraction", "data"),
-                    textcoords="offset points", ha="right", color=FM, fontsize=8,
-                )  # fmt: skip
+                where = ("axes fraction", "data")
+                _note(axes, f"flow matching, {_steps(n)}", (1, fm[n]), 3, xycoords=where, ha="right", color=FM)
         axes.set(ylim=(-0.03, 1.03), xlabel="training step", ylabel="overall score")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.2), ncols=3)
 
     last = ", ".join(f"{curve[-1]['overall'][str(n)]:.2f} in {_steps(n)}" for n in counts)
-    note = f"averaged weights, {config.get('run', {}).get('eval_prompts')} prompts of each task: noisier than the table above"
+    note = f"averaged weights, {config.get('run', {}).get('eval_prompts')} prompts a task: noisier than the table above"
     if fm and model == "emf":
         note += "; dashed: the base, from that table"
-    plot = _plot(f"Score of {', '.join(map(str, counts))} steps", note, f"Overall score during training; at the end {last}.", draw)
-    return f'{title}<div class="plots">{plot}</div>'
+    heading, alt = f"Score of {', '.join(map(str, counts))} steps", f"Overall score during training; at the end {last}."
+    return f'{title}<div class="plots">{_plot(heading, note, alt, draw)}</div>'
 
 
 def _training_section(metrics: list[dict[str, Any]], config: dict[str, Any]) -> str:
@@ -354,9 +363,9 @@ def _trust(scores: dict[str, Any] | None) -> str:
     if not scores:
         return ""
     texts = {
-        "ceiling": ("real held-out scenes", "drawn from scans that nothing was trained on: the most that a model can score here"),
+        "ceiling": ("real held-out scenes", "from scans that nothing was trained on: the most to expect of a model"),
         "noise": ("pure noise", "what an image without content gets by chance"),
-        "shuffled": ("shuffled captions", "real scenes, each judged by another's caption: whether the scorer reads the caption"),
+        "shuffled": ("shuffled captions", "real scenes under another's caption: does it read captions?"),
     }
     body = ""
     for key, limit in TRUST.items():
@@ -364,6 +373,6 @@ def _trust(scores: dict[str, Any] | None) -> str:
         holds = scores[key] >= limit if key == "ceiling" else scores[key] <= limit
         rule = f"{'at least' if key == 'ceiling' else 'at most'} {limit:.2f}: {'✓ holds' if holds else '✗ missed'}"
         body += f'<tr><td>{what}</td><td><b>{scores[key]:.3f}</b></td><td>{rule}</td><td class="text">{why}</td></tr>'
-    return f"""<h2>Can the scorer be trusted?</h2><p class="quiet">Held to images that need no model, before any score above is
-read.</p><div class="wide"><table><thead><tr><th>images</th><th>overall</th><th>must be</th><th></th></tr></thead>
+    return f"""<h2>Can the scorer be trusted?</h2><p class="quiet">Held to images that need no model, before any
+score above is read.</p><div class="wide"><table><thead><tr><th>images</th><th>overall</th><th>must be</th><th></th></tr></thead>
 <tbody>{body}</tbody></table></div>"""

@@ -35,19 +35,14 @@ def fake_run(run, config, scores=(), curve=(), seed=0):
     for step in range(10, config.steps + 1, 10):
         wobble = 1 + 0.3 * math.sin(step * 12.9898 + seed)
         error = (1.4 if emf else 0.9) * math.exp(-3 * step / config.steps) * wobble + 0.2
-        rows.append(
-            dict(step=step, loss=error / (error + 1e-3) if emf else error, error=error, lr=min(step / 30, 1) * config.optim.lr)
-            | dict(it_s=1.4 * wobble, share=0.25 + 0.5 * step / config.steps if emf else 0, memory_mib=900, skipped=0)
-        )
+        loss, share = (error / (error + 1e-3), 0.25 + 0.5 * step / config.steps) if emf else (error, 0)
+        row = dict(step=step, loss=loss, error=error, lr=min(step / 30, 1) * config.optim.lr, it_s=1.4 * wobble)
+        rows.append(row | dict(share=share, memory_mib=900, skipped=0))
     write_jsonl(run / "metrics.jsonl", rows)
     if curve:
-        write_jsonl(
-            run / "curve.jsonl",
-            [
-                {"step": step, "overall": {str(n): curve[n] * (1 - math.exp(-4 * step / config.steps)) for n in (1, 2, 4)}}
-                for step in range(100, config.steps + 1, 100)
-            ],
-        )
+        grown = {step: 1 - math.exp(-4 * step / config.steps) for step in range(100, config.steps + 1, 100)}
+        rows = [{"step": step, "overall": {str(n): curve[n] * g for n in (1, 2, 4)}} for step, g in grown.items()]
+        write_jsonl(run / "curve.jsonl", rows)
     if scores:
         (run / "scores.json").write_text(json.dumps({"rows": scores, "ceiling": 0.97, "noise": 0.0, "shuffled": 0.03}))
     return run

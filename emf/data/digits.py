@@ -118,7 +118,8 @@ def sample_spec(rng: np.random.Generator, tag: str | None = None) -> Spec:
 def arrange(spec: Spec, rng: np.random.Generator) -> list[tuple[int, str, int, int]]:
     """(digit, colour, row, column) of every object of a scene, what the caption leaves open drawn at random.
 
-    Related objects stand in a random row or column; others fill the cells in reading order, from the upper or the lower row.
+    Related objects stand in a random row or column; others fill the cells in reading order, from the upper or the lower
+    row.
     """
     objects = [(CLASSES.index(e["class"]), e.get("color")) for e in spec["include"] for _ in range(e["count"])]
     relation = next((e["position"][0] for e in spec["include"] if "position" in e), None)
