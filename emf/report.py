@@ -96,7 +96,7 @@ def write_report(run: Path) -> Path:
     name, ended = run.resolve().name, datetime.fromtimestamp((run / "metrics.jsonl").stat().st_mtime, UTC)
     with matplotlib.rc_context(STYLE):
         sections = [
-            _header(name, config, metrics, scores, ended),
+            _header(name, config, metrics, scores),
             _key_figures(scores),
             _samples(run),
             _score_section(run, scores),
@@ -140,6 +140,7 @@ def _scores(file: Path) -> dict[str, Any] | None:
     try:
         scores = json.loads(file.read_text())
         numbers = [scores[key] for key in TRUST] + [r["by_tag"][tag] for r in scores["rows"] for tag in TAGS]
+        numbers += [_overall(scores, "fm")[n] for n in EULER]
         if not all(isinstance(x, int | float) for x in [*numbers, *closed(scores).values()]):
             raise TypeError("a score is no number")
     except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
@@ -160,13 +161,13 @@ def _percent(x: float) -> str:
     return "no gap" if np.isnan(x) else f"{x:.0%}".replace("%", " %")
 
 
-def _header(
-    name: str, config: dict[str, Any], metrics: list[dict[str, Any]], scores: dict[str, Any] | None, ended: datetime
-) -> str:
-    """Title, what one sees, the run in four lines."""
+def _header(name: str, config: dict[str, Any], metrics: list[dict[str, Any]], scores: dict[str, Any] | None) -> str:
+    """Title, what one sees, the run in three lines."""
     emf = config.get("objective") == "meanflow"
     if emf:
-        seen = "Flow matching draws a caption in 30 steps and blurs it in one; this run taught it to draw in 1, 2 or 4."
+        seen = (
+            "Flow matching draws a caption in 30 steps and blurs it in one; this run teaches it to draw in 1, 2 or 4."
+        )
     else:
         seen = "A flow-matching model trained from scratch: it draws in 30 steps, blurs in one. EMF starts here."
     if scores:
@@ -184,7 +185,6 @@ def _header(
         "Recipe": f"{config.get('recipe')}, {objective}, batch {config.get('batch_size')}",
         "Steps": done + (f", {last['skipped']} skipped" if last["skipped"] else ""),
         "Training": f"about {minutes:.1f} minutes, {speed:.2f} steps a second (median)",
-        "Ended": f"{ended:%Y-%m-%d %H:%M} UTC",
     }
     items = "".join(f"<dt>{key}</dt><dd>{escape(value)}</dd>" for key, value in facts.items())
     return f'<h1>{escape(name)}</h1><p class="lead">{seen}</p><dl>{items}</dl>'
@@ -374,5 +374,5 @@ def _trust(scores: dict[str, Any] | None) -> str:
         rule = f"{'at least' if key == 'ceiling' else 'at most'} {limit:.2f}: {'✓ holds' if holds else '✗ missed'}"
         body += f'<tr><td>{what}</td><td><b>{scores[key]:.3f}</b></td><td>{rule}</td><td class="text">{why}</td></tr>'
     return f"""<h2>Can the scorer be trusted?</h2><p class="quiet">Held to images that need no model, before any
-score above is read.</p><div class="wide"><table><thead><tr><th>images</th><th>overall</th><th>must be</th><th></th></tr></thead>
-<tbody>{body}</tbody></table></div>"""
+score above is read.</p><div class="wide"><table><thead><tr><th>images</th><th>overall</th><th>must be</th><th></th>
+</tr></thead><tbody>{body}</tbody></table></div>"""
