@@ -52,7 +52,9 @@ def parse_train(arguments: list[str]) -> tuple[Config, Path, bool]:
     first = arguments[0] if arguments else "--help"
     if first in ("-h", "--help"):
         print("usage: emf train RECIPE|CONFIG.json --out DIR [--resume True] [--field value ...]\n")
-        print("Trains in this process; `deepspeed --module emf.train ...` takes the same arguments and trains on several ranks.\n")
+        print(
+            "Trains in this process; `deepspeed --module emf.train ...` takes the same arguments, for several ranks.\n"
+        )
         for name, recipe in RECIPES.items():
             print(f"  {name:14} {(recipe.__doc__ or '').splitlines()[0]}")
         print("\n`emf train RECIPE --help` lists every field with its default.")
@@ -104,7 +106,8 @@ def generate(
 
 
 def evaluate(run: tyro.conf.Positional[Path], per_tag: int = 50, guidance: float = 1.5, seed: int = 0) -> None:
-    """Score a run: scores.json and samples.png in its folder, few-step EMF beside flow matching by the base it started from.
+    """Score a run: scores.json and samples.png in its folder, few-step EMF beside flow matching by the base it
+    started from.
 
     Args:
         run: a run's folder

@@ -1,4 +1,5 @@
-"""Every setting of a run, as frozen dataclasses. A recipe (recipes.py) fills them; the command line overrides single fields; config.json keeps them.
+"""Every setting of a run, as frozen dataclasses. A recipe (recipes.py) fills them; the command line overrides single
+fields; config.json keeps them.
 
 A config file is read by turning it back into command-line arguments, so the one parser checks names and types for both.
 """
@@ -31,7 +32,8 @@ class OptimConfig:
     clip: float = 1.0
     """Largest norm of the whole gradient; 0 does not clip."""
     ema: float = 0.999
-    """Decay of the exponential moving average of the weights; early steps use (1 + step) / (10 + step) where that is smaller."""
+    """Decay of the exponential moving average of the weights; early steps use (1 + step) / (10 + step) where that is
+    smaller."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ class Config:
     init: Path | None = None
     """Weights to start from (model.safetensors of a checkpoint, or the shipped base); none: random."""
     embedder_init: Literal["duplicate", "preserve"] = "duplicate"
-    """MeanFlow's two time embedders from the pretrained one: `duplicate` copies it into both (the paper); `preserve` keeps the pretrained function at
+    """MeanFlow's two time embedders from the pretrained one: `duplicate` copies it into both (the paper); `preserve`
+    keeps the pretrained function at
     r = t: the end-time branch is fitted to it at the new time scale, the interval branch starts at zero."""
     freeze_encoder: bool = False
     seed: int = 0
@@ -91,10 +94,13 @@ class Config:
         if self.steps < 1 or self.batch_size < 1:
             raise ValueError(f"config: steps {self.steps} and batch_size {self.batch_size} must be at least 1")
         if self.batch_size % self.zero.accumulation:
-            raise ValueError(f"config: batch_size {self.batch_size} is no multiple of zero.accumulation {self.zero.accumulation}")
+            raise ValueError(
+                f"config: batch_size {self.batch_size} is no multiple of zero.accumulation {self.zero.accumulation}"
+            )
         if self.encoder.out_channels != self.transformer.caption_channels:
             raise ValueError(
-                f"config: encoder.out_channels {self.encoder.out_channels} != transformer.caption_channels {self.transformer.caption_channels}"
+                f"config: encoder.out_channels {self.encoder.out_channels} is not transformer.caption_channels "
+                f"{self.transformer.caption_channels}; make them equal"
             )
         if self.objective == "meanflow" and not self.transformer.dual_time:
             raise ValueError("config: objective meanflow needs transformer.dual_time True")

@@ -12,18 +12,23 @@ PREFIX = "transformer.time_embed"
 
 
 def add_time_branches(state: dict[str, Tensor], config: TransformerConfig, how: str) -> dict[str, Tensor]:
-    """A state dict of TextToImage with the single `time_embed`, extended by `time_embed_t` (end time) and `time_embed_r` (interval).
+    """A state dict of TextToImage with the single `time_embed`, extended by `time_embed_t` (end time) and
+    `time_embed_r` (interval).
 
     how "duplicate": both are copies (EMF, arXiv 2604.18168). At r = t the network then sees about twice the modulation.
-    how "preserve": at r = t the network computes what it did. The end-time branch keeps the first and last layer; its second layer is fitted by
-    least squares so that e(t) at the new time scale is what it was at the old one. The interval branch's second layer and last bias are zero.
+    how "preserve": at r = t the network computes what it did. The end-time branch keeps the first and last layer; its
+    second layer is fitted by
+    least squares so that e(t) at the new time scale is what it was at the old one. The interval branch's second layer
+    and last bias are zero.
     Returns the state unchanged if the branches are there. Raises ValueError if there is no time_embed.
     """
     if any(k.startswith(f"{PREFIX}_t.") for k in state):
         return state
     source = {k.removeprefix(f"{PREFIX}."): v for k, v in state.items() if k.startswith(f"{PREFIX}.")}
     if not source:
-        raise ValueError(f"convert: the weights have no {PREFIX}.*; expected a SANA transformer with its time embedding")
+        raise ValueError(
+            f"convert: the weights have no {PREFIX}.*; expected a SANA transformer with its time embedding"
+        )
     end, interval = dict(source), dict(source)
     if how == "preserve":
         weight, bias = refit(source, config.base_time_scale, config.time_scale)
@@ -34,13 +39,18 @@ def add_time_branches(state: dict[str, Tensor], config: TransformerConfig, how: 
     return state | {f"{PREFIX}_{b}.{k}": v.clone() for b, tree in branches.items() for k, v in tree.items()}
 
 
-def refit(source: dict[str, Tensor], old_scale: float, new_scale: float, grid: int = 2001, ridge: float = 1e-4) -> tuple[Tensor, Tensor]:
-    """(weight, bias) of linear_2 with which the embedder, fed new_scale t, best gives e(t) of the embedder fed old_scale t, t in [0, 1]."""
+def refit(
+    source: dict[str, Tensor], old_scale: float, new_scale: float, grid: int = 2001, ridge: float = 1e-4
+) -> tuple[Tensor, Tensor]:
+    """(weight, bias) of linear_2 with which the embedder, fed new_scale t, best gives e(t) of the embedder fed
+    old_scale t, t in [0, 1]."""
     t = torch.linspace(0, 1, grid, dtype=torch.float64)
     layer = {k.removeprefix("emb.timestep_embedder."): v.double() for k, v in source.items()}
 
     def features(scale: float) -> Tensor:
-        h = torch.nn.functional.silu(time_embedding(t, None, scale, SINUSOID) @ layer["linear_1.weight"].T + layer["linear_1.bias"])
+        h = torch.nn.functional.silu(
+            time_embedding(t, None, scale, SINUSOID) @ layer["linear_1.weight"].T + layer["linear_1.bias"]
+        )
         return torch.cat([h, torch.ones_like(h[:, :1])], 1)
 
     target = features(old_scale) @ torch.cat([layer["linear_2.weight"], layer["linear_2.bias"][:, None]], 1).T

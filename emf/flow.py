@@ -1,6 +1,7 @@
 """The method, in the paper's letters: times, path, losses, samplers. t = 1 is noise, t = 0 is data, r <= t.
 
-z_t = (1 - t) x + t e,  v = e - x;  u(z_t, r, t) = 1/(t - r) int_r^t v dtau;  MeanFlow identity u = v - (t - r) du/dt (arXiv 2505.13447);
+z_t = (1 - t) x + t e,  v = e - x;  u(z_t, r, t) = 1/(t - r) int_r^t v dtau;  MeanFlow identity u = v - (t - r) du/dt
+(arXiv 2505.13447);
 EMF (arXiv 2604.18168) schedules how far r lies from t with training progress.
 """
 
@@ -40,7 +41,8 @@ class FlowConfig:
 def times(progress: float, n: int, flow: FlowConfig, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
     """(t [n], r [n], b), float32: the first b samples have r < t, the others r = t. progress in [0, 1] (emf.md 1.3).
 
-    b is n x share rounded at random to a whole number: the paper draws each sample's r = t by itself, which has the same mean and more spread.
+    b is n x share rounded at random to a whole number: the paper draws each sample's r = t by itself, which has the
+    same mean and more spread.
     """
     s = min(max(progress, 0.0), 1.0)
     s = s if flow.schedule == "linear" else (1 - math.cos(math.pi * s)) / 2
@@ -65,10 +67,13 @@ def flow_matching_loss(network: Network, x: Tensor, e: Tensor, t: Tensor) -> tup
     return error, error.detach()
 
 
-def meanflow_loss(network: Network, x: Tensor, e: Tensor, t: Tensor, r: Tensor, b: int, flow: FlowConfig) -> tuple[Tensor, Tensor]:
+def meanflow_loss(
+    network: Network, x: Tensor, e: Tensor, t: Tensor, r: Tensor, b: int, flow: FlowConfig
+) -> tuple[Tensor, Tensor]:
     """(weighted loss, mean squared error), both [B]: u_theta against v - (t - r) stopgrad(du/dt), by one dual pass.
 
-    The tangent is (v, 0, 1) along (z, r, t), for the first b samples; in the others r = t multiplies it by zero, so they carry none.
+    The tangent is (v, 0, 1) along (z, r, t), for the first b samples; in the others r = t multiplies it by zero, so
+    they carry none.
     """
     z, v = path(x, e, t)
     u = network(Dual(z, v[:b]), Dual(t, torch.ones_like(t[:b])), r)

@@ -29,15 +29,22 @@ def generate(
     seed: int = 0,
     batch: int = 256,
 ) -> Tensor:
-    """Images [n, C, size, size] in about [-1, 1], float32. Image i depends on (seed, i, caption) and the settings, not on the batch.
+    """Images [n, C, size, size] in about [-1, 1], float32. Image i depends on (seed, i, caption) and the settings,
+    not on the batch.
 
-    average: few-step EMF sampling with u(z, r, t); else Euler on v(z, t) with the pretrained time embedding (the flow-matching baseline).
+    average: few-step EMF sampling with u(z, r, t); else Euler on v(z, t) with the pretrained time embedding (the
+             flow-matching baseline).
     Raises ValueError on a caption the encoder cannot read.
     """
     model = config.transformer
     ids, mask = digits.encode(captions)
     shape = (model.in_channels, model.sample_size, model.sample_size)
-    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + i)) for i in range(len(captions))])
+    noise = torch.stack(
+        [
+            torch.randn(shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + i))
+            for i in range(len(captions))
+        ]
+    )
     images = []
     for part in range(0, len(captions), batch):
         here = slice(part, part + batch)
@@ -58,7 +65,8 @@ def to_uint8(images: Tensor | np.ndarray) -> np.ndarray:
 
 
 def write_images(images: Tensor, captions: list[str], out: Path, settings: dict[str, Any], zoom: int = 8) -> list[Path]:
-    """PNG files, enlarged `zoom` times, with caption and settings in their metadata. A name that is taken gets the next number."""
+    """PNG files, enlarged `zoom` times, with caption and settings in their metadata. A name that is taken gets the
+    next number."""
     out.mkdir(parents=True, exist_ok=True)
     taken, paths = len(list(out.glob("*.png"))), []
     for image, caption in zip(to_uint8(images), captions, strict=True):

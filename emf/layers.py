@@ -1,7 +1,10 @@
-"""The layers of the SANA transformer, each written once: called with Tensors they are the network, with Duals the network and its JVP.
+"""The layers of the SANA transformer, each written once: called with Tensors they are the network, with Duals the
+network and its JVP.
 
-Parameter names and shapes are those of diffusers' SanaTransformer2DModel, so its state dicts load and save unchanged. A module computes with its
-own weights only, or with those of children that it names in `borrows` (ZeRO-3 gathers weights by owner; zero.py registers the borrowed ones).
+Parameter names and shapes are those of diffusers' SanaTransformer2DModel, so its state dicts load and save unchanged.
+A module computes with its
+own weights only, or with those of children that it names in `borrows` (ZeRO-3 gathers weights by owner; zero.py
+registers the borrowed ones).
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ class Linear(nn.Linear):
 
 
 class Projection(nn.Module):
-    """A convolution whose kernel covers its whole input: weight [N, C, k, k], applied to x [B, ..., C k k] -> [B, ..., N]."""
+    """A convolution whose kernel covers its whole input: weight [N, C, k, k], applied to x [B, ..., C k k] -> [B,
+    ..., N]."""
 
     def __init__(self, channels: int, out: int, kernel: int = 1, bias: bool = True) -> None:
         super().__init__()
@@ -60,7 +64,8 @@ class TimestepEmbedding(nn.Module):
 
 
 class TimeEmbed(nn.Module):
-    """adaLN-single: sinusoid [B, dim] -> (m [B, 6 C] for every block, e [B, C] for the output norm). EMF has one for t and one for t - r."""
+    """adaLN-single: sinusoid [B, dim] -> (m [B, 6 C] for every block, e [B, C] for the output norm). EMF has one for
+    t and one for t - r."""
 
     def __init__(self, dim: int, channels: int) -> None:
         super().__init__()
@@ -73,7 +78,8 @@ class TimeEmbed(nn.Module):
 
 
 class CaptionProjection(nn.Module):
-    """Condition states [B, M, caption channels] -> [B, M, C]. A condition is constant in z, r and t: plain tensors only."""
+    """Condition states [B, M, caption channels] -> [B, M, C]. A condition is constant in z, r and t: plain tensors
+    only."""
 
     def __init__(self, caption_channels: int, channels: int) -> None:
         super().__init__()
@@ -139,7 +145,15 @@ class Block(nn.Module):
     """One SANA block: modulated self-attention, ungated cross-attention, modulated GLUMBConv."""
 
     def __init__(
-        self, channels: int, heads: int, head_size: int, cross_heads: int, cross_head_size: int, ratio: float, qk_norm: bool, eps: float
+        self,
+        channels: int,
+        heads: int,
+        head_size: int,
+        cross_heads: int,
+        cross_head_size: int,
+        ratio: float,
+        qk_norm: bool,
+        eps: float,
     ) -> None:
         super().__init__()
         self.eps = eps
@@ -156,7 +170,8 @@ class Block(nn.Module):
 
 
 class _Recompute(torch.autograd.Function):
-    """Forward: run without a graph, keep the primal inputs. Backward: run again on the primals alone, with a graph, and go through it."""
+    """Forward: run without a graph, keep the primal inputs. Backward: run again on the primals alone, with a graph,
+    and go through it."""
 
     @staticmethod
     def forward(ctx: Any, run: Callable[..., Any], *halves: Tensor | None) -> Any:
@@ -181,9 +196,11 @@ class _Recompute(torch.autograd.Function):
 
 
 def checkpoint(run: Callable[..., Any], *args: Value) -> Any:
-    """run(*args) whose activations are recomputed in backward: the primal only, since no gradient flows through a tangent.
+    """run(*args) whose activations are recomputed in backward: the primal only, since no gradient flows through a
+    tangent.
 
-    args: Tensors and Duals, all that carries a gradient or a tangent (weights are run's own); at least one floating-point Tensor.
+    args: Tensors and Duals, all that carries a gradient or a tangent (weights are run's own); at least one
+          floating-point Tensor.
     run:  returns one Tensor or Dual [B, ...]; must give the same result when called again.
     Result and gradients equal those of run(*args); the memory kept is that of the primals of args.
     """
@@ -207,7 +224,8 @@ def tokens(z: Value, patch: int) -> Any:
 
 
 def image(x: Value, patch: int, height: int, width: int) -> Any:
-    """x [B, height width, p p C] -> [B, C, height p, width p]: channels last inside a patch, as SANA's proj_out writes them."""
+    """x [B, height width, p p C] -> [B, C, height p, width p]: channels last inside a patch, as SANA's proj_out
+    writes them."""
 
     def fold(y: Tensor) -> Tensor:
         b, channels = y.shape[0], y.shape[2] // patch**2

@@ -1,4 +1,5 @@
-"""The SANA-shaped transformer (arXiv 2410.10629, 2501.18427) with EMF's dual time embedding (arXiv 2604.18168): architecture only."""
+"""The SANA-shaped transformer (arXiv 2410.10629, 2501.18427) with EMF's dual time embedding (arXiv 2604.18168):
+architecture only."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ class TransformerConfig:
     sample_size: int = 32
     norm_eps: float = 1e-6
     interpolation_scale: float | None = None
-    """Fixed 2-D sinusoidal positions added to the patches, at this scale (SANA at 2048 and 4096 px: 1 and 2; none below)."""
+    """Fixed 2-D sinusoidal positions added to the patches, at this scale (SANA at 2048 and 4096 px: 1 and 2; none
+    below)."""
     qk_norm: bool = True
     """RMS norm of queries and keys across heads (SANA-1.5: yes; SANA-1.0: no)."""
     dual_time: bool = False
@@ -48,7 +50,9 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         cross = self.num_cross_attention_heads * self.cross_attention_head_dim
         if cross != self.channels:
-            raise ValueError(f"model: cross-attention heads x size = {cross} but self-attention's = {self.channels}; make them equal")
+            raise ValueError(
+                f"model: cross-attention heads x size = {cross} but self-attention's = {self.channels}; make them equal"
+            )
         if self.sample_size % self.patch_size:
             raise ValueError(f"model: sample_size {self.sample_size} is no multiple of patch_size {self.patch_size}")
 
@@ -58,12 +62,20 @@ class TransformerConfig:
 
 
 class Transformer(nn.Module):
-    """Velocity network. State dict: diffusers' SanaTransformer2DModel, plus time_embed_t.* and time_embed_r.* where dual_time."""
+    """Velocity network. State dict: diffusers' SanaTransformer2DModel, plus time_embed_t.* and time_embed_r.* where
+    dual_time."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config, s, c = config, config, config.channels
-        block = (c, s.num_attention_heads, s.attention_head_dim, s.num_cross_attention_heads, s.cross_attention_head_dim, s.mlp_ratio)
+        block = (
+            c,
+            s.num_attention_heads,
+            s.attention_head_dim,
+            s.num_cross_attention_heads,
+            s.cross_attention_head_dim,
+            s.mlp_ratio,
+        )
         self.patch_embed = nn.ModuleDict({"proj": Projection(s.in_channels, c, s.patch_size)})
         self.time_embed = TimeEmbed(SINUSOID, c)
         if s.dual_time:
@@ -74,18 +86,27 @@ class Transformer(nn.Module):
         self.proj_out = Linear(c, s.patch_size**2 * s.out_channels)
 
     def forward(self, z: Value, t: Value, r: Tensor | None, c: Tensor, mask: Tensor | None = None) -> Any:
-        """The average velocity u(z_t, r, t) [B, C, H, W]; with Duals for z and t a Dual whose tangent is du/dt along them.
+        """The average velocity u(z_t, r, t) [B, C, H, W]; with Duals for z and t a Dual whose tangent is du/dt along
+        them.
 
-        z [B, C, H, W]; t [B] float32 in [0, 1], 1 is noise; r [B] float32, r <= t, or None: the instantaneous velocity v(z_t, t) by the pretrained
-        time embedding; c [B, M, caption channels]; mask [B, M] bool or None. Raises ValueError where shapes, times or the embedders do not fit.
+        z [B, C, H, W]; t [B] float32 in [0, 1], 1 is noise; r [B] float32, r <= t, or None: the instantaneous
+        velocity v(z_t, t) by the pretrained
+        time embedding; c [B, M, caption channels]; mask [B, M] bool or None. Raises ValueError where shapes, times or
+        the embedders do not fit.
         """
         p, x, config = self.config.patch_size, primal(z), self.config
         if x.ndim != 4 or x.shape[1] != config.in_channels or x.shape[2] % p or x.shape[3] % p:
-            raise ValueError(f"transformer: z is {tuple(x.shape)}; expected [B, {config.in_channels}, H, W] with H and W multiples of {p}")
+            raise ValueError(
+                f"transformer: z is {tuple(x.shape)}; expected [B, {config.in_channels}, H, W], H and W multiples of {p}"
+            )
         if primal(t).dtype not in (torch.float32, torch.float64) or primal(t).shape != x.shape[:1]:
-            raise ValueError(f"transformer: t is {primal(t).dtype} {tuple(primal(t).shape)}; expected float32 ({x.shape[0]},)")
+            raise ValueError(
+                f"transformer: t is {primal(t).dtype} {tuple(primal(t).shape)}; expected float32 ({x.shape[0]},)"
+            )
         if c.ndim != 3 or c.shape[0] != x.shape[0] or c.shape[2] != config.caption_channels:
-            raise ValueError(f"transformer: c is {tuple(c.shape)}; expected [{x.shape[0]}, M, {config.caption_channels}]")
+            raise ValueError(
+                f"transformer: c is {tuple(c.shape)}; expected [{x.shape[0]}, M, {config.caption_channels}]"
+            )
         height, width = x.shape[2] // p, x.shape[3] // p
         m, e = self.embed_time(t, r, x.dtype)
         c = self.caption_norm(self.caption_projection(c))
@@ -103,7 +124,8 @@ class Transformer(nn.Module):
         return image(self.proj_out(ops.adaln(h, scale, shift, config.norm_eps)), p, height, width)
 
     def embed_time(self, t: Value, r: Tensor | None, dtype: torch.dtype) -> tuple[Any, Any]:
-        """(m [B, 6 C], e [B, C]). EMF: m = m_t(t) + m_r(t - r) and e likewise, summed after each branch. Sinusoids in t's own float32."""
+        """(m [B, 6 C], e [B, C]). EMF: m = m_t(t) + m_r(t - r) and e likewise, summed after each branch. Sinusoids in
+        t's own float32."""
 
         def cast(s: Tensor) -> Tensor:
             return s.to(dtype)
@@ -111,14 +133,17 @@ class Transformer(nn.Module):
         if r is None:
             return self.time_embed(each(cast, ops.time_embedding(t, None, self.config.base_time_scale, SINUSOID)))
         if not self.config.dual_time:
-            raise ValueError("transformer: r was given, but the model has the single pretrained time embedding; set dual_time")
+            raise ValueError(
+                "transformer: r was given, but the model has the single pretrained time embedding; set dual_time"
+            )
         end, interval = ops.time_embedding(t, r, self.config.time_scale, SINUSOID)
         (m_t, e_t), (m_r, e_r) = self.time_embed_t(each(cast, end)), self.time_embed_r(each(cast, interval))
         return ops.gated_residual(m_t, None, m_r), ops.gated_residual(e_t, None, e_r)
 
 
 def positions(height: int, width: int, channels: int, base: int, scale: float) -> Tensor:
-    """[height width, channels] float32: half the channels for the column, half for the row, each sines then cosines (diffusers' PatchEmbed).
+    """[height width, channels] float32: half the channels for the column, half for the row, each sines then cosines
+    (diffusers' PatchEmbed).
 
     base: grid size of the configured sample, at which neighbours are 1 / scale apart.
     """
@@ -136,6 +161,9 @@ class TextToImage(nn.Module):
         super().__init__()
         self.encoder, self.transformer = encoder, transformer
 
-    def forward(self, z: Value, t: Value, r: Tensor | None, ids: Tensor, mask: Tensor, drop: Tensor | None = None) -> Any:
-        """u or v at (z, r, t) for token ids [B, M] with mask [B, M]; drop [B] bool marks samples without their condition. See Transformer."""
+    def forward(
+        self, z: Value, t: Value, r: Tensor | None, ids: Tensor, mask: Tensor, drop: Tensor | None = None
+    ) -> Any:
+        """u or v at (z, r, t) for token ids [B, M] with mask [B, M]; drop [B] bool marks samples without their
+        condition. See Transformer."""
         return self.transformer(z, t, r, *self.encoder(ids, mask, drop))

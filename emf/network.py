@@ -16,7 +16,8 @@ from emf.model import TextToImage, Transformer
 
 
 def build(config: Config, from_scratch: bool = False) -> TextToImage:
-    """The network of a config, float32 on CPU. from_scratch: with config.init's weights, time branches added where the config asks for them.
+    """The network of a config, float32 on CPU. from_scratch: with config.init's weights, time branches added where
+    the config asks for them.
 
     MeanFlow trains what EMF trains (emf.md 1.6): the blocks, the two time embedders and the output modulation.
     """
@@ -50,5 +51,8 @@ def load_weights(network: nn.Module, state: dict[str, Tensor], source: str) -> N
     shapes = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
     if missing or extra or shapes:
         first = f"missing {missing[0]}" if missing else f"unexpected {extra[0]}" if extra else f"shape of {shapes[0]}"
-        raise ValueError(f"weights: {source} is of another model: {len(missing)} missing, {len(extra)} extra, {len(shapes)} misshaped keys; {first}")
+        raise ValueError(
+            f"weights: {source} is of another model: {len(missing)} missing, {len(extra)} extra, "
+            f"{len(shapes)} misshaped keys; {first}"
+        )
     network.load_state_dict(state)

@@ -67,7 +67,11 @@ def digits_full() -> Config:
     """Stage 2 for longer: the figures under profiles/digits-full."""
     config = digits()
     return replace(
-        config, recipe="digits-full", steps=2000, optim=replace(config.optim, warmup=100, ema=0.995), run=replace(config.run, save_every=200, eval_every=200)
+        config,
+        recipe="digits-full",
+        steps=2000,
+        optim=replace(config.optim, warmup=100, ema=0.995),
+        run=replace(config.run, save_every=200, eval_every=200),
     )
 
 
@@ -75,8 +79,11 @@ RECIPES = {"digits-base": digits_base, "digits": digits, "digits-full": digits_f
 
 
 def from_file(path: Path) -> Config:
-    """The config in a config.json. Raises ValueError where there is no such file; tyro exits with 2 on fields it does not know."""
+    """The config in a config.json. Raises ValueError where there is no such file; tyro exits with 2 on fields it does
+    not know."""
     tree = configs.read(path)
     default = RECIPES.get(str(tree.get("recipe")), digits)()
     # as arguments, so that the one parser checks names, types and values
-    return tyro.cli(Config, args=configs.to_arguments(tree), default=default, prog=str(path), config=(tyro.conf.FlagConversionOff,))
+    return tyro.cli(
+        Config, args=configs.to_arguments(tree), default=default, prog=str(path), config=(tyro.conf.FlagConversionOff,)
+    )

@@ -43,7 +43,8 @@ class Batch(NamedTuple):
 
 
 def make_batch(config: Config, step: int, part: int, parts: int) -> Batch:
-    """Part `part` of `parts` of step's batch. Every part has the same share of r < t (to one sample): the sorted batch is dealt out in turn."""
+    """Part `part` of `parts` of step's batch. Every part has the same share of r < t (to one sample): the sorted
+    batch is dealt out in turn."""
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     x, captions = digits.make_batch(config.seed * 1_000_003 + step, config.batch_size, "train", config.world)
     t, r, b = times(step / config.steps, config.batch_size, config.flow, generator)
@@ -83,16 +84,26 @@ def memory_mib() -> float:
 
 
 class Log:
-    """metrics.jsonl, curve.jsonl and the progress display; rank 0 only. Rows past the step that a run resumes from are dropped."""
+    """metrics.jsonl, curve.jsonl and the progress display; rank 0 only. Rows past the step that a run resumes from
+    are dropped."""
 
     def __init__(self, out: Path, start: int, total: int) -> None:
         self.out, self.console = out, Console()
         for name in ("metrics.jsonl", "curve.jsonl"):
             file = out / name
             if file.exists():  # a kill may have torn the last line; what ends in a newline is whole
-                rows = [row for row in file.read_text().splitlines(keepends=True) if row.endswith("\n") and json.loads(row)["step"] <= start]
+                rows = [
+                    row
+                    for row in file.read_text().splitlines(keepends=True)
+                    if row.endswith("\n") and json.loads(row)["step"] <= start
+                ]
                 file.write_text("".join(rows))
-        columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+        columns = (
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
         self.progress = Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=self.console)
         self.task = self.progress.add_task("train", total=total, completed=start, note="")
 
@@ -126,14 +137,17 @@ def validate(config: Config, state: dict[str, Tensor], scorer: Scorer) -> dict[s
 
 
 def train(config: Config, out: Path, resume: bool = False) -> None:
-    """Train in folder out. Raises ValueError on a config that does not fit, before anything is written; Diverged on a NaN loss."""
+    """Train in folder out. Raises ValueError on a config that does not fit, before anything is written; Diverged on a
+    NaN loss."""
     with process_group() as (rank, world):
         folder = out / "checkpoints"
         saved = checkpoints(folder)
         if out.exists() and not out.is_dir():
             raise ValueError(f"train: {out} is no folder; choose another --out")
         if (out / "config.json").exists() and not resume:
-            raise ValueError(f"train: {out} holds a run already; add --resume True to continue it, or choose another --out")
+            raise ValueError(
+                f"train: {out} holds a run already; add --resume True to continue it, or choose another --out"
+            )
         if resume and saved:
             check_same_model(config, saved[-1])
         torch.manual_seed(config.seed)
@@ -161,10 +175,14 @@ def check_same_model(config: Config, checkpoint: Path) -> None:
     made, now = configs.read(checkpoint / "config.json"), json.loads(configs.to_json(config))
     for part in ("objective", "transformer", "encoder"):
         if made.get(part) != now[part]:
-            raise ValueError(f"resume: {checkpoint} is a checkpoint of another model ({part} differs); choose another --out")
+            raise ValueError(
+                f"resume: {checkpoint} is a checkpoint of another model ({part} differs); choose another --out"
+            )
 
 
-def run(config: Config, engine: Engine, start: int, folder: Path, text: str, log: Log | None, scorer: Scorer | None) -> None:
+def run(
+    config: Config, engine: Engine, start: int, folder: Path, text: str, log: Log | None, scorer: Scorer | None
+) -> None:
     """The steps start .. config.steps."""
     accumulation, skipped, last, clock, count = config.zero.accumulation, 0, "none", time.monotonic(), 0
     if start:
@@ -180,7 +198,9 @@ def run(config: Config, engine: Engine, start: int, folder: Path, text: str, log
             if not all(map(math.isfinite, values)):
                 finite = False
                 bad = ~torch.isfinite(loss)
-                times_seen = f"t {batch.t[bad].tolist()[:4]}, r {batch.r[bad].tolist()[:4]}" if bad.any() else "on another rank"
+                times_seen = (
+                    f"t {batch.t[bad].tolist()[:4]}, r {batch.r[bad].tolist()[:4]}" if bad.any() else "on another rank"
+                )
                 break
             total, error = total + values[0] / accumulation, error + values[1] / accumulation
             engine.backward(loss.mean())
@@ -194,7 +214,9 @@ def run(config: Config, engine: Engine, start: int, folder: Path, text: str, log
         if log and (done % config.run.log_every == 0 or done == config.steps):
             now = time.monotonic()
             row = dict(step=done, loss=total, error=error, lr=learning_rate(config, step), it_s=count / (now - clock))
-            log.metrics(row | dict(share=batch.b / len(batch.t), memory_mib=memory_mib(), skipped=skipped), config.steps)
+            log.metrics(
+                row | dict(share=batch.b / len(batch.t), memory_mib=memory_mib(), skipped=skipped), config.steps
+            )
             clock, count = now, 0
         if config.run.eval_every and (done % config.run.eval_every == 0 or done == config.steps):
             weights = engine.weights()

@@ -1,4 +1,5 @@
-"""All of distribution: the DeepSpeed engine, its config, collectives, checkpoints, the moving average. The only file that imports deepspeed."""
+"""All of distribution: the DeepSpeed engine, its config, collectives, checkpoints, the moving average. The only file
+that imports deepspeed."""
 
 from __future__ import annotations
 
@@ -41,7 +42,9 @@ def process_group() -> Iterator[tuple[int, int]]:
             port = s.getsockname()[1]
         os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if not torch.cuda.is_available():
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))))
+        torch.set_num_threads(
+            max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])))
+        )
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     try:
         yield dist.get_rank(), dist.get_world_size()
@@ -50,11 +53,13 @@ def process_group() -> Iterator[tuple[int, int]]:
 
 
 def engine_config(config: Config, world: int) -> dict[str, Any]:
-    """The DeepSpeed dict of a run; the user's own JSON is merged over it. Raises ValueError on "auto", which only the HF Trainer resolves."""
+    """The DeepSpeed dict of a run; the user's own JSON is merged over it. Raises ValueError on "auto", which only the
+    HF Trainer resolves."""
     micro, rest = divmod(config.batch_size, world * config.zero.accumulation)
     if rest or not micro:
         raise ValueError(
-            f"config: batch_size {config.batch_size} is no multiple of {world} ranks x {config.zero.accumulation} micro-batches (zero.accumulation)"
+            f"config: batch_size {config.batch_size} is no multiple of {world} ranks x "
+            f"{config.zero.accumulation} micro-batches (zero.accumulation)"
         )
     optim = config.optim
     derived: dict[str, Any] = {
@@ -63,7 +68,12 @@ def engine_config(config: Config, world: int) -> dict[str, Any]:
         "gradient_clipping": optim.clip,
         "optimizer": {
             "type": "AdamW",
-            "params": {"lr": optim.lr, "betas": list(optim.betas), "weight_decay": optim.weight_decay, "torch_adam": True},
+            "params": {
+                "lr": optim.lr,
+                "betas": list(optim.betas),
+                "weight_decay": optim.weight_decay,
+                "torch_adam": True,
+            },
         },
         "bf16": {"enabled": config.zero.dtype == "bfloat16"},
         # memory_efficient_linear replaces F.linear, process-wide, by a Function without a forward-mode rule
@@ -78,12 +88,16 @@ def engine_config(config: Config, world: int) -> dict[str, Any]:
         derived = _merge(derived, own)
     automatic = [name for name, value in _leaves(derived) if value == "auto"]
     if automatic:
-        raise ValueError(f"config: {', '.join(automatic)} is 'auto', which DeepSpeed itself does not resolve; write the value")
+        raise ValueError(
+            f"config: {', '.join(automatic)} is 'auto', which DeepSpeed itself does not resolve; write the value"
+        )
     return derived
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    return base | {k: _merge(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in over.items()}
+    return base | {
+        k: _merge(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in over.items()
+    }
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -98,10 +112,17 @@ class Engine:
     """A network under DeepSpeed, with its moving average. Every method is called on every rank."""
 
     def __init__(self, network: nn.Module, config: Config) -> None:
-        self.rank, self.world, self.stage, self.decay = dist.get_rank(), dist.get_world_size(), config.zero.stage, config.optim.ema
+        self.rank, self.world, self.stage, self.decay = (
+            dist.get_rank(),
+            dist.get_world_size(),
+            config.zero.stage,
+            config.optim.ema,
+        )
         settings = engine_config(config, self.world)
         self.stage = settings["zero_optimization"]["stage"]
-        self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+        self.device = (
+            torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+        )
         self.dtype = torch.bfloat16 if settings["bf16"]["enabled"] else torch.float32
         trainable = [p for p in network.parameters() if p.requires_grad]
         self.engine, *_ = deepspeed.initialize(model=network, model_parameters=trainable, config=settings)
@@ -149,7 +170,8 @@ class Engine:
         return p.detach() if p.dtype == torch.float32 else safe_get_full_fp32_param(p)
 
     def weights(self, average: bool = True) -> dict[str, Tensor]:
-        """The whole state dict in float32 on CPU, on rank 0 (empty elsewhere): the moving average, or the raw weights."""
+        """The whole state dict in float32 on CPU, on rank 0 (empty elsewhere): the moving average, or the raw
+        weights."""
         state: dict[str, Tensor] = {}
         for name, p in self.parameters.items():
             if self.stage == 3 and name in self.trainable and average:
@@ -160,13 +182,20 @@ class Engine:
                 with deepspeed.zero.GatheredParameters([p]):
                     full = p.detach().clone()
             else:
-                full = self.ema[name] if average and name in self.trainable else self._master(p) if name in self.trainable else p.detach()
+                full = (
+                    self.ema[name]
+                    if average and name in self.trainable
+                    else self._master(p)
+                    if name in self.trainable
+                    else p.detach()
+                )
             if self.rank == 0:
                 state[name] = full.float().cpu().clone().contiguous()
         return state
 
     def save(self, folder: Path, step: int, config: str, keep: int) -> Path:
-        """checkpoints/step_N: the engine's state, the moving average, model.safetensors (the average, whole) and config.json.
+        """checkpoints/step_N: the engine's state, the moving average, model.safetensors (the average, whole) and
+        config.json.
 
         Written under another name and renamed when every rank is done, so a folder of that name is always whole.
         """
@@ -199,7 +228,8 @@ class Engine:
         made = json.loads((checkpoint / "checkpoint.json").read_text())
         if (made["world"], made["stage"]) != (self.world, self.stage):
             raise ValueError(
-                f"resume: {checkpoint} was saved by {made['world']} ranks at ZeRO stage {made['stage']}; this run has {self.world} at stage {self.stage}"
+                f"resume: {checkpoint} was saved by {made['world']} ranks at ZeRO stage {made['stage']}; "
+                f"this run has {self.world} at stage {self.stage}"
             )
         self.engine.load_checkpoint(str(checkpoint), tag="engine")
         saved = load_file(checkpoint / f"ema-{self.rank if self.stage == 3 else 0}.safetensors")

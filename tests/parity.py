@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from emf_kernels import Case, Dual, Op, primal
 from torch import Tensor
+
+from emf_kernels import Case, Dual, Op, primal
 
 # Fresh in every run, printed by a failure; EMF_TEST_SEED repeats one.
 SEED = int(os.environ.get("EMF_TEST_SEED", random.randrange(2**31)))
@@ -25,7 +26,8 @@ def floating(x: Any) -> bool:
 def make(
     op: Op, case: Case, dtype: torch.dtype, device: str = "cpu"
 ) -> tuple[dict[str, Any], dict[str, Tensor], torch.Generator]:
-    """(arguments by name, tangents [b, ...] of the live ones, the generator that follows). The same in every call of a run."""
+    """(arguments by name, tangents [b, ...] of the live ones, the generator that follows). The same in every call of
+    a run."""
     generator = torch.Generator().manual_seed(SEED)
     args = op.inputs(case, dtype, device, generator)
     draw = lambda x: torch.randn(x.shape, generator=generator, dtype=torch.float64).to(device, dtype)  # noqa: E731
@@ -49,7 +51,8 @@ def ours(op: Op, case: Case, args: dict[str, Any], tangents: dict[str, Tensor]) 
 
 
 def eager(op: Op, case: Case, args: dict[str, Any], tangents: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The same by torch.func.jvp of the reference over the whole batch, with zero tangents after b: not through lift."""
+    """The same by torch.func.jvp of the reference over the whole batch, with zero tangents after b: not through
+    lift."""
     live = list(tangents)
 
     def f(*values: Tensor) -> tuple[Tensor, ...]:
@@ -70,7 +73,8 @@ def gradients(args: dict[str, Any], names: list[str], y: list[Tensor], dy: list[
 
 
 def outcome(op: Op, case: Case, dtype: torch.dtype, run: Run, device: str = "cpu", exact: bool = False) -> Outcome:
-    """Everything that a run gives, by name: y0.., y0_dot.., d<argument>. exact: the same numbers, computed on in float64."""
+    """Everything that a run gives, by name: y0.., y0_dot.., d<argument>. exact: the same numbers, computed on in
+    float64."""
     args, tangents, generator = make(op, case, dtype, device)
     if exact:
         args = {k: v.double() if floating(v) else v for k, v in args.items()}
@@ -90,7 +94,8 @@ def finite(result: Outcome) -> bool:
 def compare(got: Outcome, plain: Outcome, exact: Outcome, dtype: torch.dtype) -> None:
     """At most twice plain torch's error in the same dtype, as L2 norms.
 
-    Below four roundings an error is rounding: of the root mean square of the result, or of the largest result of its kind (values,
+    Below four roundings an error is rounding: of the root mean square of the result, or of the largest result of its
+    kind (values,
     tangents, gradients), for a gradient that is zero by cancellation still carries the roundings of what cancelled.
     """
     assert got.keys() == exact.keys()

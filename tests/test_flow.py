@@ -14,7 +14,10 @@ from emf.model import Transformer, TransformerConfig
 from emf_kernels import Dual
 
 
-@pytest.mark.parametrize(("progress", "share", "mean_t", "mean_gap"), [(0.0, 0.25, 0.51, 0.23), (0.5, 0.5, 0.66, 0.31), (1.0, 0.75, 0.75, 0.35)])
+@pytest.mark.parametrize(
+    ("progress", "share", "mean_t", "mean_gap"),
+    [(0.0, 0.25, 0.51, 0.23), (0.5, 0.5, 0.66, 0.31), (1.0, 0.75, 0.75, 0.35)],
+)
 def test_times_follow_the_schedule(progress: float, share: float, mean_t: float, mean_gap: float) -> None:
     """The paper's code: E[t] of all, E[t - r] of the two draws before r = t is set."""
     g = torch.Generator().manual_seed(0)
@@ -94,7 +97,9 @@ def test_sampler_is_exact_where_u_is(steps: int) -> None:
 
 def test_euler_converges() -> None:
     z = torch.ones(1, 1)
-    errors = [(sample(decay(False), z, n, average=False) - torch.exp(torch.tensor(-1.0))).abs().item() for n in (4, 40, 400)]
+    errors = [
+        (sample(decay(False), z, n, average=False) - torch.exp(torch.tensor(-1.0))).abs().item() for n in (4, 40, 400)
+    ]
     assert errors[0] > 8 * errors[1] > 64 * errors[2]
     with pytest.raises(ValueError, match="steps"):
         sample(decay(False), z, 0)
@@ -136,10 +141,15 @@ def test_time_branches(scale: float) -> None:
     with torch.no_grad():
         want = base(z, t, None, c)
         for how, same in (("duplicate", False), ("preserve", scale == 1000)):
-            dual.load_state_dict({k.removeprefix("transformer."): v for k, v in add_time_branches(state, dual.config, how).items()})
+            dual.load_state_dict(
+                {k.removeprefix("transformer."): v for k, v in add_time_branches(state, dual.config, how).items()}
+            )
             torch.testing.assert_close(dual(z, t, None, c), want)  # the pretrained embedder is kept
             off = ((dual(z, t, t, c) - want).norm() / want.norm()).item()
             assert (off < 1e-2) if same else (off > 1e-2 if how == "duplicate" else off < 0.6), (how, off)
-    assert torch.equal(add_time_branches(state, dual.config, "duplicate")["transformer.time_embed_r.linear.weight"], state["transformer.time_embed.linear.weight"])
+    assert torch.equal(
+        add_time_branches(state, dual.config, "duplicate")["transformer.time_embed_r.linear.weight"],
+        state["transformer.time_embed.linear.weight"],
+    )
     with pytest.raises(ValueError, match="time_embed"):
         add_time_branches({}, config, "duplicate")

@@ -1,6 +1,8 @@
-"""Every registered op, every test case, against float64: value, tangent, gradients; and the laws that need no reference.
+"""Every registered op, every test case, against float64: value, tangent, gradients; and the laws that need no
+reference.
 
-Nothing here lists ops: a new one is tested the moment it is registered. Inputs are fresh in every run; the seed is printed by a failure.
+Nothing here lists ops: a new one is tested the moment it is registered. Inputs are fresh in every run; the seed is
+printed by a failure.
 """
 
 from __future__ import annotations
@@ -18,7 +20,12 @@ from emf_kernels import REGISTRY, Case, Dual, Op, backend, each, lift, primal
 SEED = int(os.environ.get("EMF_TEST_SEED", random.randrange(2**31)))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
-CASES = [pytest.param(op, case, id=f"{op.name}-{case.name}") for op in REGISTRY.values() for case in op.cases if "test" in case.tags]
+CASES = [
+    pytest.param(op, case, id=f"{op.name}-{case.name}")
+    for op in REGISTRY.values()
+    for case in op.cases
+    if "test" in case.tags
+]
 FUSED = [
     pytest.param(op, case, dtype, id=f"{op.name}-{case.name}-{str(dtype)[6:]}")
     for op in REGISTRY.values()
@@ -45,11 +52,16 @@ def floating(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
 
-def make(op: Op, case: Case, dtype: torch.dtype, salt: int = 0) -> tuple[dict[str, Any], dict[str, Tensor], torch.Generator]:
+def make(
+    op: Op, case: Case, dtype: torch.dtype, salt: int = 0
+) -> tuple[dict[str, Any], dict[str, Tensor], torch.Generator]:
     """(arguments by name, tangents [b, ...] of the live ones)."""
     generator = torch.Generator().manual_seed(SEED + salt)
     args = op.inputs(case, dtype, DEVICE, generator)
-    tangents = {k: torch.randn(args[k].shape, generator=generator, dtype=torch.float64)[: case.b].to(DEVICE, dtype) for k in case.live}
+    tangents = {
+        k: torch.randn(args[k].shape, generator=generator, dtype=torch.float64)[: case.b].to(DEVICE, dtype)
+        for k in case.live
+    }
     return args, tangents, generator
 
 
@@ -61,7 +73,8 @@ def call(op: Op, args: dict[str, Any], tangents: dict[str, Tensor]) -> tuple[lis
 
 
 def truth(op: Op, case: Case, args: dict[str, Any], tangents: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The same in float64, straight from torch.func.jvp of the reference over the whole batch with zero tangents for the rest: not through lift."""
+    """The same in float64, straight from torch.func.jvp of the reference over the whole batch with zero tangents for
+    the rest: not through lift."""
     live = list(case.live)
 
     def f(*values: Tensor) -> Any:
@@ -105,14 +118,17 @@ def all_of(op: Op, case: Case, dtype: torch.dtype, run: Any, salt: int = 0) -> d
 
 
 def compare(got: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """At most twice eager's own error in the same dtype, as an L2 norm; below two roundings of the result itself an error is rounding."""
+    """At most twice eager's own error in the same dtype, as an L2 norm; below two roundings of the result itself an
+    error is rounding."""
     assert got.keys() == exact.keys()
     for name, want in exact.items():
         assert got[name].shape == want.shape, name
         assert got[name].isfinite().all(), f"{name} is not finite (seed {SEED})"
         floor = 2 * torch.finfo(dtype).eps * max(want.norm().item(), 1e-3 * want.numel() ** 0.5)
         error, allowed = ((x.double() - want).norm().item() for x in (got[name], eager[name]))
-        assert error <= max(2 * allowed, floor), f"{name}: error {error:.2e}, eager's {allowed:.2e}, floor {floor:.2e} (seed {SEED})"
+        assert error <= max(2 * allowed, floor), (
+            f"{name}: error {error:.2e}, eager's {allowed:.2e}, floor {floor:.2e} (seed {SEED})"
+        )
 
 
 @pytest.mark.parametrize(("op", "case"), CASES)
@@ -120,7 +136,9 @@ def test_dual_is_exact_in_float64(op: Op, case: Case) -> None:
     with backend("reference"):
         got = all_of(op, case, torch.float64, call)
     for name, want in all_of(op, case, torch.float64, truth).items():
-        torch.testing.assert_close(got[name], want, rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n} (seed {SEED}): {m}")
+        torch.testing.assert_close(
+            got[name], want, rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n} (seed {SEED}): {m}"
+        )
 
 
 @pytest.mark.parametrize(("op", "case", "dtype"), FUSED)
@@ -162,7 +180,11 @@ def test_laws(op: Op, case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("op", "case"), CASES)
 def test_reference_passes_gradcheck(op: Op, case: Case) -> None:
     args, _, _ = make(op, case, torch.float64)
-    names = [k for k, v in args.items() if floating(v) and v.numel() and (op.differentiable is None or k in op.differentiable)]
+    names = [
+        k
+        for k, v in args.items()
+        if floating(v) and v.numel() and (op.differentiable is None or k in op.differentiable)
+    ]
     f = lambda *values: op.reference(**(args | dict(zip(names, values, strict=True))))  # noqa: E731
     if op.differentiable is not None:
         pytest.skip("target and weight are stop-gradients: the derivative is not the function's own")

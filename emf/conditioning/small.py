@@ -26,11 +26,16 @@ class EncoderConfig:
 
 
 class Connector(nn.Module):
-    """LLM states [B, M, hidden] -> [B, M, C]: Linear, GELU(tanh), Linear, RMSNorm whose weight starts at sqrt(5.5) (BLIP3o-NEXT, arXiv 2510.15857)."""
+    """LLM states [B, M, hidden] -> [B, M, C]: Linear, GELU(tanh), Linear, RMSNorm whose weight starts at sqrt(5.5)
+    (BLIP3o-NEXT, arXiv 2510.15857)."""
 
     def __init__(self, hidden: int, channels: int) -> None:
         super().__init__()
-        self.linear_1, self.linear_2, self.norm = Linear(hidden, channels), Linear(channels, channels), RMSNorm(channels)
+        self.linear_1, self.linear_2, self.norm = (
+            Linear(hidden, channels),
+            Linear(channels, channels),
+            RMSNorm(channels),
+        )
         nn.init.constant_(self.norm.weight, 5.5**0.5)
 
     def forward(self, states: Tensor) -> Tensor:
@@ -59,7 +64,8 @@ class SmallEncoder(nn.Module):
         self.connector = Connector(config.hidden_size, config.out_channels)
 
     def forward(self, ids: Tensor, mask: Tensor, drop: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """drop [B] bool: samples whose states are zeroed before the connector (condition dropout, the null condition); they attend to all M
+        """drop [B] bool: samples whose states are zeroed before the connector (condition dropout, the null
+        condition); they attend to all M
         positions, so that the length of the dropped caption does not show."""
         states = self.language_model(input_ids=ids, attention_mask=mask).last_hidden_state
         if drop is not None:

@@ -29,7 +29,8 @@ EULER, FEW = (1, 4, 30), (1, 2, 4, 8)
 
 
 def newest(run: Path) -> Path:
-    """The newest whole checkpoint of a run's folder, or the folder itself if it is one. Raises ValueError where there is none."""
+    """The newest whole checkpoint of a run's folder, or the folder itself if it is one. Raises ValueError where there
+    is none."""
     if (run / "model.safetensors").is_file():
         return run
     saved = sorted(p for p in (run / "checkpoints").glob("step_*") if p.suffix != ".part")
@@ -104,7 +105,8 @@ def show(scores: dict[str, Any]) -> None:
     console = Console(width=None if Console().is_terminal else 130)
     console.print(table)
     console.print(
-        f"scorer: real scenes {scores['ceiling']:.3f}, noise {scores['noise']:.3f}, shuffled captions {scores['shuffled']:.3f}"
+        f"scorer: real scenes {scores['ceiling']:.3f}, noise {scores['noise']:.3f}, "
+        f"shuffled captions {scores['shuffled']:.3f}"
     )
 
 

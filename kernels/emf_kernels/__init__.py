@@ -1,7 +1,17 @@
 """Fused operations that carry a value and its tangent together. See op.py for the contract; one operation a file."""
 
 # isort: off
-from .op import REGISTRY, Case, Cost, Dual, Op, backend, each, lift, primal  # first: it decides whether kernels are interpreted
+from .op import (
+    REGISTRY,
+    Case,
+    Cost,
+    Dual,
+    Op,
+    backend,
+    each,
+    lift,
+    primal,
+)  # first: it decides whether kernels are interpreted
 
 # isort: on
 from .adaln import adaln

@@ -111,7 +111,8 @@ class _AdaLN(torch.autograd.Function):
             x, scale, shift, x_dot, scale_dot, shift_dot, y, y_dot, mean, rstd,
             x.stride(0), x.stride(1), scale.stride(0), shift.stride(0),
             stride(x_dot, 0), stride(x_dot, 1), stride(scale_dot, 0), stride(shift_dot, 0), N, C, b, eps,
-            x_dot is not None, scale_dot is not None, shift_dot is not None, block, num_warps=min(max(block // 512, 1), 8),
+            x_dot is not None, scale_dot is not None, shift_dot is not None, block,
+            num_warps=min(max(block // 512, 1), 8),
         )  # fmt: skip
         ctx.save_for_backward(x, scale, mean, rstd)
         ctx.mark_non_differentiable(y_dot)
@@ -137,8 +138,10 @@ class _AdaLN(torch.autograd.Function):
 
 
 def fused(x: Tensor | Dual, scale: Tensor | Dual, shift: Tensor | Dual, eps: float = 1e-6) -> Tensor | Dual:
-    """adaln of Tensors, or of Duals in any of the three places: one launch for value and tangent. Shapes as above; float16, bfloat16 (on
-    a GPU) or float32, the same for all; statistics in float32; last dimension contiguous, C at most 16384; else ValueError."""
+    """adaln of Tensors, or of Duals in any of the three places: one launch for value and tangent. Shapes as above;
+    float16, bfloat16 (on
+    a GPU) or float32, the same for all; statistics in float32; last dimension contiguous, C at most 16384; else
+    ValueError."""
     duals = [a for a in (x, scale, shift) if isinstance(a, Dual)]
     b = leading(duals, "adaln") if duals else 0
     (x_, x_dot), (scale_, scale_dot), (shift_, shift_dot) = halves(x), halves(scale), halves(shift)

@@ -1,12 +1,15 @@
 """Softmax attention, self or cross, with a key mask.
 
 Shapes:   q [B, Nq, H, D]; k, v [B, Nk, H, D]; mask [B, Nk] bool (True = attend) or None; o [B, Nq, H, D].
-Primal:   s = q k^T D^-1/2;  p = softmax(s);  o = p v.  A masked key has weight 0; a sample without any live key gives 0.
+Primal:   s = q k^T D^-1/2;  p = softmax(s);  o = p v.  A masked key has weight 0; a sample without any live key gives
+          0.
 Tangent:  s_dot = (q_dot k^T + q k_dot^T) D^-1/2;  o_dot = (p * s_dot) v - rowsum(p * s_dot) o + p v_dot
 Backward: ds = p * (do v^T - rowsum(do * o)) D^-1/2;  dq = ds k;  dk = ds^T q;  dv = p^T do
-Source:   FlashAttention-2 (arXiv 2307.08691) for the primal; the tangent follows from d softmax = p * (s_dot - <p, s_dot>).
+Source:   FlashAttention-2 (arXiv 2307.08691) for the primal; the tangent follows from d softmax = p * (s_dot - <p,
+          s_dot>).
 
-The kernel keeps two wide accumulators, a = sum p v and a_dot = sum (p * s_dot) v + p v_dot, and two narrow ones, l = sum p and
+The kernel keeps two wide accumulators, a = sum p v and a_dot = sum (p * s_dot) v + p v_dot, and two narrow ones, l =
+sum p and
 mu = sum p * s_dot, all relative to the running maximum m of s. At the end o = a / l and o_dot = (a_dot - mu o) / l.
 """
 
@@ -141,7 +144,8 @@ class _Attention(torch.autograd.Function):
 def _bwd(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, o: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) from the saved lse: PyTorch's flash kernel where it can, which has no key mask; else plain torch, which holds
+    """(dq, dk, dv) from the saved lse: PyTorch's flash kernel where it can, which has no key mask; else plain torch,
+    which holds
     a few float32 [B, H, Nq, Nk]."""
     scale = q.shape[3] ** -0.5
     half = q.dtype in (torch.float16, torch.bfloat16)
@@ -167,8 +171,10 @@ def _bwd(
 
 
 def fused(q: Tensor | Dual, k: Tensor | Dual, v: Tensor | Dual, mask: Tensor | None = None) -> Tensor | Dual:
-    """Attention of Tensors, or of Duals in any of the three places: one kernel for value and tangent. Shapes as above; float16, bfloat16
-    (on a GPU) or float32, the same for q, k, v; sums in float32; last dimension contiguous, D at most 256; else ValueError."""
+    """Attention of Tensors, or of Duals in any of the three places: one kernel for value and tangent. Shapes as
+    above; float16, bfloat16
+    (on a GPU) or float32, the same for q, k, v; sums in float32; last dimension contiguous, D at most 256; else
+    ValueError."""
     duals = [a for a in (q, k, v) if isinstance(a, Dual)]
     b = leading(duals, "attention") if duals else 0
     (q_, q_dot), (k_, k_dot), (v_, v_dot) = halves(q), halves(k), halves(v)

@@ -4,7 +4,8 @@ Shapes:   x, h [B, ..., C]; gate [B, C] or None (then 1); y like x.
 Primal:   y = x + gate h
 Tangent:  y_dot = x_dot + gate_dot h + gate h_dot
 Backward: dx = dy;  dh = gate dy;  dgate = sum over tokens of h dy
-Source:   adaLN-zero gates (arXiv 2212.09748); gate None is SANA's ungated residual around cross-attention, and the sum of the two time branches.
+Source:   adaLN-zero gates (arXiv 2212.09748); gate None is SANA's ungated residual around cross-attention, and the
+          sum of the two time branches.
 """
 
 from __future__ import annotations

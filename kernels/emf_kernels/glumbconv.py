@@ -3,7 +3,8 @@
 Shapes:   x [B, H, W, 2 F]; weight [2 F, 1, 3, 3]; bias [2 F]; y [B, H, W, F]. Zero padding of 1 after the activation.
 Primal:   c = conv(silu(x)) + bias;  a, g = halves of c along channels;  y = a silu(g)
 Tangent:  c_dot = conv(silu'(x) x_dot);  y_dot = a_dot silu(g) + a silu'(g) g_dot
-Backward: da = dy silu(g), dg = dy a silu'(g);  dx = silu'(x) conv^T(dc);  dweight, dbias = correlations of dc with silu(x), sums of dc
+Backward: da = dy silu(g), dg = dy a silu'(g);  dx = silu'(x) conv^T(dc);  dweight, dbias = correlations of dc with
+          silu(x), sums of dc
 Source:   SANA's Mix-FFN (arXiv 2410.10629); the only place where position enters the network.
 """
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Bound at import: DeepSpeed's ZeRO-3 replaces torch.nn.functional.linear, process-wide, by a Function that has no forward-mode rule.
+# Bound at import: DeepSpeed's ZeRO-3 replaces torch.nn.functional.linear, process-wide, by a Function that has no
+# forward-mode rule.
 from torch.nn.functional import linear as affine
 
 from .op import Case, Cost, Dual, Op
@@ -23,7 +24,8 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def dual(x: Tensor | Dual, weight: Tensor | Dual, bias: Tensor | Dual | None = None) -> Dual:
-    # lift(reference) is right but pays for forward-mode AD of addmm more than for the product (profiles/LOG.md). Weights are constants.
+    # lift(reference) is right but pays for forward-mode AD of addmm more than for the product (profiles/LOG.md).
+    # Weights are constants.
     if not isinstance(x, Dual) or isinstance(weight, Dual) or isinstance(bias, Dual):
         raise ValueError("linear: weight and bias take no tangent; expected a Dual for x alone")
     with torch.no_grad():

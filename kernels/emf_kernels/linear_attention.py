@@ -1,12 +1,15 @@
 """ReLU linear attention with the RMS norm of queries and keys inside.
 
 Shapes:   q, k, v [B, N, C], C = H D; q_weight, k_weight [C] or None (no norm); head_size D; o [B, N, C].
-Primal:   q' = relu(rmsnorm(q)), k' = relu(rmsnorm(k)), norms across all heads;  per head S = sum_n k'_n v_n^T, s = sum_n k'_n;
+Primal:   q' = relu(rmsnorm(q)), k' = relu(rmsnorm(k)), norms across all heads;  per head S = sum_n k'_n v_n^T, s =
+          sum_n k'_n;
           o_n = (q'_n S) / (q'_n . s + eps)
-Tangent:  q'_dot, k'_dot by rmsnorm and the step function;  S_dot = sum k'_dot v^T + k' v_dot^T;  s_dot = sum k'_dot;  with a = q' S, z = q' . s + eps:
+Tangent:  q'_dot, k'_dot by rmsnorm and the step function;  S_dot = sum k'_dot v^T + k' v_dot^T;  s_dot = sum k'_dot;
+          with a = q' S, z = q' . s + eps:
           o_dot = (q'_dot S + q' S_dot - o (q'_dot . s + q' . s_dot)) / z
 Backward: through z, a, S, s in turn; the same two sums over N
-Source:   SANA (arXiv 2410.10629); diffusers' SanaLinearAttnProcessor2_0: a row of ones in v makes s, eps 1e-15, no scale, no mask.
+Source:   SANA (arXiv 2410.10629); diffusers' SanaLinearAttnProcessor2_0: a row of ones in v makes s, eps 1e-15, no
+          scale, no mask.
 """
 
 from __future__ import annotations
@@ -19,7 +22,13 @@ from .rmsnorm import reference as rmsnorm_reference
 
 
 def reference(
-    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, head_size: int, eps: float = 1e-15
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    head_size: int,
+    eps: float = 1e-15,
 ) -> Tensor:
     q, k = (x if w is None else rmsnorm_reference(x, w) for x, w in ((q, q_weight), (k, k_weight)))
     q, k, v = (x.unflatten(-1, (-1, head_size)).transpose(1, 2) for x in (q.relu(), k.relu(), v))

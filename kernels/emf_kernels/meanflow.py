@@ -1,8 +1,10 @@
 """EMF's MeanFlow loss: target, error, per-sample sum and adaptive weight.
 
-Shapes:   u, v [B, ...]; u_dot [b, ...], b <= B, the tangent of the first b samples (a constant); t, r [B]; r = t in the other samples.
+Shapes:   u, v [B, ...]; u_dot [b, ...], b <= B, the tangent of the first b samples (a constant); t, r [B]; r = t in
+          the other samples.
           Outputs: loss [B] (weighted), error [B] (mean squared error, for logs).
-Primal:   u_tgt = v - (t - r) u_dot;  L = sum over all but the batch of (u - u_tgt)^2;  w = 1 / (stopgrad(L) + c)^p;  loss = w L
+Primal:   u_tgt = v - (t - r) u_dot;  L = sum over all but the batch of (u - u_tgt)^2;  w = 1 / (stopgrad(L) + c)^p;
+          loss = w L
 Tangent:  none: a loss is where tangents end
 Backward: du = 2 w (u - u_tgt) dloss   (u_tgt and w are constants)
 Source:   MeanFlow (arXiv 2505.13447) eq. 9-11 and section 4.3; EMF (arXiv 2604.18168) uses p = 1, c = 1e-3 on the sum.

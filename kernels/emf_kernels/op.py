@@ -1,7 +1,10 @@
-"""The contract that every operation of this library keeps: Dual, lift, Op, Case, the registry and the choice of backend.
+"""The contract that every operation of this library keeps: Dual, lift, Op, Case, the registry and the choice of
+backend.
 
-A network's Jacobian-vector product is computed here by carrying a value and its tangent together: `Dual(primal, tangent)`. Every operation on
-a Dual is a named `Op`. An Op is right from its first line, because its dual defaults to `lift(reference)`; a fused Triton kernel replaces that
+A network's Jacobian-vector product is computed here by carrying a value and its tangent together: `Dual(primal,
+tangent)`. Every operation on
+a Dual is a named `Op`. An Op is right from its first line, because its dual defaults to `lift(reference)`; a fused
+Triton kernel replaces that
 default where a record shows that it is faster, and is held to the same reference by the same tests.
 """
 
@@ -17,7 +20,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-# `triton.jit` decides at decoration whether a kernel is compiled or interpreted. Without a GPU only the interpreter can run one; set before
+# `triton.jit` decides at decoration whether a kernel is compiled or interpreted. Without a GPU only the interpreter can
+# run one; set before
 # the first kernel file is imported, and never against the user's own choice.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -26,12 +30,14 @@ Backend = Literal["reference", "triton"]
 
 
 class Dual(NamedTuple):
-    """A value and its tangent. A NamedTuple: wrappers such as DeepSpeed and pytree rebuild those, dataclasses they skip.
+    """A value and its tangent. A NamedTuple: wrappers such as DeepSpeed and pytree rebuild those, dataclasses they
+    skip.
 
     primal:  [B, ...]
     tangent: [b, ...], 0 <= b <= B; belongs to the FIRST b samples. b = B is the full dual, b = 0 a plain forward.
 
-    The tangent never requires grad: gradients flow through the primal only. A constant is a plain Tensor. There is no arithmetic on a Dual: a
+    The tangent never requires grad: gradients flow through the primal only. A constant is a plain Tensor. There is no
+    arithmetic on a Dual: a
     tuple's own `+` and `*` would concatenate and repeat without a word.
     """
 
@@ -39,13 +45,16 @@ class Dual(NamedTuple):
     tangent: Tensor
 
     def _refuse(self, *_: Any) -> Any:
-        raise TypeError("a Dual has no arithmetic: call an Op of emf_kernels, or each(fn, x) for a linear rearrangement")
+        raise TypeError(
+            "a Dual has no arithmetic: call an Op of emf_kernels, or each(fn, x) for a linear rearrangement"
+        )
 
     __add__ = __radd__ = __mul__ = __rmul__ = _refuse  # type: ignore[assignment]
 
 
 def each(fn: Callable[[Tensor], Tensor], x: Tensor | Dual) -> Any:
-    """Apply a linear rearrangement that keeps the batch first (reshape, permute, slice of channels) to a Tensor or to both halves of a Dual."""
+    """Apply a linear rearrangement that keeps the batch first (reshape, permute, slice of channels) to a Tensor or to
+    both halves of a Dual."""
     return Dual(fn(x.primal), fn(x.tangent)) if isinstance(x, Dual) else fn(x)
 
 
@@ -55,13 +64,18 @@ def primal(x: Tensor | Dual) -> Tensor:
 
 
 def leading(duals: Sequence[Dual], op: str) -> int:
-    """b, the number of leading samples that carry a tangent. Raises ValueError where the Duals disagree or do not fit."""
+    """b, the number of leading samples that carry a tangent. Raises ValueError where the Duals disagree or do not
+    fit."""
     sizes = {d.tangent.shape[0] for d in duals}
     if len(sizes) != 1:
-        raise ValueError(f"{op}: the tangents cover different numbers of leading samples {sorted(sizes)}; expected one number")
+        raise ValueError(
+            f"{op}: the tangents cover different numbers of leading samples {sorted(sizes)}; expected one number"
+        )
     for d in duals:
         if d.tangent.shape[0] > d.primal.shape[0] or d.tangent.shape[1:] != d.primal.shape[1:]:
-            raise ValueError(f"{op}: tangent {tuple(d.tangent.shape)} does not fit primal {tuple(d.primal.shape)}; expected [b <= B, ...]")
+            raise ValueError(
+                f"{op}: tangent {tuple(d.tangent.shape)} does not fit primal {tuple(d.primal.shape)}; expected [b, ...]"
+            )
     return sizes.pop()
 
 
@@ -84,8 +98,10 @@ def lift(reference: Callable[..., Any], batched: Sequence[str] = ()) -> Callable
     """The dual of any torch function, by torch.func.jvp.
 
     reference: tensors -> tensor or tuple of tensors, each [B, ...].
-    batched: names of the arguments whose first dimension is the batch; a plain Tensor among them is a constant per sample. Duals always are.
-    The result takes Duals where the reference takes tensors, and returns Duals. The batch is split (dual on the first b samples, plain on the
+    batched: names of the arguments whose first dimension is the batch; a plain Tensor among them is a constant per
+             sample. Duals always are.
+    The result takes Duals where the reference takes tensors, and returns Duals. The batch is split (dual on the first
+    b samples, plain on the
     rest), so no value is computed twice.
     """
     names = list(inspect.signature(reference).parameters)
@@ -99,7 +115,9 @@ def lift(reference: Callable[..., Any], batched: Sequence[str] = ()) -> Callable
         else:
             # split, not two slices: its backward is one concatenation instead of two zero-filled buffers and a sum
             halves = [
-                torch.split(primal(a), [b, total - b]) if isinstance(a, Dual) or (i in batch and isinstance(a, Tensor)) else (a, a)
+                torch.split(primal(a), [b, total - b])
+                if isinstance(a, Dual) or (i in batch and isinstance(a, Tensor))
+                else (a, a)
                 for i, a in enumerate(args)
             ]
             rest = reference(*(h[1] for h in halves))
@@ -107,7 +125,8 @@ def lift(reference: Callable[..., Any], batched: Sequence[str] = ()) -> Callable
                 y, y_dot = rest, _each_output(lambda o: o.detach()[:0], rest)
             else:
                 first, y_dot = _jvp(
-                    reference, [Dual(h[0], a.tangent) if isinstance(a, Dual) else h[0] for a, h in zip(args, halves, strict=True)]
+                    reference,
+                    [Dual(h[0], a.tangent) if isinstance(a, Dual) else h[0] for a, h in zip(args, halves, strict=True)],
                 )
                 y = tuple(map(_concatenate, first, rest)) if isinstance(rest, tuple) else _concatenate(first, rest)
         return tuple(map(Dual, y, y_dot)) if isinstance(y, tuple) else Dual(y, y_dot)
@@ -127,7 +146,8 @@ def _concatenate(first: Tensor, rest: Tensor) -> Tensor:
 class Case:
     """A named shape of an Op, read alike by tests, bench, static compile and tuning.
 
-    shape: the letters of the op's docstring and their sizes (b, where present, is the number of samples that carry a tangent; default B).
+    shape: the letters of the op's docstring and their sizes (b, where present, is the number of samples that carry a
+           tangent; default B).
     live: names of the arguments that carry a tangent.
     tags: "test" (small, every commit) and / or "bench" (a model's real size).
     """
@@ -150,9 +170,12 @@ class Cost(NamedTuple):
 
 
 def check(op: str, lead: Tensor, **tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
-    """A kernel's arguments: name=(tensor or None, shape). One ValueError that names what does not fit; nothing is ever copied or cast to fit."""
+    """A kernel's arguments: name=(tensor or None, shape). One ValueError that names what does not fit; nothing is
+    ever copied or cast to fit."""
     if not lead.is_cuda and lead.dtype not in (torch.float16, torch.float32):
-        raise ValueError(f"{op}: dtype {lead.dtype} on {lead.device}; Triton's interpreter is right in float32 and float16 only")
+        raise ValueError(
+            f"{op}: dtype {lead.dtype} on {lead.device}; Triton's interpreter is right in float32 and float16 only"
+        )
     if lead.is_cuda and lead.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"{op}: dtype {lead.dtype}; expected float16, bfloat16 or float32")
     for name, (x, shape) in tensors.items():
@@ -179,7 +202,8 @@ _forced: list[Backend] = []
 
 @contextmanager
 def backend(name: Backend) -> Iterator[None]:
-    """Force a backend inside the block. `triton` on CPU tensors runs Triton's interpreter; an op without a kernel raises ValueError."""
+    """Force a backend inside the block. `triton` on CPU tensors runs Triton's interpreter; an op without a kernel
+    raises ValueError."""
     if name not in ("reference", "triton"):
         raise ValueError(f"backend {name!r} is unknown; expected 'reference' or 'triton'")
     _forced.append(name)
@@ -192,7 +216,8 @@ def backend(name: Backend) -> Iterator[None]:
 class Op:
     """One differentiable function, given up to three times: its reference, its fused kernel, its lifted default.
 
-    reference: one to five lines of plain torch without casts: the definition, the oracle (in float64) and the CPU implementation.
+    reference: one to five lines of plain torch without casts: the definition, the oracle (in float64) and the CPU
+    implementation.
     inputs:    (case, dtype, device, generator) -> dict of arguments by name, in the range that the model feeds.
     cases:     the named shapes.
     cost:      (case, itemsize) -> Cost of the dual at that case.
