@@ -23,6 +23,8 @@ class OptimConfig:
     """AdamW with linear warm-up."""
 
     lr: float = 1e-4
+    condition_lr: float = 1.0
+    """Factor on the learning rate of the condition's path: text encoder and caption projection."""
     decay: Literal["cosine", "constant"] = "cosine"
     """Learning rate after warm-up: to zero along a cosine, or constant."""
     warmup: int = 50

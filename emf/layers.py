@@ -176,7 +176,7 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: Callable[..., Any], *halves: Tensor | None) -> Any:
         # The arguments come flat, primal and tangent (or None) in turn, so that autograd sees the primals.
-        primals, tangents = halves[::2], halves[1::2]
+        primals, tangents = [p for p in halves[::2] if p is not None], halves[1::2]
         ctx.run = run
         ctx.save_for_backward(*primals)
         y = run(*(p if d is None else Dual(p, d) for p, d in zip(primals, tangents, strict=True)))
@@ -204,7 +204,7 @@ def checkpoint(run: Callable[..., Any], *args: Value) -> Any:
     run:  returns one Tensor or Dual [B, ...]; must give the same result when called again.
     Result and gradients equal those of run(*args); the memory kept is that of the primals of args.
     """
-    flat = [half for a in args for half in (a if isinstance(a, Dual) else (a, None))]
+    flat: list[Any] = [half for a in args for half in (a if isinstance(a, Dual) else (a, None))]
     if not any(a.requires_grad for a in flat if a is not None):
         # autograd calls a Function's backward only for the sake of an input; the weights inside `run` are none
         flat[0] = flat[0].detach().requires_grad_()

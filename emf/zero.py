@@ -124,8 +124,12 @@ class Engine:
             torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
         )
         self.dtype = torch.bfloat16 if settings["bf16"]["enabled"] else torch.float32
-        trainable = [p for p in network.parameters() if p.requires_grad]
-        self.engine, *_ = deepspeed.initialize(model=network, model_parameters=trainable, config=settings)
+        slow, fast = [], []
+        for name, p in network.named_parameters():
+            if p.requires_grad:
+                (slow if name.startswith(("encoder.", "transformer.caption_")) else fast).append(p)
+        groups = [{"params": g, "factor": f} for g, f in ((fast, 1.0), (slow, config.optim.condition_lr)) if g]
+        self.engine, *_ = deepspeed.initialize(model=network, model_parameters=groups, config=settings)
         if self.stage == 3:
             for module in network.modules():
                 for name in getattr(module, "borrows", ()):
@@ -145,7 +149,7 @@ class Engine:
     def step(self, lr: float, step: int) -> None:
         """Optimizer step at the end of the last micro-batch, then the moving average. step counts from 0."""
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["factor"]
         last = self.engine.is_gradient_accumulation_boundary()
         self.engine.step()
         if last:

@@ -25,12 +25,44 @@ pytest.importorskip("deepspeed")
 ROOT = Path(__file__).parent.parent
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["emf.train", "pytest"])
-TINY = (
-    "--batch-size 8 --steps 6 --transformer.num-layers 1 --transformer.num-attention-heads 2 --transformer.num-cross-attention-heads 1"
-    " --transformer.caption-channels 32 --encoder.hidden-size 32 --encoder.intermediate-size 32 --encoder.num-hidden-layers 1"
-    " --encoder.num-attention-heads 2 --encoder.num-key-value-heads 1 --encoder.head-dim 16 --encoder.out-channels 32"
-    " --run.log-every 1 --run.save-every 3 --run.eval-every 0 --optim.warmup 2 --optim.ema 0.5"
-).split()
+TINY = [
+    "--batch-size",
+    "8",
+    "--steps",
+    "6",
+    "--transformer.num-layers",
+    "1",
+    "--transformer.num-attention-heads",
+    "2",
+    "--transformer.num-cross-attention-heads",
+    "1",
+    "--transformer.caption-channels",
+    "32",
+    "--encoder.hidden-size",
+    "32",
+    "--encoder.intermediate-size",
+    "32",
+    "--encoder.num-hidden-layers",
+    "1",
+    "--encoder.num-attention-heads",
+    "2",
+    "--encoder.num-key-value-heads",
+    "1",
+    "--encoder.head-dim",
+    "16",
+    "--encoder.out-channels",
+    "32",
+    "--run.log-every",
+    "1",
+    "--run.save-every",
+    "3",
+    "--run.eval-every",
+    "0",
+    "--optim.warmup",
+    "2",
+    "--optim.ema",
+    "0.5",
+]
 
 
 def free_port() -> str:

@@ -61,6 +61,8 @@ class SmallEncoder(nn.Module):
                 attn_implementation="eager",
             )
         )
+        # Words must stay apart while nothing depends on them yet: at the usual 0.02 the first steps drown their differences in a common drift.
+        nn.init.normal_(self.language_model.embed_tokens.weight)
         self.connector = Connector(config.hidden_size, config.out_channels)
 
     def forward(self, ids: Tensor, mask: Tensor, drop: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -37,8 +37,7 @@ class Dual(NamedTuple):
     tangent: [b, ...], 0 <= b <= B; belongs to the FIRST b samples. b = B is the full dual, b = 0 a plain forward.
 
     The tangent never requires grad: gradients flow through the primal only. A constant is a plain Tensor. There is no
-    arithmetic on a Dual: a
-    tuple's own `+` and `*` would concatenate and repeat without a word.
+    arithmetic on a Dual: a tuple's own `+` and `*` would concatenate and repeat without a word.
     """
 
     primal: Tensor
@@ -49,7 +48,7 @@ class Dual(NamedTuple):
             "a Dual has no arithmetic: call an Op of emf_kernels, or each(fn, x) for a linear rearrangement"
         )
 
-    __add__ = __radd__ = __mul__ = __rmul__ = _refuse  # type: ignore[assignment]
+    __add__ = __radd__ = __mul__ = __rmul__ = _refuse  # type: ignore[assignment, misc]
 
 
 def each(fn: Callable[[Tensor], Tensor], x: Tensor | Dual) -> Any:
@@ -89,7 +88,7 @@ def _jvp(fn: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, Any]:
             full[i] = p
         return fn(*full)
 
-    y, y_dot = torch.func.jvp(closed, tuple(args[i].primal for i in live), tuple(args[i].tangent for i in live))
+    y, y_dot, *_ = torch.func.jvp(closed, tuple(args[i].primal for i in live), tuple(args[i].tangent for i in live))
     # The tangent's own graph (recorded because the primals require grad) ends here: nothing of it outlives this op.
     return y, tuple(d.detach() for d in y_dot) if isinstance(y_dot, tuple) else y_dot.detach()
 
