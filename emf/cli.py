@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -154,7 +154,13 @@ def main() -> None:
     def train_help() -> None:
         """Train a recipe, or a config.json again (`emf train --help`)."""
 
-    commands = {"train": train_help, "generate": generate, "evaluate": evaluate, "report": report, "release": release}
+    commands: dict[str, Any] = {
+        "train": train_help,
+        "generate": generate,
+        "evaluate": evaluate,
+        "report": report,
+        "release": release,
+    }
     with report_errors():
         tyro.extras.subcommand_cli_from_dict(commands, args=arguments or ["--help"], prog="emf", config=_STYLE)
 

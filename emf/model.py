@@ -97,7 +97,7 @@ class Transformer(nn.Module):
         p, x, config = self.config.patch_size, primal(z), self.config
         if x.ndim != 4 or x.shape[1] != config.in_channels or x.shape[2] % p or x.shape[3] % p:
             raise ValueError(
-                f"transformer: z is {tuple(x.shape)}; expected [B, {config.in_channels}, H, W], H and W multiples of {p}"
+                f"transformer: z is {tuple(x.shape)}; expected [B, {config.in_channels}, H, W], H, W multiples of {p}"
             )
         if primal(t).dtype not in (torch.float32, torch.float64) or primal(t).shape != x.shape[:1]:
             raise ValueError(

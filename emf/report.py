@@ -33,7 +33,7 @@ TRUST = {"ceiling": 0.95, "noise": 0.05, "shuffled": 0.05}
 FM, EMF, GREY, INK = "#d55e00", "#0072b2", "#8a8f98", "#1d2430"
 SHADES = {"fm": ("#f0a873", "#d55e00", "#7d3700"), "emf": ("#7fbfe6", "#0072b2", "#003a5c")}
 MARKERS = ("o", "s", "D")
-STYLE = {
+STYLE: Any = {
     "figure.figsize": (4.6, 2.8),
     "figure.constrained_layout.use": True,
     "font.size": 9.5,

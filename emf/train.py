@@ -191,7 +191,10 @@ def run(
         total, error, times_seen, finite = 0.0, 0.0, "", True
         for micro in range(accumulation):
             batch = make_batch(config, step, engine.rank + engine.world * micro, engine.world * accumulation)
-            batch = Batch(*(x.to(engine.device) if isinstance(x, Tensor) else x for x in batch))
+            moved: dict[str, Any] = {
+                k: x.to(engine.device) for k, x in batch._asdict().items() if isinstance(x, Tensor)
+            }
+            batch = batch._replace(**moved)
             batch = batch._replace(x=batch.x.to(engine.dtype), e=batch.e.to(engine.dtype))
             loss, squared = losses(config, engine, batch)
             values = engine.mean(loss.mean().item(), squared.mean().item())

@@ -124,7 +124,8 @@ class Engine:
             torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
         )
         self.dtype = torch.bfloat16 if settings["bf16"]["enabled"] else torch.float32
-        slow, fast = [], []
+        slow: list[nn.Parameter] = []
+        fast: list[nn.Parameter] = []
         for name, p in network.named_parameters():
             if p.requires_grad:
                 (slow if name.startswith(("encoder.", "transformer.caption_")) else fast).append(p)
@@ -181,7 +182,7 @@ class Engine:
             if self.stage == 3 and name in self.trainable and average:
                 shards = [torch.empty_like(self.ema[name]) for _ in range(self.world)]
                 dist.all_gather(shards, self.ema[name])
-                full = torch.cat([s.flatten() for s in shards])[: p.ds_numel].view(p.ds_shape)
+                full = torch.cat([s.flatten() for s in shards])[: p.ds_numel].view(p.ds_shape)  # type: ignore[attr-defined]
             elif self.stage == 3:
                 with deepspeed.zero.GatheredParameters([p]):
                     full = p.detach().clone()

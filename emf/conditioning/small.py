@@ -58,10 +58,11 @@ class SmallEncoder(nn.Module):
                 head_dim=config.head_dim,
                 use_cache=False,
                 pad_token_id=0,
-                attn_implementation="eager",
+                attn_implementation="eager",  # type: ignore[call-arg]
             )
         )
-        # Words must stay apart while nothing depends on them yet: at the usual 0.02 the first steps drown their differences in a common drift.
+        # Words must stay apart while nothing depends on them yet: at the usual 0.02 the first steps drown their
+        # differences in a common drift.
         nn.init.normal_(self.language_model.embed_tokens.weight)
         self.connector = Connector(config.hidden_size, config.out_channels)
 

@@ -1,0 +1,198 @@
+"""The commands: help that can be read, files that come out, and one line for what a user gets wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from emf import cli
+from emf import config as configs
+from emf.config import Config
+from emf.network import build
+from emf.recipes import RECIPES, from_file
+
+ROOT = Path(__file__).parent.parent
+
+
+def emf(*arguments: str) -> int:
+    """Exit code of `emf ...` in this process."""
+    before, sys.argv = sys.argv, ["emf", *arguments]
+    try:
+        cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    finally:
+        sys.argv = before
+    return 0
+
+
+def one_line(text: str) -> str:
+    """The message of a command that failed."""
+    (line,) = text.strip().splitlines()
+    assert line.startswith("error: ") and len(line) > 20
+    return line
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained network as a run leaves it."""
+    base = RECIPES["digits"]()
+    small = replace(base.transformer, num_layers=1, num_attention_heads=2, num_cross_attention_heads=1)
+    config = replace(base, init=None, transformer=small)
+    folder = tmp_path_factory.mktemp("run")
+    checkpoint = folder / "checkpoints" / "step_0000001"
+    checkpoint.mkdir(parents=True)
+    torch.manual_seed(0)
+    save_file(build(config).state_dict(), checkpoint / "model.safetensors")
+    for where in (folder, checkpoint):
+        (where / "config.json").write_text(configs.to_json(config))
+    (folder / "checkpoints" / "step_0000002.part").mkdir()  # half-written, newer
+    return folder
+
+
+@pytest.mark.parametrize("command", ["", "train", "generate", "evaluate", "report", "release"])
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert emf(*command.split(), "--help") == 0
+    text = capsys.readouterr()
+    assert text.err == "" and "Traceback" not in text.out and len(text.out.split()) > 25
+    wanted = {
+        "": ["train", "generate", "evaluate", "report", "release", "Score a run"],
+        "train": ["usage: emf train", *RECIPES, "--out", "--resume"],
+        "generate": ["CAPTIONS", "--run", "--out", "--steps", "--guidance", "--flow-matching"],
+        "evaluate": ["RUN", "--per-tag"],
+        "report": ["RUN"],
+        "release": ["RUN", "--out"],
+    }
+    for word in wanted[command]:
+        assert word in text.out, word
+
+
+def test_help_without_arguments_and_of_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert emf() == 0
+    assert "release" in capsys.readouterr().out
+    assert emf("train") == 0
+    assert "digits-base" in capsys.readouterr().out
+    assert emf("train", "digits", "--help") == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for word in (
+        "--optim.lr",
+        "--zero.stage {0,1,2,3}",
+        "--transformer.time-scale",
+        "Largest norm",
+        "--out",
+        "default",
+    ):
+        assert word in text, word
+
+
+def test_as_a_program() -> None:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "emf.cli", "evaluate", "no/such/run"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stdout == "" and "no/such/run" in one_line(done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train nothing --out {}/x", "no recipe 'nothing'; recipes are digits-base, digits"),
+        ("train {}/none.json --out {}/x", "no file"),
+        ("train digits", "--out DIR"),
+        ("generate --run {}/none --out {}/x -- a", "holds no checkpoint"),
+        ("evaluate {}/none", "holds no checkpoint"),
+        ("report {}/none", "none"),
+        ("release {}/none --out {}/x", "holds no checkpoint"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("deepspeed")
+    assert emf(*arguments.format(tmp_path, tmp_path).split()) == 2
+    assert message in one_line(capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments", ["fly", "generate", "evaluate", "release x --out y --speed 3", "train digits --stepz 3"]
+)
+def test_unknown_commands_and_options(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("deepspeed")
+    assert emf(*arguments.split()) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_generate_writes_and_never_overwrites(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, caption = tmp_path / "images", "a red seven"
+    call = ["generate", "--run", str(run), "--out", str(out), "--n", "2", "--steps", "2"]
+    assert emf(*call, "--", caption) == 0
+    first = sorted(out.iterdir())
+    assert [str(p) for p in first] == capsys.readouterr().out.split() and len(first) == 2
+    kept = [p.read_bytes() for p in first]
+    assert kept[0] != kept[1]  # another noise
+    assert Image.open(first[0]).text["caption"] == caption
+    assert emf(*call, "--", caption) == 0
+    again = sorted(out.iterdir())
+    assert len(again) == 4 and [p.read_bytes() for p in first] == kept
+    assert Image.open(again[2]).tobytes() == Image.open(first[0]).tobytes()
+    capsys.readouterr()
+    assert emf(*call, "--", "a red zebra") == 2
+    assert "zebra" in one_line(capsys.readouterr().err)
+    assert emf(*call[:-1], "0", "--", caption) == 2
+    assert "steps" in one_line(capsys.readouterr().err)
+    assert sorted(out.iterdir()) == again
+
+
+def test_release_is_half_precision_and_can_be_started_from(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "sub" / "weights.safetensors"
+    assert emf("release", str(run), "--out", str(file)) == 0
+    assert str(file) in capsys.readouterr().out
+    before = file.read_bytes()
+    assert {w.dtype for w in load_file(file).values()} == {torch.float16}
+    config = from_file(run / "config.json")
+    assert isinstance(config, Config) and config.init is None
+    want, got = (
+        load_file(run / "checkpoints/step_0000001/model.safetensors"),
+        build(replace(config, init=file), True).state_dict(),
+    )
+    for name, weight in want.items():
+        torch.testing.assert_close(got[name], weight, rtol=1e-3, atol=1e-6)
+        assert got[name].dtype == torch.float32
+    assert emf("release", str(run), "--out", str(file)) == 2
+    assert "exists" in one_line(capsys.readouterr().err)
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_config_file_is_its_config(recipe: str, tmp_path: Path) -> None:
+    config = RECIPES[recipe]()
+    file = tmp_path / "config.json"
+    changed = replace(
+        config,
+        init=None if config.init else Path("other.safetensors"),
+        freeze_encoder=not config.freeze_encoder,
+        embedder_init="duplicate" if config.embedder_init == "preserve" else "preserve",
+        optim=replace(config.optim, betas=(0.5, 0.75), lr=1.25e-7),
+        zero=replace(config.zero, stage=3, json=Path("zero.json"), dtype="bfloat16"),
+        transformer=replace(config.transformer, interpolation_scale=None),
+    )
+    for c in (config, changed):
+        file.write_text(configs.to_json(c))
+        assert from_file(file) == c
+        assert set(json.loads(file.read_text())) == set(c.__dataclass_fields__)
