@@ -23,6 +23,9 @@ class Diverged(RuntimeError):
     """A run's loss is NaN or inf."""
 
 
+RunFolder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+
+
 @contextmanager
 def report_errors() -> Iterator[None]:
     """A ValueError is the user's: its line, exit code 2. A diverged run ends with 3, an interrupted one with 130."""
@@ -72,7 +75,7 @@ def parse_train(arguments: list[str]) -> tuple[Config, Path, bool]:
 
 
 def generate(
-    captions: tyro.conf.Positional[list[str]],
+    captions: Annotated[tyro.conf.Positional[list[str]], tyro.conf.arg(metavar="CAPTIONS")],
     run: Path,
     out: Path,
     steps: int = 1,
@@ -105,7 +108,7 @@ def generate(
         print(path)
 
 
-def evaluate(run: tyro.conf.Positional[Path], per_tag: int = 50, guidance: float = 1.5, seed: int = 0) -> None:
+def evaluate(run: RunFolder, per_tag: int = 50, guidance: float = 1.5, seed: int = 0) -> None:
     """Score a run: scores.json and samples.png in its folder, few-step EMF beside flow matching by the base it
     started from.
 
@@ -120,7 +123,7 @@ def evaluate(run: tyro.conf.Positional[Path], per_tag: int = 50, guidance: float
     evaluate_run(run, per_tag, guidance, seed)
 
 
-def report(run: tyro.conf.Positional[Path]) -> None:
+def report(run: RunFolder) -> None:
     """A run's figures, curves and samples as one page: report.html in its folder.
 
     Args:
@@ -131,7 +134,7 @@ def report(run: tyro.conf.Positional[Path]) -> None:
     print(f"open {write_report(run)}")
 
 
-def release(run: tyro.conf.Positional[Path], out: Path) -> None:
+def release(run: RunFolder, out: Path) -> None:
     """A run's averaged weights in half precision as one safetensors file, to start other runs from (--init).
 
     Args:

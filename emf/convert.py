@@ -31,8 +31,9 @@ def add_time_branches(state: dict[str, Tensor], config: TransformerConfig, how: 
         )
     end, interval = dict(source), dict(source)
     if how == "preserve":
-        weight, bias = refit(source, config.base_time_scale, config.time_scale)
-        end |= {"emb.timestep_embedder.linear_2.weight": weight, "emb.timestep_embedder.linear_2.bias": bias}
+        if config.time_scale != config.base_time_scale:
+            weight, bias = refit(source, config.base_time_scale, config.time_scale)
+            end |= {"emb.timestep_embedder.linear_2.weight": weight, "emb.timestep_embedder.linear_2.bias": bias}
         for name in ("emb.timestep_embedder.linear_2.weight", "emb.timestep_embedder.linear_2.bias", "linear.bias"):
             interval[name] = torch.zeros_like(source[name])
     branches = {"t": end, "r": interval}

@@ -188,7 +188,7 @@ def run(
     if start:
         last = str(checkpoints(folder)[-1])
     for step in range(start, config.steps):
-        total, error, times_seen, finite = 0.0, 0.0, "", True
+        total, error, share, times_seen, finite = 0.0, 0.0, 0.0, "", True
         for micro in range(accumulation):
             batch = make_batch(config, step, engine.rank + engine.world * micro, engine.world * accumulation)
             moved: dict[str, Any] = {
@@ -197,7 +197,7 @@ def run(
             batch = batch._replace(**moved)
             batch = batch._replace(x=batch.x.to(engine.dtype), e=batch.e.to(engine.dtype))
             loss, squared = losses(config, engine, batch)
-            values = engine.mean(loss.mean().item(), squared.mean().item())
+            values = engine.mean(loss.mean().item(), squared.mean().item(), batch.b / len(batch.t))
             if not all(map(math.isfinite, values)):
                 finite = False
                 bad = ~torch.isfinite(loss)
@@ -205,7 +205,7 @@ def run(
                     f"t {batch.t[bad].tolist()[:4]}, r {batch.r[bad].tolist()[:4]}" if bad.any() else "on another rank"
                 )
                 break
-            total, error = total + values[0] / accumulation, error + values[1] / accumulation
+            total, error, share = (a + v / accumulation for a, v in zip((total, error, share), values, strict=True))
             engine.backward(loss.mean())
             engine.step(learning_rate(config, step), step)
         if not finite:
@@ -217,9 +217,7 @@ def run(
         if log and (done % config.run.log_every == 0 or done == config.steps):
             now = time.monotonic()
             row = dict(step=done, loss=total, error=error, lr=learning_rate(config, step), it_s=count / (now - clock))
-            log.metrics(
-                row | dict(share=batch.b / len(batch.t), memory_mib=memory_mib(), skipped=skipped), config.steps
-            )
+            log.metrics(row | dict(share=share, memory_mib=memory_mib(), skipped=skipped), config.steps)
             clock, count = now, 0
         if config.run.eval_every and (done % config.run.eval_every == 0 or done == config.steps):
             weights = engine.weights()

@@ -67,10 +67,10 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = {
         "": ["train", "generate", "evaluate", "report", "release", "Score a run"],
         "train": ["usage: emf train", *RECIPES, "--out", "--resume"],
-        "generate": ["CAPTIONS", "--run", "--out", "--steps", "--guidance", "--flow-matching"],
-        "evaluate": ["RUN", "--per-tag"],
-        "report": ["RUN"],
-        "release": ["RUN", "--out"],
+        "generate": ["a red seven", "--run", "--out", "--steps", "--guidance", "--flow-matching"],
+        "evaluate": ["a run's folder", "--per-tag"],
+        "report": ["a run's folder", "report.html"],
+        "release": ["a run's folder", "--out", "must not exist"],
     }
     for word in wanted[command]:
         assert word in text.out, word

@@ -95,7 +95,7 @@ def test_preserve_at_the_base_scale_is_the_base(base: Transformer) -> None:
     assert off(base, 1000.0, "preserve") < 1e-6 < 0.05 < off(base, 1000.0, "duplicate")
 
 
-@pytest.mark.parametrize(("scale", "residual"), [(100.0, 0.05), (10.0, 0.5), (1.0, 0.5)])
+@pytest.mark.parametrize(("scale", "residual"), [(100.0, 0.15), (10.0, 0.5), (1.0, 0.5)])
 def test_preserve_at_another_scale_is_as_near_as_the_fit(base: Transformer, scale: float, residual: float) -> None:
     """A slow sinusoid cannot follow a fast one's detail; what is left is far less than what the copy does."""
     assert off(base, scale, "preserve") < min(residual, 0.6 * off(base, scale, "duplicate"))

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from emf.convert import add_time_branches
 from emf.flow import FlowConfig, guided, meanflow_loss, path, sample, times
 from emf.model import Transformer, TransformerConfig
 from emf_kernels import Dual
@@ -128,28 +127,3 @@ def test_a_dual_network_gets_a_tangent_for_the_first_samples_only() -> None:
     meanflow_loss(network, x, e, t, torch.cat([t[:1] / 2, t[1:]]), 1, FlowConfig())
     z, t = seen[0]
     assert z.tangent.shape == (1, 2) and t.tangent.tolist() == [1.0]
-
-
-@pytest.mark.parametrize("scale", [1.0, 10.0, 1000.0])
-def test_time_branches(scale: float) -> None:
-    torch.manual_seed(0)
-    config = TransformerConfig(3, 3, 4, 16, 2, 1, 64, 12, 2.5, 2, 4)
-    base = Transformer(config)
-    state = {f"transformer.{k}": v for k, v in base.state_dict().items()}
-    dual = Transformer(TransformerConfig(3, 3, 4, 16, 2, 1, 64, 12, 2.5, 2, 4, dual_time=True, time_scale=scale))
-    z, t, c = torch.randn(4, 3, 4, 4), torch.tensor([0.1, 0.4, 0.7, 0.95]), torch.randn(4, 3, 12)
-    with torch.no_grad():
-        want = base(z, t, None, c)
-        for how, same in (("duplicate", False), ("preserve", scale == 1000)):
-            dual.load_state_dict(
-                {k.removeprefix("transformer."): v for k, v in add_time_branches(state, dual.config, how).items()}
-            )
-            torch.testing.assert_close(dual(z, t, None, c), want)  # the pretrained embedder is kept
-            off = ((dual(z, t, t, c) - want).norm() / want.norm()).item()
-            assert (off < 1e-2) if same else (off > 1e-2 if how == "duplicate" else off < 0.6), (how, off)
-    assert torch.equal(
-        add_time_branches(state, dual.config, "duplicate")["transformer.time_embed_r.linear.weight"],
-        state["transformer.time_embed.linear.weight"],
-    )
-    with pytest.raises(ValueError, match="time_embed"):
-        add_time_branches({}, config, "duplicate")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from graph import kept
 from torch import Tensor
 
 from emf.model import Transformer, TransformerConfig
@@ -111,23 +112,6 @@ def test_recompute_carries_no_tangent(monkeypatch: pytest.MonkeyPatch) -> None:
     forward = len(calls)
     u.primal.sum().backward()
     assert forward == SMALL.num_layers + 1 and len(calls) == forward
-
-
-def kept(y: Tensor) -> int:
-    """Bytes that the graph of y holds for backward, weights left out: every storage once."""
-    seen, storages, stack = set(), {}, [y.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        stack += [following for following, _ in node.next_functions]
-        saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
-        for x in [*saved, *getattr(node, "saved_tensors", ())]:
-            for t in x if isinstance(x, (tuple, list)) else [x]:
-                if isinstance(t, Tensor) and not isinstance(t, torch.nn.Parameter):
-                    storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-    return sum(storages.values())
 
 
 def test_dual_pass_keeps_what_the_plain_pass_keeps() -> None:

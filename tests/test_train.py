@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -151,7 +152,7 @@ def assert_same_training(run: Path, want: Path, base: Path) -> None:
     """Errors to 1e-4, averaged weights to 1 % of how far training moved them (Adam turns rounding into steps)."""
     got, expected = metrics(run), metrics(want)
     assert [row["step"] for row in got] == [1, 2, 3, 4, 5, 6]
-    for key in ("loss", "error", "lr", "share"):
+    for key in ("loss", "error", "lr"):
         assert [row[key] for row in got] == pytest.approx([row[key] for row in expected], rel=1e-4), key
     start, a, b = load_file(base), averaged(run), averaged(want)
     assert a.keys() == b.keys()
@@ -195,6 +196,13 @@ def test_ranks_stages_and_accumulation_agree(
     result = train(tmp_path, *recipe, "--out", str(tmp_path / "run"), *flags, ranks=ranks)
     assert result.code == 0, result.text
     assert_same_training(tmp_path / "run", straight, base)
+
+
+def test_share_is_of_the_whole_batch(recipe: list[str], straight: Path, tmp_path: Path) -> None:
+    """Not of one rank's last micro-batch."""
+    result = train(tmp_path, *recipe, "--out", str(tmp_path / "run"), "--zero.accumulation", "2", ranks=2)
+    assert result.code == 0, result.text
+    assert [row["share"] for row in metrics(tmp_path / "run")] == [row["share"] for row in metrics(straight)]
 
 
 def test_checkpointing_of_activations_under_zero_3(
@@ -404,16 +412,16 @@ def test_a_run_is_never_overwritten(recipe: list[str], straight: Path, tmp_path:
         result = train(tmp_path, *recipe, "--out", str(straight), *flags)
         assert result.code == 2 and message in result.text and "Traceback" not in result.text, result.text
         assert files(straight) == before
-    # the checkpoints alone are a run as well
-    orphan = tmp_path / "orphan"
-    for name, content in before.items():
-        if name != "config.json":
-            (orphan / name).parent.mkdir(parents=True, exist_ok=True)
-            (orphan / name).write_bytes(content)
-    kept = files(orphan)
-    result = train(tmp_path, *recipe, "--out", str(orphan))
+
+
+def test_checkpoints_without_config_json_are_a_run_too(recipe: list[str], straight: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    (run / "config.json").unlink()
+    before = files(run)
+    result = train(tmp_path, *recipe, "--out", str(run))
     assert result.code == 2 and "Traceback" not in result.text, result.text
-    assert files(orphan) == kept
+    assert files(run) == before
 
 
 def test_wrong_input_is_one_line_and_writes_nothing(
@@ -442,8 +450,6 @@ def test_wrong_input_is_one_line_and_writes_nothing(
         "not a safetensors file": [*recipe, "--init", auto],
         "no transformer.time_embed": [*recipe, "--init", str(tmp_path / "other.safetensors")],
         "another model": [*recipe, "--init", str(tmp_path / "narrow.safetensors")],
-        "patch_size": [*recipe, "--transformer.patch-size", "5"],
-        "dual_time": [*recipe, "--transformer.dual-time", "False"],
         "is no folder": [*recipe, "--out", auto],
     }
     for message, arguments in cases.items():
@@ -456,13 +462,16 @@ def test_wrong_input_is_one_line_and_writes_nothing(
         assert not (tmp_path / "run").exists()
     two = train(tmp_path, *recipe, "--batch-size", "7", "--out", str(tmp_path / "run"), ranks=2)
     assert two.code == 2 and two.text.count("error:") == 1 and "no multiple of 2 ranks" in two.text, two
-    mistyped = {
-        "stepz": written("key.json", tree | {"stepz": 1}),
-        "learning": written("nested.json", tree | {"optim": tree["optim"] | {"learning-rate": 1}}),
-        "fast": written("type.json", tree | {"steps": "fast"}),
-        "objective": written("choice.json", tree | {"objective": "mean-flow"}),
+    # what the parser itself finds comes in its own frame
+    framed = {
+        "stepz": [written("key.json", tree | {"stepz": 1})],
+        "learning": [written("nested.json", tree | {"optim": tree["optim"] | {"learning-rate": 1}})],
+        "fast": [written("type.json", tree | {"steps": "fast"})],
+        "mean-flow": [written("choice.json", tree | {"objective": "mean-flow"})],
+        "patch_size": [*recipe, "--transformer.patch-size", "5"],
+        "dual_time": [*recipe, "--transformer.dual-time", "False"],
     }
-    for message, file in mistyped.items():
-        result = train(tmp_path, file, "--out", str(tmp_path / "run"))
+    for message, arguments in framed.items():
+        result = train(tmp_path, *arguments, "--out", str(tmp_path / "run"))
         assert result.code == 2 and message in result.text and "Traceback" not in result.text, result
         assert not (tmp_path / "run").exists()
