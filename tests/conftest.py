@@ -1,8 +1,12 @@
+"""First of all: without a GPU, Triton's kernels are interpreted, which is decided before triton is first imported."""
+
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+import emf_kernels  # noqa: F401
 
 
 @pytest.fixture

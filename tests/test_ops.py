@@ -6,13 +6,12 @@ tested everywhere, the rest and the models' real sizes where there is a GPU.
 
 from __future__ import annotations
 
-import gc
 import os
-import weakref
 from typing import Any
 
 import pytest
 import torch
+from graph import kept
 from parity import SEED, compare, eager, finite, gradients, make, ours, outcome, require_grad
 from torch import Tensor
 
@@ -105,13 +104,6 @@ def test_gradcheck_of_the_reference(op: Op, case: Case, name: str, device: str, 
     assert torch.autograd.gradcheck(f, [args[k] for k in names], check_forward_ad=True, fast_mode=True), f"seed {SEED}"
 
 
-class Saved:
-    """A tensor that a node of the graph holds. Detached: a node that holds its own output would hold itself."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.x = x.detach()
-
-
 @on(("reference", "cpu", WHOLE), ("triton", "cpu", WHOLE))
 def test_a_dual_keeps_for_backward_what_its_primal_keeps(
     op: Op, case: Case, name: str, device: str, dtype: torch.dtype
@@ -119,20 +111,8 @@ def test_a_dual_keeps_for_backward_what_its_primal_keeps(
     def bytes_kept(x_dot: dict[str, Tensor]) -> int:
         args, _, _ = make(op, case, dtype)
         require_grad(op, args)
-        alive: weakref.WeakSet[Saved] = weakref.WeakSet()
-
-        def pack(x: Tensor) -> Saved:
-            saved = Saved(x)
-            alive.add(saved)
-            return saved
-
-        with backend(name), torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.x):
-            y = ours(op, case, args, x_dot)
-        gc.collect()
-        given = {v.untyped_storage().data_ptr() for v in args.values() if isinstance(v, Tensor)}
-        kept = {s.x.untyped_storage().data_ptr(): s.x.untyped_storage().nbytes() for s in alive}
-        del y
-        return sum(size for pointer, size in kept.items() if pointer not in given)
+        with backend(name):
+            return kept(*ours(op, case, args, x_dot)[0])
 
     x_dot = make(op, case, dtype)[1]
     plain = bytes_kept({})
