@@ -38,12 +38,12 @@ def digits_base() -> Config:
     return Config(
         recipe="digits-base",
         objective="flow_matching",
-        steps=1300,
+        steps=4000,
         batch_size=64,
         transformer=_digits_transformer(dual_time=False),
         flow=FlowConfig(mean=(0.2, 0.2), spread=(1.2, 1.2), share=(0.0, 0.0)),
-        optim=OptimConfig(lr=2e-3, condition_lr=0.1, warmup=100, betas=(0.9, 0.99), ema=0.995),
-        run=RunConfig(save_every=500),
+        optim=OptimConfig(lr=2e-3, condition_lr=0.1, warmup=100, betas=(0.9, 0.99), ema=0.998),
+        run=RunConfig(save_every=200),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -173,3 +174,13 @@ def test_kernels_compile_ahead_of_time_for_hopper() -> None:
     for row in rows:
         assert row["shared"] <= 227 * 1024, row  # what a block may have on sm_90
         assert row["tensor_cores"] or row["op"] != "attention", row
+
+
+def test_the_readme_is_right() -> None:
+    """Its example runs, and its table has every op and says which have a kernel."""
+    text = (Path(__file__).parent.parent / "kernels" / "README.md").read_text()
+    names: dict[str, Any] = {}
+    exec(text.partition("```python\n")[2].partition("```")[0], names)
+    assert names["u"].tangent.shape == (2, 16, 32) and names["w_qkv"].grad.any()
+    table = dict(re.findall(r"^\| `(\w+)` \|.*\| (yes|) ?\|$", text, flags=re.MULTILINE))
+    assert table == {op.name: "yes" if op.triton else "" for op in REGISTRY.values()}

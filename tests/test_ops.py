@@ -117,8 +117,11 @@ def test_a_dual_keeps_for_backward_what_its_primal_keeps(
     x_dot = make(op, case, dtype)[1]
     plain = bytes_kept({})
     assert case.b < case.shape["B"] or bytes_kept(x_dot) == plain
-    # a split batch may hold in both halves what does not depend on the sample, such as the frequencies of a sinusoid
-    assert bytes_kept({k: d[:1] for k, d in x_dot.items()}) <= plain + 64
+    # A split batch may hold in both halves what does not depend on the sample, such as a sinusoid's frequencies; and
+    # torch's batched product keeps a packed copy of a transposed slice, where it keeps the whole tensor as it is.
+    args = make(op, case, dtype)[0]
+    packed = sum(args[k].nbytes for k in "qkv") if (op.name, name) == ("attention", "reference") else 0
+    assert bytes_kept({k: d[:1] for k, d in x_dot.items()}) <= plain + 64 + packed
 
 
 def test_lift_computes_no_value_twice() -> None:

@@ -179,9 +179,7 @@ adaln = Op(
     cases=[
         Case("small", dict(B=3, N=5, C=8), ("x", "scale", "shift")),
         Case("odd", dict(B=2, N=3, C=37, b=1), ("x", "scale", "shift")),
-        Case(
-            "chunks", dict(B=2, N=19, C=8, b=1), ("x", "scale", "shift")
-        ),  # more than ROWS tokens
+        Case("chunks", dict(B=2, N=19, C=8, b=1), ("x", "scale", "shift")),  # more than ROWS tokens
         Case("one-token", dict(B=1, N=1, C=16), ("x", "scale", "shift")),
         Case("x-only", dict(B=3, N=4, C=12, b=2), ("x",)),
         Case("modulation-only", dict(B=3, N=4, C=12), ("scale", "shift")),
