@@ -75,8 +75,8 @@ class Config:
     """Weights to start from (model.safetensors of a checkpoint, or the shipped base); none: random."""
     embedder_init: Literal["duplicate", "preserve"] = "duplicate"
     """MeanFlow's two time embedders from the pretrained one: `duplicate` copies it into both (the paper); `preserve`
-    keeps the pretrained function at
-    r = t: the end-time branch is fitted to it at the new time scale, the interval branch starts at zero."""
+    keeps the pretrained function at r = t: the end-time branch is fitted to it at the new time scale, the interval
+    branch starts at zero."""
     freeze_encoder: bool = False
     seed: int = 0
     steps: int = 1000

@@ -17,9 +17,8 @@ def add_time_branches(state: dict[str, Tensor], config: TransformerConfig, how: 
 
     how "duplicate": both are copies (EMF, arXiv 2604.18168). At r = t the network then sees about twice the modulation.
     how "preserve": at r = t the network computes what it did. The end-time branch keeps the first and last layer; its
-    second layer is fitted by
-    least squares so that e(t) at the new time scale is what it was at the old one. The interval branch's second layer
-    and last bias are zero.
+    second layer is fitted by least squares so that e(t) at the new time scale is what it was at the old one. The
+    interval branch's second layer and last bias are zero.
     Returns the state unchanged if the branches are there. Raises ValueError if there is no time_embed.
     """
     if any(k.startswith(f"{PREFIX}_t.") for k in state):

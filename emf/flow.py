@@ -1,7 +1,7 @@
 """The method, in the paper's letters: times, path, losses, samplers. t = 1 is noise, t = 0 is data, r <= t.
 
-z_t = (1 - t) x + t e,  v = e - x;  u(z_t, r, t) = 1/(t - r) int_r^t v dtau;  MeanFlow identity u = v - (t - r) du/dt
-(arXiv 2505.13447);
+z_t = (1 - t) x + t e,  v = e - x;  u(z_t, r, t) = 1/(t - r) int_r^t v dtau.
+MeanFlow's identity (arXiv 2505.13447): u = v - (t - r) du/dt.
 EMF (arXiv 2604.18168) schedules how far r lies from t with training progress.
 """
 

@@ -89,10 +89,9 @@ class Transformer(nn.Module):
         """The average velocity u(z_t, r, t) [B, C, H, W]; with Duals for z and t a Dual whose tangent is du/dt along
         them.
 
-        z [B, C, H, W]; t [B] float32 in [0, 1], 1 is noise; r [B] float32, r <= t, or None: the instantaneous
-        velocity v(z_t, t) by the pretrained
-        time embedding; c [B, M, caption channels]; mask [B, M] bool or None. Raises ValueError where shapes, times or
-        the embedders do not fit.
+        z [B, C, H, W]; t [B] float32 in [0, 1], 1 is noise; r [B] float32, r <= t, or None: the instantaneous velocity
+        v(z_t, t) by the pretrained time embedding; c [B, M, caption channels]; mask [B, M] bool or None. Raises
+        ValueError where shapes, times or the embedders do not fit.
         """
         p, x, config = self.config.patch_size, primal(z), self.config
         if x.ndim != 4 or x.shape[1] != config.in_channels or x.shape[2] % p or x.shape[3] % p:

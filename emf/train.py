@@ -200,21 +200,23 @@ def run(
             values = engine.mean(loss.mean().item(), squared.mean().item(), batch.b / len(batch.t))
             if not all(map(math.isfinite, values)):
                 finite = False
+                engine.drop_gradients()
                 bad = ~torch.isfinite(loss)
-                times_seen = (
-                    f"t {batch.t[bad].tolist()[:4]}, r {batch.r[bad].tolist()[:4]}" if bad.any() else "on another rank"
-                )
+                found = engine.gather((batch.t[bad].tolist(), batch.r[bad].tolist()))
+                t, r = ([value for part in parts for value in part] for parts in zip(*found, strict=True))
+                times_seen = f"t {t[:4]}, r {r[:4]}" if t else "its samples are finite"
                 break
             total, error, share = (a + v / accumulation for a, v in zip((total, error, share), values, strict=True))
             engine.backward(loss.mean())
             engine.step(learning_rate(config, step), step)
+        done = step + 1
         if not finite:
             skipped += 1
             if skipped > config.run.skip:
                 raise Diverged(f"train: loss is not finite at step {step} ({times_seen}); last good checkpoint: {last}")
-            continue
-        done, count = step + 1, count + 1
-        if log and (done % config.run.log_every == 0 or done == config.steps):
+        else:
+            count += 1
+        if log and finite and (done % config.run.log_every == 0 or done == config.steps):
             now = time.monotonic()
             row = dict(step=done, loss=total, error=error, lr=learning_rate(config, step), it_s=count / (now - clock))
             log.metrics(row | dict(share=share, memory_mib=memory_mib(), skipped=skipped), config.steps)

@@ -120,6 +120,11 @@ class Engine:
         )
         settings = engine_config(config, self.world)
         self.stage = settings["zero_optimization"]["stage"]
+        if self.stage and config.zero.accumulation > 1 and config.run.skip:
+            raise ValueError(
+                "config: run.skip with zero.accumulation above 1 needs zero.stage 0, the others keep no gradient that "
+                "could be dropped"
+            )
         self.device = (
             torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
         )
@@ -158,6 +163,18 @@ class Engine:
             with torch.no_grad():
                 for name, p in self.trainable.items():
                     self.ema[name].lerp_(self._master(p), 1 - decay)
+
+    def drop_gradients(self) -> None:
+        """Forget what this step's micro-batches have accumulated so far."""
+        if self.engine.micro_steps % self.engine.gradient_accumulation_steps():
+            self.engine.zero_grad()
+            self.engine.micro_steps -= self.engine.micro_steps % self.engine.gradient_accumulation_steps()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in the order of ranks."""
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
 
     def mean(self, *values: float) -> list[float]:
         """Each value's mean over the ranks."""

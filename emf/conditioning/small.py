@@ -67,9 +67,8 @@ class SmallEncoder(nn.Module):
         self.connector = Connector(config.hidden_size, config.out_channels)
 
     def forward(self, ids: Tensor, mask: Tensor, drop: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """drop [B] bool: samples whose states are zeroed before the connector (condition dropout, the null
-        condition); they attend to all M
-        positions, so that the length of the dropped caption does not show."""
+        """drop [B] bool: samples whose states are zeroed before the connector (condition dropout, the null condition);
+        they attend to all M positions, so that the length of the dropped caption does not show."""
         states = self.language_model(input_ids=ids, attention_mask=mask).last_hidden_state
         if drop is not None:
             states, mask = torch.where(drop[:, None, None], 0.0, states), mask | drop[:, None]

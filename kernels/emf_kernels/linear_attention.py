@@ -1,9 +1,8 @@
 """ReLU linear attention with the RMS norm of queries and keys inside.
 
 Shapes:   q, k, v [B, N, C], C = H D; q_weight, k_weight [C] or None (no norm); head_size D; o [B, N, C].
-Primal:   q' = relu(rmsnorm(q)), k' = relu(rmsnorm(k)), norms across all heads;  per head S = sum_n k'_n v_n^T, s =
-          sum_n k'_n;
-          o_n = (q'_n S) / (q'_n . s + eps)
+Primal:   q' = relu(rmsnorm(q)), k' = relu(rmsnorm(k)), norms across all heads;  per head
+          S = sum_n k'_n v_n^T, s = sum_n k'_n;  o_n = (q'_n S) / (q'_n . s + eps)
 Tangent:  q'_dot, k'_dot by rmsnorm and the step function;  S_dot = sum k'_dot v^T + k' v_dot^T;  s_dot = sum k'_dot;
           with a = q' S, z = q' . s + eps:
           o_dot = (q'_dot S + q' S_dot - o (q'_dot . s + q' . s_dot)) / z

@@ -2,10 +2,9 @@
 backend.
 
 A network's Jacobian-vector product is computed here by carrying a value and its tangent together: `Dual(primal,
-tangent)`. Every operation on
-a Dual is a named `Op`. An Op is right from its first line, because its dual defaults to `lift(reference)`; a fused
-Triton kernel replaces that
-default where a record shows that it is faster, and is held to the same reference by the same tests.
+tangent)`. Every operation on a Dual is a named `Op`. An Op is right from its first line, because its dual defaults to
+`lift(reference)`; a fused Triton kernel replaces that default where a record shows that it is faster, and is held to
+the same reference by the same tests.
 """
 
 from __future__ import annotations
@@ -99,9 +98,8 @@ def lift(reference: Callable[..., Any], batched: Sequence[str] = ()) -> Callable
     reference: tensors -> tensor or tuple of tensors, each [B, ...].
     batched: names of the arguments whose first dimension is the batch; a plain Tensor among them is a constant per
              sample. Duals always are.
-    The result takes Duals where the reference takes tensors, and returns Duals. The batch is split (dual on the first
-    b samples, plain on the
-    rest), so no value is computed twice.
+    The result takes Duals where the reference takes tensors, and returns Duals. The batch is split (dual on the first b
+    samples, plain on the rest), so no value is computed twice.
     """
     names = list(inspect.signature(reference).parameters)
     batch = frozenset(names.index(n) for n in batched)
