@@ -113,7 +113,7 @@ def show(scores: dict[str, Any]) -> None:
 def contact_sheet(path: Path, captions: list[str], columns: dict[str, Any]) -> None:
     """Captions down, samplers across."""
     figure, axes = plt.subplots(
-        len(captions), len(columns), figsize=(1.15 * len(columns) + 2.6, 1.15 * len(captions)), squeeze=False
+        len(captions), len(columns), figsize=(1.15 * len(columns) + 1.9, 1.15 * len(captions)), squeeze=False
     )
     for j, (name, images) in enumerate(columns.items()):
         for i, image in enumerate(images):
@@ -131,7 +131,7 @@ def contact_sheet(path: Path, captions: list[str], columns: dict[str, Any]) -> N
             fontsize=9,
         )
     figure.subplots_adjust(
-        left=2.5 / figure.get_figwidth(),
+        left=1.85 / figure.get_figwidth(),
         right=0.99,
         bottom=0.01,
         top=1 - 0.35 / figure.get_figheight(),
