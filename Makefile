@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install -c constraints.txt
 
+# two ranks of one core each are faster than one rank of two (profiles/LOG.md); a run resumes with the ranks it had
 RANKS ?= 2
 LAUNCH := $(BIN)/deepspeed --num_accelerators $(RANKS) --module emf.train
 DEMO_TRAIN := $(LAUNCH) digits --out runs/demo --resume True

@@ -79,7 +79,7 @@ def generate(
     run: Path,
     out: Path,
     steps: int = 1,
-    guidance: float = 1.5,
+    guidance: float = 1.25,
     seed: int = 0,
     n: int = 1,
     flow_matching: bool = False,
@@ -108,7 +108,7 @@ def generate(
         print(path)
 
 
-def evaluate(run: RunFolder, per_tag: int = 50, guidance: float = 1.5, seed: int = 0) -> None:
+def evaluate(run: RunFolder, per_tag: int = 50, guidance: float = 1.25, seed: int = 0) -> None:
     """Score a run: scores.json and samples.png in its folder, few-step EMF beside flow matching by the base it
     started from.
 

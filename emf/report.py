@@ -285,8 +285,9 @@ def _score_section(run: Path, scores: dict[str, Any] | None) -> str:
         body += f"<td>{_percent(share[r['steps']]) if emf else ''}</td></tr>"
     names = ("model", "steps", "overall", *(tag.replace("_", " ") for tag in TAGS), "gap closed")
     heads = "".join(f"<th>{name}</th>" for name in names)
+    guidance = f" Guidance {scores['guidance']:g}, every sampler." if "guidance" in scores else ""
     return f"""{title}<p class="quiet">Share of images that show what the caption says, by GenEval's rules and tasks;
-overall is the mean of the six.</p><div class="plots">{plot}</div>
+overall is the mean of the six.{guidance}</p><div class="plots">{plot}</div>
 <div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"""
 
 

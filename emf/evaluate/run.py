@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib
@@ -68,7 +69,7 @@ def evaluate_run(run: Path, per_tag: int, guidance: float, seed: int) -> dict[st
     if config.objective == "meanflow":
         rows += [("emf", n, network) for n in FEW]
     scorer = Scorer.fit()
-    scores: dict[str, Any] = {"rows": []}
+    scores: dict[str, Any] = {"guidance": guidance, "rows": []}
     pictures: dict[str, Any] = {}
     shown = [i for tag in range(len(TAGS)) for i in (tag * per_tag, tag * per_tag + 1) if per_tag > 1]
     for model, steps, net in track(rows, description="sampling"):
@@ -124,7 +125,7 @@ def contact_sheet(path: Path, captions: list[str], columns: dict[str, Any]) -> N
         axes[i, 0].text(
             -0.15,
             0.5,
-            caption.replace(" and ", "\nand ").replace(" to the ", "\nto the "),
+            fill(caption, 20),
             ha="right",
             va="center",
             transform=axes[i, 0].transAxes,
