@@ -27,7 +27,7 @@ def generate(
     average: bool = True,
     guidance: float = 1.25,
     seed: int = 0,
-    batch: int = 256,
+    batch: int = 64,
 ) -> Tensor:
     """Images [n, C, size, size] in about [-1, 1], float32. Image i depends on (seed, i, caption) and the settings,
     not on the batch.

@@ -55,7 +55,7 @@ def digits() -> Config:
         # not the paper's copy at scale 1: see profiles/LOG.md
         embedder_init="preserve",
         freeze_encoder=True,
-        steps=600,
+        steps=500,
         batch_size=64,
         transformer=replace(_digits_transformer(dual_time=True), time_scale=10.0),
         optim=OptimConfig(lr=1e-3, warmup=30, betas=(0.9, 0.99), ema=0.99),
