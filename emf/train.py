@@ -144,7 +144,7 @@ def train(config: Config, out: Path, resume: bool = False) -> None:
         saved = checkpoints(folder)
         if out.exists() and not out.is_dir():
             raise ValueError(f"train: {out} is no folder; choose another --out")
-        if (out / "config.json").exists() and not resume:
+        if ((out / "config.json").exists() or saved) and not resume:
             raise ValueError(
                 f"train: {out} holds a run already; add --resume True to continue it, or choose another --out"
             )

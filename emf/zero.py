@@ -143,6 +143,11 @@ class Engine:
                     if module.get_submodule(owner) is not None:
                         deepspeed.zero.register_external_parameter(module, getattr(module.get_submodule(owner), leaf))
         self.parameters = dict(network.named_parameters())
+        self.masters: dict[int, Tensor] = {}
+        if self.dtype == torch.bfloat16 and not self.stage:  # without ZeRO a wrapped optimizer keeps them, by group
+            wrapped = self.engine.optimizer
+            for low, high in zip(wrapped.fp16_groups, wrapped.fp32_groups, strict=True):
+                self.masters |= {id(p): master for p, master in zip(low, high, strict=True)}
         self.trainable = {k: p for k, p in self.parameters.items() if p.requires_grad}
         self.ema = {k: self._master(p).clone() for k, p in self.trainable.items()}
 
@@ -189,7 +194,9 @@ class Engine:
         """float32 weights: this rank's shard on stage 3, else all."""
         if self.stage == 3:
             return safe_get_local_fp32_param(p)
-        return p.detach() if p.dtype == torch.float32 else safe_get_full_fp32_param(p)
+        if p.dtype == torch.float32:
+            return p.detach()
+        return self.masters[id(p)].detach() if id(p) in self.masters else safe_get_full_fp32_param(p)
 
     def weights(self, average: bool = True) -> dict[str, Tensor]:
         """The whole state dict in float32 on CPU, on rank 0 (empty elsewhere): the moving average, or the raw
