@@ -90,7 +90,7 @@ def generate(
         captions: for example "a red seven" "two blue threes"
         run: a run's folder, or one of its checkpoints
         out: folder for the PNG files; files of the same name are not overwritten
-        steps: network evaluations (two each with guidance)
+        steps: of the sampler; two network evaluations each, one where the run was trained at this guidance
         guidance: classifier-free guidance; 1 is none
         seed: of the noise
         n: images of each caption

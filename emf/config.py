@@ -106,6 +106,8 @@ class Config:
             )
         if self.objective == "meanflow" and not self.transformer.dual_time:
             raise ValueError("config: objective meanflow needs transformer.dual_time True")
+        if self.flow.guidance <= 0:
+            raise ValueError(f"config: flow.guidance {self.flow.guidance} must be positive; 1 is none")
         if not 0 <= self.drop < 1:
             raise ValueError(f"config: drop {self.drop} must lie in [0, 1)")
 

@@ -36,6 +36,10 @@ class FlowConfig:
     weight_p: float = 1.0
     """Adaptive weight 1 / (L + c)^p of a sample with summed squared error L; 0 switches it off."""
     weight_c: float = 1e-3
+    guidance: float = 1.0
+    """Guidance w inside the target, so that a step of the sampler needs one evaluation and no extrapolation: v becomes
+    w v + (1 - w) u(z, t, t | no condition), at one more forward without gradient a step (MeanFlow, arXiv 2505.13447,
+    eq. 13 and 19). 1: none, as in EMF."""
 
 
 def times(progress: float, n: int, flow: FlowConfig, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
@@ -68,14 +72,18 @@ def flow_matching_loss(network: Network, x: Tensor, e: Tensor, t: Tensor) -> tup
 
 
 def meanflow_loss(
-    network: Network, x: Tensor, e: Tensor, t: Tensor, r: Tensor, b: int, flow: FlowConfig
+    network: Network, null: Network, x: Tensor, e: Tensor, t: Tensor, r: Tensor, b: int, flow: FlowConfig
 ) -> tuple[Tensor, Tensor]:
     """(weighted loss, mean squared error), both [B]: u_theta against v - (t - r) stopgrad(du/dt), by one dual pass.
 
     The tangent is (v, 0, 1) along (z, r, t), for the first b samples; in the others r = t multiplies it by zero, so
-    they carry none.
+    they carry none. null, the network without its condition, is called for guidance inside the target only; samples
+    whose condition was dropped have the same optimum with it as without.
     """
     z, v = path(x, e, t)
+    if flow.guidance != 1:
+        with torch.no_grad():
+            v = flow.guidance * v + (1 - flow.guidance) * null(z, t, t)
     u = network(Dual(z, v[:b]), Dual(t, torch.ones_like(t[:b])), r)
     return meanflow(u.primal, u.tangent, v, t, r, flow.weight_p, flow.weight_c)
 

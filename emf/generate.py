@@ -34,7 +34,9 @@ def generate(
 
     average: few-step EMF sampling with u(z, r, t); else Euler on v(z, t) with the pretrained time embedding (the
              flow-matching baseline).
-    guidance: 1.25 suits the digits (profiles/LOG.md); EMF's released code samples with 1.5 and 2.
+    guidance: 1.25 suits the digits (profiles/LOG.md); EMF's released code samples with 1.5 and 2. A network trained
+             with guidance inside its target (config.flow.guidance) has that part already: at just this guidance it is
+             evaluated once a step.
     Raises ValueError on a caption the encoder cannot read.
     """
     model = config.transformer
@@ -46,6 +48,7 @@ def generate(
             for i in range(len(captions))
         ]
     )
+    w = guidance / config.flow.guidance if average else guidance
     images = []
     for part in range(0, len(captions), batch):
         here = slice(part, part + batch)
@@ -56,7 +59,7 @@ def generate(
         def velocity(c: tuple[Tensor, Tensor]) -> Any:
             return lambda z, t, r: network.transformer(z, t, r, *c)
 
-        images.append(sample(guided(velocity(states), velocity(null), guidance), noise[here], steps, average))
+        images.append(sample(guided(velocity(states), velocity(null), w), noise[here], steps, average))
     return torch.cat(images)
 
 

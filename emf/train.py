@@ -68,12 +68,17 @@ def learning_rate(config: Config, step: int) -> float:
 def losses(config: Config, network: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """(loss, mean squared error), both [B]."""
 
+    x, e, t, r, b, ids, mask, drop = batch
+
     def velocity(z: Any, t: Any, r: Tensor | None) -> Any:
-        return network(z, t, r, batch.ids, batch.mask, batch.drop)
+        return network(z, t, r, ids, mask, drop)
+
+    def null(z: Any, t: Any, r: Tensor | None) -> Any:
+        return network(z, t, r, ids, mask, torch.ones_like(drop))
 
     if config.objective == "flow_matching":
-        return flow_matching_loss(velocity, batch.x, batch.e, batch.t)
-    return meanflow_loss(velocity, batch.x, batch.e, batch.t, batch.r, batch.b, config.flow)
+        return flow_matching_loss(velocity, x, e, t)
+    return meanflow_loss(velocity, null, x, e, t, r, b, config.flow)
 
 
 def memory_mib() -> float:

@@ -51,7 +51,8 @@ def test_path() -> None:
     torch.testing.assert_close(v, e - x)
 
 
-def test_meanflow_loss_against_an_independent_computation() -> None:
+@pytest.mark.parametrize("guidance", [1.0, 1.5])
+def test_meanflow_loss_against_an_independent_computation(guidance: float) -> None:
     """On the real transformer: target by torch.func.jvp over all samples, weight and gradient by hand."""
     torch.manual_seed(0)
     config = TransformerConfig(3, 3, 2, 8, 1, 1, 16, 12, 2.5, 2, 4, dual_time=True)
@@ -59,11 +60,13 @@ def test_meanflow_loss_against_an_independent_computation() -> None:
     x, e, c = torch.randn(4, 3, 4, 4).double(), torch.randn(4, 3, 4, 4).double(), torch.randn(4, 3, 12).double()
     t = torch.tensor([0.9, 0.5, 0.7, 0.3]).double()
     r = torch.tensor([0.1, 0.4, 0.7, 0.3]).double()
-    loss, error = meanflow_loss(lambda z, t, r: net(z, t, r, c), x, e, t, r, 2, FlowConfig())
+    network, null = (lambda z, t, r, c=c: net(z, t, r, c) for c in (c, torch.zeros_like(c)))
+    loss, error = meanflow_loss(network, null, x, e, t, r, 2, FlowConfig(guidance=guidance))
     loss.sum().backward()
     got = {k: p.grad.clone() for k, p in net.named_parameters() if p.grad is not None}
     net.zero_grad()
     z, v = (1 - t)[:, None, None, None] * x + t[:, None, None, None] * e, e - x
+    v = (guidance * v + (1 - guidance) * null(z, t, t)).detach()
     _, u_dot = torch.func.jvp(lambda z, r, t: net(z, t, r, c), (z, r, t), (v, torch.zeros_like(r), torch.ones_like(t)))
     u = net(z, t, r, c)
     squares = (u - (v - (t - r)[:, None, None, None] * u_dot).detach()).square()
@@ -124,6 +127,6 @@ def test_a_dual_network_gets_a_tangent_for_the_first_samples_only() -> None:
 
     x, e = torch.randn(2, 4, 2)
     t = torch.full((4,), 0.5)
-    meanflow_loss(network, x, e, t, torch.cat([t[:1] / 2, t[1:]]), 1, FlowConfig())
+    meanflow_loss(network, network, x, e, t, torch.cat([t[:1] / 2, t[1:]]), 1, FlowConfig())
     z, t = seen[0]
     assert z.tangent.shape == (1, 2) and t.tangent.tolist() == [1.0]
