@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .op import Case, Cost, Dual, Op, check, halves, leading
+from .op import Case, Cost, Dual, Op, check, halves, leading, strides
 
 ROWS = 16  # tokens over which one backward program sums dscale and dshift
 
@@ -26,6 +26,21 @@ ROWS = 16  # tokens over which one backward program sums dscale and dshift
 def reference(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
     n = torch.nn.functional.layer_norm(x, x.shape[-1:], None, None, eps)
     return torch.addcmul(shift.unsqueeze(1), n, 1 + scale.unsqueeze(1))
+
+
+@triton.jit
+def norm(x, inside, C, eps):
+    """(n, mean, rstd) of a row."""
+    mean = tl.sum(x) / C
+    centred = tl.where(inside, x - mean, 0)
+    rstd = 1 / tl.sqrt(tl.sum(centred * centred) / C + eps)
+    return centred * rstd, mean, rstd
+
+
+@triton.jit
+def norm_dot(x_dot, n, rstd, C):
+    """n_dot. The same map takes g = dn to dx: the normalisation's derivative is symmetric."""
+    return rstd * (x_dot - tl.sum(x_dot) / C - n * (tl.sum(n * x_dot) / C))
 
 
 @triton.jit
@@ -41,10 +56,7 @@ def _fwd(
     x = tl.load(x_ptr + sample * x_b + token * x_n + c, mask=inside, other=0).to(tl.float32)
     scale = tl.load(scale_ptr + sample * scale_b + c, mask=inside, other=0).to(tl.float32)
     shift = tl.load(shift_ptr + sample * shift_b + c, mask=inside, other=0).to(tl.float32)
-    mean = tl.sum(x) / C
-    centred = tl.where(inside, x - mean, 0)
-    rstd = 1 / tl.sqrt(tl.sum(centred * centred) / C + eps)
-    n = centred * rstd
+    n, mean, rstd = norm(x, inside, C, eps)
     tl.store(y_ptr + row * C + c, n * (1 + scale) + shift, mask=inside)
     tl.store(mean_ptr + row, mean)
     tl.store(rstd_ptr + row, rstd)
@@ -52,8 +64,7 @@ def _fwd(
         y_dot = tl.zeros([BLOCK], tl.float32)
         if X_LIVE:
             x_dot = tl.load(x_dot_ptr + sample * x_dot_b + token * x_dot_n + c, mask=inside, other=0).to(tl.float32)
-            n_dot = rstd * (x_dot - tl.sum(x_dot) / C - n * (tl.sum(n * x_dot) / C))
-            y_dot += n_dot * (1 + scale)
+            y_dot += norm_dot(x_dot, n, rstd, C) * (1 + scale)
         if SCALE_LIVE:
             y_dot += n * tl.load(scale_dot_ptr + sample * scale_dot_b + c, mask=inside, other=0).to(tl.float32)
         if SHIFT_LIVE:
@@ -79,9 +90,7 @@ def _bwd(
         x = tl.load(x_ptr + sample * x_b + token * x_n + c, mask=inside, other=0).to(tl.float32)
         rstd = tl.load(rstd_ptr + row)
         n = tl.where(inside, (x - tl.load(mean_ptr + row)) * rstd, 0)
-        g = dy * (1 + scale)
-        dx = rstd * (g - tl.sum(g) / C - n * (tl.sum(n * g) / C))
-        tl.store(dx_ptr + row * C + c, dx, mask=inside)
+        tl.store(dx_ptr + row * C + c, norm_dot(dy * (1 + scale), n, rstd, C), mask=inside)
         dscale += dy * n
         dshift += dy
     part = (sample * tl.num_programs(0) + chunk) * C + c
@@ -111,11 +120,10 @@ class _AdaLN(torch.autograd.Function):
         B, N, C = x.shape
         y, y_dot = (torch.empty(samples, N, C, dtype=x.dtype, device=x.device) for samples in (B, b))
         mean, rstd = (torch.empty(B, N, dtype=torch.float32, device=x.device) for _ in range(2))
-        stride = lambda d, i: 0 if d is None else d.stride(i)  # noqa: E731
         _fwd[(B * N,)](
             x, scale, shift, x_dot, scale_dot, shift_dot, y, y_dot, mean, rstd,
-            x.stride(0), x.stride(1), scale.stride(0), shift.stride(0),
-            stride(x_dot, 0), stride(x_dot, 1), stride(scale_dot, 0), stride(shift_dot, 0), N, C, b, eps,
+            *strides(x, 2), *strides(scale, 1), *strides(shift, 1),
+            *strides(x_dot, 2), *strides(scale_dot, 1), *strides(shift_dot, 1), N, C, b, eps,
             x_dot is not None, scale_dot is not None, shift_dot is not None, **launch(C),
         )  # fmt: skip
         ctx.save_for_backward(x, scale, mean, rstd)

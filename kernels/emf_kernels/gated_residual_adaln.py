@@ -3,18 +3,24 @@
 Shapes:   x, h [B, N, C]; gate [B, C] or None (then 1); scale, shift [B, C]; outputs y, n [B, N, C].
 Primal:   y = x + gate h;  n = adaln(y, scale, shift)
 Tangent:  y_dot = x_dot + gate_dot h + gate h_dot;  n_dot = adaln's tangent at (y, y_dot)
-Backward: dy' = dy + adaln's dx;  then gated_residual's backward on dy'
+Backward: dx = dy + adaln's dx at dn;  dh = gate dx;  dgate = sum over tokens of h dx;  dscale, dshift as adaln's
 Source:   in a SANA block, cross-attention's ungated residual is followed by norm2 with (shift, scale)_mlp.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Any
 
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .adaln import ROWS, launch, norm, norm_dot
 from .adaln import reference as adaln_reference
 from .gated_residual import reference as gated_residual_reference
-from .op import Case, Cost, Op
+from .op import Case, Cost, Dual, Op, check, halves, leading, strides
 
 
 def reference(
@@ -22,6 +28,162 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     y = gated_residual_reference(x, gate, h)
     return y, adaln_reference(y, scale, shift, eps)
+
+
+@triton.jit
+def _fwd(
+    x_ptr, gate_ptr, h_ptr, scale_ptr, shift_ptr, x_dot_ptr, gate_dot_ptr, h_dot_ptr, scale_dot_ptr, shift_dot_ptr,
+    y_ptr, n_ptr, y_dot_ptr, n_dot_ptr, mean_ptr, rstd_ptr,
+    x_b, x_n, gate_b, h_b, h_n, scale_b, shift_b,
+    x_dot_b, x_dot_n, gate_dot_b, h_dot_b, h_dot_n, scale_dot_b, shift_dot_b, N, C, b, eps,
+    GATED: tl.constexpr, X_LIVE: tl.constexpr, GATE_LIVE: tl.constexpr, H_LIVE: tl.constexpr,
+    SCALE_LIVE: tl.constexpr, SHIFT_LIVE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    sample, token = row // N, row % N
+    c = tl.arange(0, BLOCK)
+    inside = c < C
+    x = tl.load(x_ptr + sample * x_b + token * x_n + c, mask=inside, other=0).to(tl.float32)
+    h = tl.load(h_ptr + sample * h_b + token * h_n + c, mask=inside, other=0).to(tl.float32)
+    gate = tl.full([BLOCK], 1.0, tl.float32)
+    if GATED:
+        gate = tl.load(gate_ptr + sample * gate_b + c, mask=inside, other=0).to(tl.float32)
+    y = x + gate * h
+    n, mean, rstd = norm(y, inside, C, eps)
+    scale = tl.load(scale_ptr + sample * scale_b + c, mask=inside, other=0).to(tl.float32)
+    shift = tl.load(shift_ptr + sample * shift_b + c, mask=inside, other=0).to(tl.float32)
+    tl.store(y_ptr + row * C + c, y, mask=inside)
+    tl.store(n_ptr + row * C + c, n * (1 + scale) + shift, mask=inside)
+    tl.store(mean_ptr + row, mean)
+    tl.store(rstd_ptr + row, rstd)
+    if sample < b:
+        y_dot = tl.zeros([BLOCK], tl.float32)
+        if X_LIVE:
+            y_dot += tl.load(x_dot_ptr + sample * x_dot_b + token * x_dot_n + c, mask=inside, other=0).to(tl.float32)
+        if GATE_LIVE:
+            y_dot += tl.load(gate_dot_ptr + sample * gate_dot_b + c, mask=inside, other=0).to(tl.float32) * h
+        if H_LIVE:
+            h_dot = tl.load(h_dot_ptr + sample * h_dot_b + token * h_dot_n + c, mask=inside, other=0).to(tl.float32)
+            y_dot += gate * h_dot
+        n_dot = norm_dot(y_dot, n, rstd, C) * (1 + scale)
+        if SCALE_LIVE:
+            n_dot += n * tl.load(scale_dot_ptr + sample * scale_dot_b + c, mask=inside, other=0).to(tl.float32)
+        if SHIFT_LIVE:
+            n_dot += tl.load(shift_dot_ptr + sample * shift_dot_b + c, mask=inside, other=0).to(tl.float32)
+        tl.store(y_dot_ptr + row * C + c, y_dot, mask=inside)
+        tl.store(n_dot_ptr + row * C + c, n_dot, mask=inside)
+
+
+@triton.jit
+def _bwd(
+    dy_ptr, dn_ptr, y_ptr, gate_ptr, h_ptr, scale_ptr, mean_ptr, rstd_ptr,
+    dx_ptr, dh_ptr, dgate_ptr, dscale_ptr, dshift_ptr,
+    dy_b, dy_n, dn_b, dn_n, gate_b, h_b, h_n, scale_b, N, C,
+    GATED: tl.constexpr, Y_USED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # one program: ROWS tokens of one sample; what is summed over tokens leaves as partial sums [B, chunks, C]
+    chunk, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    c = tl.arange(0, BLOCK)
+    inside = c < C
+    scale = tl.load(scale_ptr + sample * scale_b + c, mask=inside, other=0).to(tl.float32)
+    dgate, dscale, dshift = (tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32))
+    for token in range(chunk * ROWS, min(chunk * ROWS + ROWS, N)):
+        row = sample * N + token
+        dn = tl.load(dn_ptr + sample * dn_b + token * dn_n + c, mask=inside, other=0).to(tl.float32)
+        y = tl.load(y_ptr + row * C + c, mask=inside, other=0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row)
+        n = tl.where(inside, (y - tl.load(mean_ptr + row)) * rstd, 0)
+        dx = norm_dot(dn * (1 + scale), n, rstd, C)
+        if Y_USED:
+            dx += tl.load(dy_ptr + sample * dy_b + token * dy_n + c, mask=inside, other=0).to(tl.float32)
+        tl.store(dx_ptr + row * C + c, dx, mask=inside)
+        if GATED:
+            gate = tl.load(gate_ptr + sample * gate_b + c, mask=inside, other=0).to(tl.float32)
+            tl.store(dh_ptr + row * C + c, gate * dx, mask=inside)
+            dgate += dx * tl.load(h_ptr + sample * h_b + token * h_n + c, mask=inside, other=0).to(tl.float32)
+        dscale += dn * n
+        dshift += dn
+    part = (sample * tl.num_programs(0) + chunk) * C + c
+    if GATED:
+        tl.store(dgate_ptr + part, dgate, mask=inside)
+    tl.store(dscale_ptr + part, dscale, mask=inside)
+    tl.store(dshift_ptr + part, dshift, mask=inside)
+
+
+class _GatedResidualAdaLN(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gate: Tensor | None,
+        h: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        dots: tuple[Tensor | None, ...],
+        eps: float,
+        b: int,
+    ) -> Any:
+        B, N, C = x.shape
+        (y, n), (y_dot, n_dot) = (
+            [torch.empty(samples, N, C, dtype=x.dtype, device=x.device) for _ in range(2)] for samples in (B, b)
+        )
+        mean, rstd = (torch.empty(B, N, dtype=torch.float32, device=x.device) for _ in range(2))
+        widths = (2, 1, 2, 1, 1)  # how many strides each of x, gate, h, scale, shift has
+        _fwd[(B * N,)](
+            x, gate, h, scale, shift, *dots, y, n, y_dot, n_dot, mean, rstd,
+            *(s for a, w in zip((x, gate, h, scale, shift), widths, strict=True) for s in strides(a, w)),
+            *(s for a, w in zip(dots, widths, strict=True) for s in strides(a, w)),
+            N, C, b, eps, gate is not None, *(d is not None for d in dots), **launch(C),
+        )  # fmt: skip
+        ctx.save_for_backward(y, gate, h if gate is not None else None, scale, mean, rstd)
+        ctx.mark_non_differentiable(y_dot, n_dot)
+        ctx.set_materialize_grads(False)  # no zeros for the tangents' gradients, which there never are
+        return y, n, y_dot, n_dot
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dn: Tensor | None, *_: Any) -> Any:
+        y, gate, h, scale, mean, rstd = ctx.saved_tensors
+        B, N, C = y.shape
+        dn = torch.zeros_like(y) if dn is None else dn
+        dy, dn = (a if a is None or a.stride(-1) == 1 else a.contiguous() for a in (dy, dn))
+        chunks, gated = triton.cdiv(N, ROWS), gate is not None
+        dx = torch.empty(B, N, C, dtype=y.dtype, device=y.device)
+        dh = torch.empty_like(dx) if gated else dx
+        dgate, dscale, dshift = (torch.empty(B, chunks, C, dtype=torch.float32, device=y.device) for _ in range(3))
+        _bwd[(chunks, B)](
+            dy, dn, y, gate, h, scale, mean, rstd, dx, dh, dgate, dscale, dshift,
+            *strides(dy, 2), *strides(dn, 2), *strides(gate, 1), *strides(h, 2), *strides(scale, 1), N, C,
+            gated, dy is not None, ROWS, **launch(C),
+        )  # fmt: skip
+        total = [a.sum(1).to(y.dtype) for a in (dgate, dscale, dshift)]
+        return dx, total[0] if gated else None, dh, total[1], total[2], None, None, None
+
+
+def fused(
+    x: Tensor | Dual,
+    gate: Tensor | Dual | None,
+    h: Tensor | Dual,
+    scale: Tensor | Dual,
+    shift: Tensor | Dual,
+    eps: float = 1e-6,
+) -> tuple[Any, Any]:
+    """gated_residual_adaln of Tensors, or of Duals in any of the five places: one launch for both outputs, value and
+    tangent. Shapes as above; float16, bfloat16 (on a GPU) or float32, the same for all; statistics in float32; last
+    dimension contiguous, C at most 16384; else ValueError."""
+    op = "gated_residual_adaln"
+    names, args = ("x", "gate", "h", "scale", "shift"), (x, gate, h, scale, shift)
+    duals = [a for a in args if isinstance(a, Dual)]
+    b = leading(duals, op) if duals else 0
+    values, dots = zip(*map(halves, args), strict=True)
+    if values[0].ndim != 3 or values[0].shape[2] > 16384:
+        raise ValueError(f"{op}: x is {tuple(values[0].shape)}; expected [B, N, C] with C at most 16384")
+    B, N, C = values[0].shape
+    shapes = ((N, C), (C,), (N, C), (C,), (C,))
+    check(op, values[0], **{k: (a, (B, *s)) for k, a, s in zip(names, values, shapes, strict=True)})
+    check(op, values[0], **{f"{k}_dot": (d, (b, *s)) for k, d, s in zip(names, dots, shapes, strict=True)})
+    y, n, y_dot, n_dot = _GatedResidualAdaLN.apply(*values, dots, eps, b)
+    return (Dual(y, y_dot), Dual(n, n_dot)) if duals else (y, n)
 
 
 def inputs(case: Case, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, Tensor | None]:
@@ -44,10 +206,13 @@ gated_residual_adaln = Op(
     inputs=inputs,
     cost=cost,
     batched=("x", "gate", "h", "scale", "shift"),
+    triton=fused,
     cases=[
         Case("small", dict(B=3, N=5, C=8), ("x", "gate", "h", "scale", "shift")),
         Case("ragged", dict(B=3, N=5, C=7, b=1), ("x", "gate", "h", "scale", "shift")),
         Case("ungated", dict(B=3, N=5, C=7, ungated=1, b=2), ("x", "h", "scale", "shift")),
+        Case("chunks", dict(B=2, N=19, C=8, b=1), ("x", "gate", "h", "scale", "shift")),  # more than ROWS tokens
+        Case("modulation-only", dict(B=2, N=3, C=12), ("gate", "scale", "shift")),
         Case("sana-1.6b", dict(B=4, N=1024, C=2240, ungated=1), ("x", "h", "scale", "shift"), frozenset({"bench"})),
     ],
 )

@@ -188,6 +188,11 @@ def check(op: str, lead: Tensor, **tensors: tuple[Tensor | None, tuple[int, ...]
             raise ValueError(f"{op}: {name} {shape} has stride {x.stride(-1)} in its last dimension; expected 1")
 
 
+def strides(x: Tensor | None, n: int) -> list[int]:
+    """The first n strides; zeros for a tensor that is not there."""
+    return [0] * n if x is None else [x.stride(i) for i in range(n)]
+
+
 def halves(x: Any) -> tuple[Any, Tensor | None]:
     """(primal, tangent or None)."""
     return (x.primal, x.tangent) if isinstance(x, Dual) else (x, None)

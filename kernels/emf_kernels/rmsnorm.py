@@ -1,6 +1,6 @@
 """Root-mean-square norm with a weight, across all channels.
 
-Shapes:   x [B, ..., C]; weight [C]; y like x. Statistics over C (in SANA over all heads at once).
+Shapes:   x [B, N, C]; weight [C]; y like x. Statistics over C (in SANA over all heads at once).
 Primal:   rstd = (mean(x^2) + eps)^-1/2;  y = x rstd weight
 Tangent:  y_dot = rstd (x_dot - x rstd^2 mean(x x_dot)) weight
 Backward: g = dy weight;  dx = rstd (g - x rstd^2 mean(x g));  dweight = sum dy x rstd
@@ -9,14 +9,113 @@ Source:   RMSNorm (arXiv 1910.07467); diffusers' "rms_norm_across_heads" (eps 1e
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Any
 
-from .op import Case, Cost, Op
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .adaln import launch
+from .op import Case, Cost, Dual, Op, check, halves, leading, strides
+
+ROWS = 32  # tokens over which one backward program sums dweight
 
 
 def reference(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+@triton.jit
+def _fwd(
+    x_ptr, weight_ptr, x_dot_ptr, y_ptr, y_dot_ptr, rstd_ptr, x_b, x_n, x_dot_b, x_dot_n, N, C, b, eps,
+    X_LIVE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    sample, token = row // N, row % N
+    c = tl.arange(0, BLOCK)
+    inside = c < C
+    x = tl.load(x_ptr + sample * x_b + token * x_n + c, mask=inside, other=0).to(tl.float32)
+    weight = tl.load(weight_ptr + c, mask=inside, other=0).to(tl.float32)
+    rstd = 1 / tl.sqrt(tl.sum(x * x) / C + eps)
+    tl.store(y_ptr + row * C + c, x * rstd * weight, mask=inside)
+    tl.store(rstd_ptr + row, rstd)
+    if X_LIVE:
+        if sample < b:
+            x_dot = tl.load(x_dot_ptr + sample * x_dot_b + token * x_dot_n + c, mask=inside, other=0).to(tl.float32)
+            y_dot = rstd * (x_dot - x * (rstd * rstd * tl.sum(x * x_dot) / C)) * weight
+            tl.store(y_dot_ptr + row * C + c, y_dot, mask=inside)
+
+
+@triton.jit
+def _bwd(
+    dy_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dweight_ptr, dy_b, dy_n, x_b, x_n, N, C, rows,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # one program: ROWS rows of the B N; dweight leaves as partial sums [chunks, C], added in a fixed order afterwards
+    chunk = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK)
+    inside = c < C
+    weight = tl.load(weight_ptr + c, mask=inside, other=0).to(tl.float32)
+    dweight = tl.zeros([BLOCK], tl.float32)
+    for row in range(chunk * ROWS, min(chunk * ROWS + ROWS, rows)):
+        sample, token = row // N, row % N
+        dy = tl.load(dy_ptr + sample * dy_b + token * dy_n + c, mask=inside, other=0).to(tl.float32)
+        x = tl.load(x_ptr + sample * x_b + token * x_n + c, mask=inside, other=0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row)
+        g = dy * weight
+        tl.store(dx_ptr + row * C + c, rstd * (g - x * (rstd * rstd * tl.sum(x * g) / C)), mask=inside)
+        dweight += dy * x * rstd
+    tl.store(dweight_ptr + chunk * C + c, dweight, mask=inside)
+
+
+def backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """(dx, dweight) from dy, x [B, N, C], weight [C] and the saved rstd [B, N]."""
+    B, N, C = x.shape
+    dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+    dx, chunks = torch.empty(B, N, C, dtype=x.dtype, device=x.device), triton.cdiv(B * N, ROWS)
+    dweight = torch.empty(chunks, C, dtype=torch.float32, device=x.device)
+    _bwd[(chunks,)](
+        dy, x, weight, rstd, dx, dweight, *strides(dy, 2), *strides(x, 2), N, C, B * N, ROWS, **launch(C)
+    )  # fmt: skip
+    return dx, dweight.sum(0).to(weight.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, x_dot: Tensor | None, eps: float, b: int) -> Any:
+        B, N, C = x.shape
+        y, y_dot = (torch.empty(samples, N, C, dtype=x.dtype, device=x.device) for samples in (B, b))
+        rstd = torch.empty(B, N, dtype=torch.float32, device=x.device)
+        _fwd[(B * N,)](
+            x, weight, x_dot, y, y_dot, rstd, *strides(x, 2), *strides(x_dot, 2), N, C, b, eps, x_dot is not None,
+            **launch(C),
+        )  # fmt: skip
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.mark_non_differentiable(y_dot)
+        ctx.set_materialize_grads(False)  # no zeros for the tangent's gradient, which there never is
+        return y, y_dot
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, _: Any) -> Any:
+        return *backward(dy, *ctx.saved_tensors), None, None, None
+
+
+def fused(x: Tensor | Dual, weight: Tensor, eps: float = 1e-5) -> Tensor | Dual:
+    """rmsnorm of a Tensor or a Dual, one launch for value and tangent. Shapes as above; the weight takes no tangent;
+    float16, bfloat16 (on a GPU) or float32, the same for both; statistics in float32; last dimension contiguous, C at
+    most 16384; else ValueError."""
+    x_, x_dot = halves(x)
+    if isinstance(weight, Dual):
+        raise ValueError("rmsnorm: weight takes no tangent; expected a Dual for x alone")
+    if x_.ndim != 3 or x_.shape[2] > 16384:
+        raise ValueError(f"rmsnorm: x is {tuple(x_.shape)}; expected [B, N, C] with C at most 16384")
+    b, (B, N, C) = leading([x], "rmsnorm") if isinstance(x, Dual) else 0, x_.shape
+    check("rmsnorm", x_, x=(x_, (B, N, C)), weight=(weight, (C,)), x_dot=(x_dot, (b, N, C)))
+    y, y_dot = _RMSNorm.apply(x_, weight, x_dot, eps, b)
+    return Dual(y, y_dot) if isinstance(x, Dual) else y
 
 
 def inputs(case: Case, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, Tensor]:
@@ -37,9 +136,11 @@ rmsnorm = Op(
     inputs=inputs,
     cost=cost,
     batched=("x",),
+    triton=fused,
     cases=[
         Case("small", dict(B=3, N=5, C=8), ("x",)),
         Case("ragged", dict(B=3, N=1, C=37, b=2), ("x",)),
+        Case("chunks", dict(B=2, N=19, C=8, b=1), ("x",)),  # more than ROWS tokens
         Case("sana-1.6b", dict(B=4, N=1024, C=2240), ("x",), frozenset({"bench"})),
     ],
 )
