@@ -6,18 +6,30 @@ Primal:   q' = relu(rmsnorm(q)), k' = relu(rmsnorm(k)), norms across all heads; 
 Tangent:  q'_dot, k'_dot by rmsnorm and the step function;  S_dot = sum k'_dot v^T + k' v_dot^T;  s_dot = sum k'_dot;
           with a = q' S, z = q' . s + eps:
           o_dot = (q'_dot S + q' S_dot - o (q'_dot . s + q' . s_dot)) / z
-Backward: through z, a, S, s in turn; the same two sums over N
+Backward: da = do / z;  dz = -(do . o) / z;  dS = sum q' da^T;  ds = sum dz q';  dq' = da S^T + dz s;
+          dk' = v dS^T + ds;  dv = k' dS;  then the step function and rmsnorm's backward
 Source:   SANA (arXiv 2410.10629); diffusers' SanaLinearAttnProcessor2_0: a row of ones in v makes s, eps 1e-15, no
           scale, no mask.
+
+Three launches: the rows' norms, which need all heads; S and s, a head at a time, in `chunks` partial sums over N; o.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Any
 
-from .op import Case, Cost, Op
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .adaln import launch as row_launch
+from .op import Case, Cost, Dual, Op, check, halves, leading, strides
+from .rmsnorm import backward as rmsnorm_backward
 from .rmsnorm import reference as rmsnorm_reference
+
+NORM_EPS = 1e-5
 
 
 def reference(
@@ -35,12 +47,310 @@ def reference(
     return (a / (z + eps)).transpose(1, 2).flatten(2)
 
 
+@triton.jit
+def _norms(
+    x_ptr, x_dot_ptr, rstd_ptr, mean_dot_ptr, x_b, x_n, x_dot_b, x_dot_n, N, C, b, eps,
+    LIVE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # rstd, and rstd^2 mean(x x_dot) of each row
+    row = tl.program_id(0).to(tl.int64)
+    sample, token = row // N, row % N
+    c = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + sample * x_b + token * x_n + c, mask=c < C, other=0).to(tl.float32)
+    rstd = 1 / tl.sqrt(tl.sum(x * x) / C + eps)
+    tl.store(rstd_ptr + row, rstd)
+    if LIVE:
+        if sample < b:
+            x_dot = tl.load(x_dot_ptr + sample * x_dot_b + token * x_dot_n + c, mask=c < C, other=0).to(tl.float32)
+            tl.store(mean_dot_ptr + row, rstd * rstd * tl.sum(x * x_dot) / C)
+
+
+@triton.jit
+def _tile(ptr, stride_b, stride_n, sample, n, c, inside):
+    return tl.load(ptr + sample * stride_b + n[:, None] * stride_n + c[None, :], mask=inside, other=0).to(tl.float32)
+
+
+@triton.jit
+def _features(
+    x_ptr, x_dot_ptr, weight_ptr, rstd_ptr, mean_dot_ptr, x_b, x_n, x_dot_b, x_dot_n, sample, n, c, inside, N, C,
+    NORMED: tl.constexpr, LIVE: tl.constexpr,
+):  # fmt: skip
+    """relu(rmsnorm(x)) of a tile of one head, and its tangent (zeros where there is none)."""
+    x = _tile(x_ptr, x_b, x_n, sample, n, c, inside)
+    x_dot = tl.zeros_like(x)
+    if LIVE:
+        x_dot = _tile(x_dot_ptr, x_dot_b, x_dot_n, sample, n, c, inside)
+    if NORMED:
+        weight = tl.load(weight_ptr + c, mask=c < C, other=0).to(tl.float32)[None, :]
+        rstd = tl.load(rstd_ptr + sample * N + n, mask=n < N, other=0)[:, None]
+        if LIVE:
+            x_dot = rstd * (x_dot - x * tl.load(mean_dot_ptr + sample * N + n, mask=n < N, other=0)[:, None]) * weight
+        x = x * rstd * weight
+    return tl.maximum(x, 0), tl.where(x > 0, x_dot, 0)
+
+
+@triton.jit
+def _sums(S_ptr, s_ptr, sample, head, chunks, H, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """S [D, D] and s [D] of one head: the sum of the chunks."""
+    i, d = tl.arange(0, BLOCK_D)[:, None], tl.arange(0, BLOCK_D)
+    S, s = tl.zeros([BLOCK_D, BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
+    for chunk in range(0, chunks):
+        at = (sample * chunks + chunk) * H + head
+        S += tl.load(S_ptr + at * D * D + i * D + d[None, :], mask=(i < D) & (d < D)[None, :], other=0)
+        s += tl.load(s_ptr + at * D + d, mask=d < D, other=0)
+    return S, s
+
+
+@triton.jit
+def _store_sums(S_ptr, s_ptr, S, s, at, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    i, d = tl.arange(0, BLOCK_D)[:, None], tl.arange(0, BLOCK_D)
+    tl.store(S_ptr + at * D * D + i * D + d[None, :], S, mask=(i < D) & (d < D)[None, :])
+    tl.store(s_ptr + at * D + d, s, mask=d < D)
+
+
+@triton.jit
+def _states(
+    k_ptr, v_ptr, k_dot_ptr, v_dot_ptr, weight_ptr, rstd_ptr, mean_dot_ptr, S_ptr, s_ptr, S_dot_ptr, s_dot_ptr,
+    k_b, k_n, v_b, v_n, k_dot_b, k_dot_n, v_dot_b, v_dot_n, first, N, H, C, tokens,
+    NORMED: tl.constexpr, K_LIVE: tl.constexpr, V_LIVE: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # one program: `tokens` tokens of one head of one sample
+    head, chunk, sample = tl.program_id(0), tl.program_id(1), first + tl.program_id(2).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    c = head * D + d
+    S, s = tl.zeros([BLOCK_D, BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
+    S_dot, s_dot = tl.zeros([BLOCK_D, BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
+    for start in range(chunk * tokens, min(chunk * tokens + tokens, N), BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        inside = (n < N)[:, None] & (d < D)[None, :]
+        k, k_dot = _features(
+            k_ptr, k_dot_ptr, weight_ptr, rstd_ptr, mean_dot_ptr, k_b, k_n, k_dot_b, k_dot_n,
+            sample, n, c, inside, N, C, NORMED, K_LIVE,
+        )  # fmt: skip
+        v = _tile(v_ptr, v_b, v_n, sample, n, c, inside)
+        S += tl.dot(tl.trans(k), v, input_precision=PRECISION)
+        s += tl.sum(k, 0)
+        if K_LIVE:
+            S_dot += tl.dot(tl.trans(k_dot), v, input_precision=PRECISION)
+            s_dot += tl.sum(k_dot, 0)
+        if V_LIVE:
+            v_dot = _tile(v_dot_ptr, v_dot_b, v_dot_n, sample, n, c, inside)
+            S_dot += tl.dot(tl.trans(k), v_dot, input_precision=PRECISION)
+    at = (sample * tl.num_programs(1) + chunk) * H + head
+    _store_sums(S_ptr, s_ptr, S, s, at, D, BLOCK_D)
+    if K_LIVE or V_LIVE:
+        _store_sums(S_dot_ptr, s_dot_ptr, S_dot, s_dot, at, D, BLOCK_D)
+
+
+@triton.jit
+def _apply(
+    q_ptr, q_dot_ptr, weight_ptr, rstd_ptr, mean_dot_ptr, S_ptr, s_ptr, S_dot_ptr, s_dot_ptr, o_ptr, o_dot_ptr,
+    q_b, q_n, q_dot_b, q_dot_n, first, N, H, C, chunks, eps,
+    NORMED: tl.constexpr, Q_LIVE: tl.constexpr, STATE_LIVE: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # one program: BLOCK_N tokens of one head of one sample
+    head, sample = tl.program_id(1), first + tl.program_id(2).to(tl.int64)
+    n, d = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    c = head * D + d
+    inside = (n < N)[:, None] & (d < D)[None, :]
+    q, q_dot = _features(
+        q_ptr, q_dot_ptr, weight_ptr, rstd_ptr, mean_dot_ptr, q_b, q_n, q_dot_b, q_dot_n,
+        sample, n, c, inside, N, C, NORMED, Q_LIVE,
+    )  # fmt: skip
+    S, s = _sums(S_ptr, s_ptr, sample, head, chunks, H, D, BLOCK_D)
+    z = tl.sum(q * s[None, :], 1) + eps
+    o = tl.dot(q, S, input_precision=PRECISION) / z[:, None]
+    out = (sample * N + n[:, None]) * C + c[None, :]
+    tl.store(o_ptr + out, o, mask=inside)
+    if Q_LIVE or STATE_LIVE:
+        a_dot, z_dot = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N], tl.float32)
+        if Q_LIVE:
+            a_dot += tl.dot(q_dot, S, input_precision=PRECISION)
+            z_dot += tl.sum(q_dot * s[None, :], 1)
+        if STATE_LIVE:
+            S_dot, s_dot = _sums(S_dot_ptr, s_dot_ptr, sample, head, chunks, H, D, BLOCK_D)
+            a_dot += tl.dot(q, S_dot, input_precision=PRECISION)
+            z_dot += tl.sum(q * s_dot[None, :], 1)
+        tl.store(o_dot_ptr + out, (a_dot - o * z_dot[:, None]) / z[:, None], mask=inside)
+
+
+@triton.jit
+def _bwd_q(
+    do_ptr, q_ptr, weight_ptr, rstd_ptr, S_ptr, s_ptr, dq_ptr, dS_ptr, ds_ptr,
+    do_b, do_n, q_b, q_n, N, H, C, chunks, tokens, eps, NORMED: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # as _states: dS and ds in partial sums, and the gradient of q before its norm's backward
+    head, chunk, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    c = head * D + d
+    S, s = _sums(S_ptr, s_ptr, sample, head, chunks, H, D, BLOCK_D)
+    dS, ds = tl.zeros([BLOCK_D, BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
+    for start in range(chunk * tokens, min(chunk * tokens + tokens, N), BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        inside = (n < N)[:, None] & (d < D)[None, :]
+        q, _ = _features(
+            q_ptr, q_ptr, weight_ptr, rstd_ptr, rstd_ptr, q_b, q_n, q_b, q_n, sample, n, c, inside, N, C, NORMED, False
+        )
+        z = tl.sum(q * s[None, :], 1) + eps
+        o = tl.dot(q, S, input_precision=PRECISION) / z[:, None]
+        do = _tile(do_ptr, do_b, do_n, sample, n, c, inside)
+        da = do / z[:, None]
+        dz = -tl.sum(do * o, 1) / z
+        dq = tl.dot(da, tl.trans(S), input_precision=PRECISION) + dz[:, None] * s[None, :]
+        tl.store(dq_ptr + (sample * N + n[:, None]) * C + c[None, :], tl.where(q > 0, dq, 0), mask=inside)
+        dS += tl.dot(tl.trans(q), da, input_precision=PRECISION)
+        ds += tl.sum(q * dz[:, None], 0)
+    _store_sums(dS_ptr, ds_ptr, dS, ds, (sample * tl.num_programs(1) + chunk) * H + head, D, BLOCK_D)
+
+
+@triton.jit
+def _bwd_kv(
+    k_ptr, v_ptr, weight_ptr, rstd_ptr, dS_ptr, ds_ptr, dk_ptr, dv_ptr, k_b, k_n, v_b, v_n, N, H, C, chunks,
+    NORMED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    head, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    n, d = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    c = head * D + d
+    inside = (n < N)[:, None] & (d < D)[None, :]
+    k, _ = _features(
+        k_ptr, k_ptr, weight_ptr, rstd_ptr, rstd_ptr, k_b, k_n, k_b, k_n, sample, n, c, inside, N, C, NORMED, False
+    )
+    v = _tile(v_ptr, v_b, v_n, sample, n, c, inside)
+    dS, ds = _sums(dS_ptr, ds_ptr, sample, head, chunks, H, D, BLOCK_D)
+    dk = tl.dot(v, tl.trans(dS), input_precision=PRECISION) + ds[None, :]
+    out = (sample * N + n[:, None]) * C + c[None, :]
+    tl.store(dk_ptr + out, tl.where(k > 0, dk, 0), mask=inside)
+    tl.store(dv_ptr + out, tl.dot(k, dS, input_precision=PRECISION), mask=inside)
+
+
+def launch(D: int, N: int) -> dict[str, int]:
+    """Tile sizes and warps by shape. Not tuned on a GPU yet."""
+    block_n = min(64, max(16, triton.next_power_of_2(N)))
+    return dict(BLOCK_N=block_n, BLOCK_D=max(16, triton.next_power_of_2(D)), num_warps=4)
+
+
+def chunking(N: int, block_n: int) -> tuple[int, int]:
+    """(chunks, tokens in each): at most 4 partial sums of the states, so that a small batch fills a GPU too."""
+    chunks = min(4, triton.cdiv(N, block_n))
+    return chunks, triton.cdiv(triton.cdiv(N, chunks), block_n) * block_n
+
+
+class _LinearAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        dots: tuple[Tensor | None, ...],
+        D: int,
+        eps: float,
+        b: int,
+    ) -> Any:
+        (B, N, C), (q_dot, k_dot, v_dot) = q.shape, dots
+        empty = lambda *shape, like=None: torch.empty(  # noqa: E731
+            *shape, dtype=torch.float32 if like is None else like.dtype, device=q.device
+        )
+        constants = launch(D, N)
+        chunks, tokens = chunking(N, constants["BLOCK_N"])
+        common = dict(PRECISION="ieee" if q.dtype == torch.float32 else "tf32", D=D) | constants
+        H = C // D
+        q_rstd, k_rstd, q_mean_dot, k_mean_dot = (
+            None if w is None else empty(samples, N) for samples in (B, b) for w in (q_weight, k_weight)
+        )
+        for x, x_dot, rstd, mean_dot in ((q, q_dot, q_rstd, q_mean_dot), (k, k_dot, k_rstd, k_mean_dot)):
+            if rstd is not None:
+                _norms[(B * N,)](
+                    x, x_dot, rstd, mean_dot, *strides(x, 2), *strides(x_dot, 2), N, C, b, NORM_EPS,
+                    x_dot is not None, **row_launch(C),
+                )  # fmt: skip
+        o, o_dot = empty(B, N, C, like=q), empty(b, N, C, like=q)
+        S, s = empty(B, chunks, H, D, D), empty(B, chunks, H, D)
+        S_dot, s_dot = empty(b, chunks, H, D, D), empty(b, chunks, H, D)
+        # the first b samples with their tangents, then the rest without
+        for first, count, (q_live, k_live, v_live) in ((0, b, [d is not None for d in dots]), (b, B - b, [False] * 3)):
+            if count:
+                _states[(H, chunks, count)](
+                    k, v, k_dot, v_dot, k_weight, k_rstd, k_mean_dot, S, s, S_dot, s_dot,
+                    *strides(k, 2), *strides(v, 2), *strides(k_dot, 2), *strides(v_dot, 2), first, N, H, C, tokens,
+                    k_weight is not None, k_live, v_live, **common,
+                )  # fmt: skip
+                _apply[(triton.cdiv(N, constants["BLOCK_N"]), H, count)](
+                    q, q_dot, q_weight, q_rstd, q_mean_dot, S, s, S_dot, s_dot, o, o_dot,
+                    *strides(q, 2), *strides(q_dot, 2), first, N, H, C, chunks, eps,
+                    q_weight is not None, q_live, k_live or v_live, **common,
+                )  # fmt: skip
+        ctx.save_for_backward(q, k, v, q_weight, k_weight, q_rstd, k_rstd, S, s)
+        ctx.rest = eps, chunks, tokens, common
+        ctx.mark_non_differentiable(o_dot)
+        ctx.set_materialize_grads(False)  # no zeros for the tangent's gradient, which there never is
+        return o, o_dot
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor, _: Any) -> Any:
+        q, k, v, q_weight, k_weight, q_rstd, k_rstd, S, s = ctx.saved_tensors
+        (B, N, C), H, (eps, chunks, tokens, common) = q.shape, S.shape[2], ctx.rest
+        do = do if do.stride(-1) == 1 else do.contiguous()
+        dq, dk, dv = (torch.empty(B, N, C, dtype=q.dtype, device=q.device) for _ in range(3))
+        dS, ds = torch.empty_like(S), torch.empty_like(s)
+        _bwd_q[(H, chunks, B)](
+            do, q, q_weight, q_rstd, S, s, dq, dS, ds, *strides(do, 2), *strides(q, 2), N, H, C, chunks, tokens, eps,
+            q_weight is not None, **common,
+        )  # fmt: skip
+        _bwd_kv[(triton.cdiv(N, common["BLOCK_N"]), H, B)](
+            k, v, k_weight, k_rstd, dS, ds, dk, dv, *strides(k, 2), *strides(v, 2), N, H, C, chunks,
+            k_weight is not None, **common,
+        )  # fmt: skip
+        dq_weight = dk_weight = None
+        if q_weight is not None:
+            dq, dq_weight = rmsnorm_backward(dq, q, q_weight, q_rstd)
+        if k_weight is not None:
+            dk, dk_weight = rmsnorm_backward(dk, k, k_weight, k_rstd)
+        return dq, dk, dv, dq_weight, dk_weight, None, None, None, None
+
+
+def fused(
+    q: Tensor | Dual,
+    k: Tensor | Dual,
+    v: Tensor | Dual,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    head_size: int,
+    eps: float = 1e-15,
+) -> Tensor | Dual:
+    """linear_attention of Tensors, or of Duals in q, k, v. Shapes as above; the weights take no tangent; float16,
+    bfloat16 (on a GPU) or float32, the same for all; states and norms in float32; last dimension contiguous, C a
+    multiple of head_size and at most 16384, head_size at most 128; else ValueError."""
+    op, args = "linear_attention", (q, k, v)
+    duals = [a for a in args if isinstance(a, Dual)]
+    b = leading(duals, op) if duals else 0
+    values, dots = zip(*map(halves, args), strict=True)
+    if isinstance(q_weight, Dual) or isinstance(k_weight, Dual):
+        raise ValueError(f"{op}: q_weight and k_weight take no tangent; expected Duals for q, k, v alone")
+    if values[0].ndim != 3 or values[0].shape[2] > 16384:
+        raise ValueError(f"{op}: q is {tuple(values[0].shape)}; expected [B, N, C] with C at most 16384")
+    B, N, C = values[0].shape
+    if not 1 <= head_size <= 128 or C % head_size:
+        raise ValueError(f"{op}: head_size {head_size}; expected at most 128 and a divisor of C, {C}")
+    check(op, values[0], **{n: (a, (B, N, C)) for n, a in zip("qkv", values, strict=True)})
+    check(op, values[0], q_weight=(q_weight, (C,)), k_weight=(k_weight, (C,)))
+    check(op, values[0], **{f"{n}_dot": (d, (b, N, C)) for n, d in zip("qkv", dots, strict=True)})
+    o, o_dot = _LinearAttention.apply(*values, q_weight, k_weight, dots, head_size, eps, b)
+    return Dual(o, o_dot) if duals else o
+
+
 def inputs(case: Case, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, Tensor | int | None]:
     s = case.shape
     normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=dtype).to(device)  # noqa: E731
     c = s["H"] * s["D"]
     q, k, v = (normal(s["B"], s["N"], c) for _ in range(3))
-    weight = (None, None) if s.get("plain") else (1 + 0.2 * normal(c), 1 + 0.2 * normal(c))
+    weight = [None if s.get("plain") else 1 + 0.2 * normal(c) for _ in range(2)]
     return dict(q=q, k=k, v=v, q_weight=weight[0], k_weight=weight[1], head_size=s["D"])
 
 
@@ -56,11 +366,14 @@ linear_attention = Op(
     inputs=inputs,
     cost=cost,
     batched=("q", "k", "v"),
+    triton=fused,
     cases=[
         Case("small", dict(B=3, N=6, H=2, D=4), ("q", "k", "v")),
         Case("ragged", dict(B=3, N=5, H=3, D=4, b=1), ("q", "k", "v")),
         Case("no-norm", dict(B=2, N=5, H=2, D=4, plain=1), ("q", "k", "v")),
         Case("one-token", dict(B=2, N=1, H=2, D=8), ("q", "k", "v")),
+        Case("keys-only", dict(B=2, N=5, H=2, D=4), ("k",)),
+        Case("chunks", dict(B=2, N=70, H=2, D=20, b=1), ("q", "k", "v")),  # several tiles in several partial sums
         Case("sana-1.6b", dict(B=4, N=1024, H=70, D=32), ("q", "k", "v"), frozenset({"bench"})),
     ],
 )
