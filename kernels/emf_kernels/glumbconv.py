@@ -6,15 +6,24 @@ Tangent:  c_dot = conv(silu'(x) x_dot);  y_dot = a_dot silu(g) + a silu'(g) g_do
 Backward: da = dy silu(g), dg = dy a silu'(g);  dx = silu'(x) conv^T(dc);  dweight, dbias = correlations of dc with
           silu(x), sums of dc
 Source:   SANA's Mix-FFN (arXiv 2410.10629); the only place where position enters the network.
+
+A program walks down a strip of rows. What an input row gives to the output rows above, at and below it is added up on the
+way, so a row of x is read once a strip (three times along W, from cache) and silu(x), c stay in registers. Backward
+computes c again from x; only dc goes through memory, between its two launches.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv2d
 
-from .op import Case, Cost, Op
+from .op import Case, Cost, Dual, Op, check, halves, leading, strides
 from .silu import reference as silu
 
 
@@ -22,6 +31,232 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     c = conv2d(silu(x).permute(0, 3, 1, 2), weight, bias, padding=1, groups=weight.shape[0])
     a, g = c.permute(0, 2, 3, 1).chunk(2, dim=-1)
     return a * silu(g)
+
+
+@triton.jit
+def _row(
+    x_ptr, x_dot_ptr, weight_ptr, x_h, x_w, x_dot_h, x_dot_w, weight_c, weight_h, h, w, c, c_inside, H, W,
+    LIVE: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """What input row h gives to the output rows h + 1, h, h - 1, and the tangents of the three."""
+    below, here, above = (tl.zeros([BLOCK_W, BLOCK_C], tl.float32),) * 3
+    below_dot, here_dot, above_dot = (tl.zeros([BLOCK_W, BLOCK_C], tl.float32),) * 3
+    for j in tl.static_range(3):
+        at = w + j - 1
+        inside = ((at >= 0) & (at < W) & (h >= 0) & (h < H))[:, None] & c_inside[None, :]
+        x = tl.load(x_ptr + h * x_h + at[:, None] * x_w + c[None, :], mask=inside, other=0).to(tl.float32)
+        sigmoid = tl.sigmoid(x)
+        s = x * sigmoid
+        w0 = tl.load(weight_ptr + c * weight_c + j, mask=c_inside, other=0).to(tl.float32)[None, :]
+        w1 = tl.load(weight_ptr + c * weight_c + weight_h + j, mask=c_inside, other=0).to(tl.float32)[None, :]
+        w2 = tl.load(weight_ptr + c * weight_c + 2 * weight_h + j, mask=c_inside, other=0).to(tl.float32)[None, :]
+        below += w0 * s
+        here += w1 * s
+        above += w2 * s
+        if LIVE:
+            x_dot = tl.load(x_dot_ptr + h * x_dot_h + at[:, None] * x_dot_w + c[None, :], mask=inside, other=0)
+            s_dot = (sigmoid + s * (1 - sigmoid)) * x_dot.to(tl.float32)
+            below_dot += w0 * s_dot
+            here_dot += w1 * s_dot
+            above_dot += w2 * s_dot
+    return below, here, above, below_dot, here_dot, above_dot
+
+
+@triton.jit
+def _fwd(
+    x_ptr, weight_ptr, bias_ptr, x_dot_ptr, y_ptr, y_dot_ptr, x_b, x_h, x_w, x_dot_b, x_dot_h, x_dot_w,
+    weight_c, weight_h, first, H, W, F, strips, LIVE: tl.constexpr, ROWS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    # one program: ROWS rows, BLOCK_W columns, BLOCK_C channels of each half
+    sample = first + tl.program_id(2).to(tl.int64)
+    top = tl.program_id(0) % strips * ROWS
+    w = tl.program_id(0) // strips * BLOCK_W + tl.arange(0, BLOCK_W)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_inside = c < F
+    a_bias = tl.load(bias_ptr + c, mask=c_inside, other=0).to(tl.float32)[None, :]
+    g_bias = tl.load(bias_ptr + F + c, mask=c_inside, other=0).to(tl.float32)[None, :]
+    a_above, a_here, g_above, g_here = (tl.zeros([BLOCK_W, BLOCK_C], tl.float32),) * 4
+    a_above_dot, a_here_dot, g_above_dot, g_here_dot = (tl.zeros([BLOCK_W, BLOCK_C], tl.float32),) * 4
+    x_ptr += sample * x_b
+    x_dot_ptr += sample * x_dot_b
+    for h in range(top - 1, min(top + ROWS, H) + 1):
+        a0, a1, a2, a0_dot, a1_dot, a2_dot = _row(
+            x_ptr, x_dot_ptr, weight_ptr, x_h, x_w, x_dot_h, x_dot_w, weight_c, weight_h, h, w, c, c_inside, H, W,
+            LIVE, BLOCK_W, BLOCK_C,
+        )  # fmt: skip
+        g0, g1, g2, g0_dot, g1_dot, g2_dot = _row(
+            x_ptr + F, x_dot_ptr + F, weight_ptr + F * weight_c, x_h, x_w, x_dot_h, x_dot_w, weight_c, weight_h,
+            h, w, c, c_inside, H, W, LIVE, BLOCK_W, BLOCK_C,
+        )  # fmt: skip
+        # row h - 1 is complete
+        a, g = a_above + a2 + a_bias, g_above + g2 + g_bias
+        sigmoid = tl.sigmoid(g)
+        inside = ((w < W) & (h > top))[:, None] & c_inside[None, :]
+        at = ((sample * H + h - 1) * W + w[:, None]) * F + c[None, :]
+        tl.store(y_ptr + at, a * g * sigmoid, mask=inside)
+        a_above, a_here = a_here + a1, a0
+        g_above, g_here = g_here + g1, g0
+        if LIVE:
+            slope = sigmoid + g * sigmoid * (1 - sigmoid)
+            y_dot = (a_above_dot + a2_dot) * g * sigmoid + a * slope * (g_above_dot + g2_dot)
+            tl.store(y_dot_ptr + at, y_dot, mask=inside)
+            a_above_dot, a_here_dot = a_here_dot + a1_dot, a0_dot
+            g_above_dot, g_here_dot = g_here_dot + g1_dot, g0_dot
+
+
+@triton.jit
+def _bwd_gate(
+    dy_ptr, x_ptr, weight_ptr, bias_ptr, dc_ptr, dbias_ptr, dy_b, dy_h, dy_w, x_b, x_h, x_w,
+    weight_c, weight_h, H, W, F, strips, ROWS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    # dc from dy, with c computed again; dbias leaves as partial sums [B, strips x columns, 2 F]
+    sample = tl.program_id(2).to(tl.int64)
+    top = tl.program_id(0) % strips * ROWS
+    w = tl.program_id(0) // strips * BLOCK_W + tl.arange(0, BLOCK_W)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_inside = c < F
+    a_bias = tl.load(bias_ptr + c, mask=c_inside, other=0).to(tl.float32)[None, :]
+    g_bias = tl.load(bias_ptr + F + c, mask=c_inside, other=0).to(tl.float32)[None, :]
+    a_above, a_here, g_above, g_here = (tl.zeros([BLOCK_W, BLOCK_C], tl.float32),) * 4
+    da_sum, dg_sum = tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
+    x_ptr += sample * x_b
+    for h in range(top - 1, min(top + ROWS, H) + 1):
+        a0, a1, a2, _, _, _ = _row(
+            x_ptr, x_ptr, weight_ptr, x_h, x_w, x_h, x_w, weight_c, weight_h, h, w, c, c_inside, H, W,
+            False, BLOCK_W, BLOCK_C,
+        )  # fmt: skip
+        g0, g1, g2, _, _, _ = _row(
+            x_ptr + F, x_ptr, weight_ptr + F * weight_c, x_h, x_w, x_h, x_w, weight_c, weight_h, h, w, c, c_inside, H, W,
+            False, BLOCK_W, BLOCK_C,
+        )  # fmt: skip
+        a, g = a_above + a2 + a_bias, g_above + g2 + g_bias
+        sigmoid = tl.sigmoid(g)
+        inside = ((w < W) & (h > top))[:, None] & c_inside[None, :]
+        dy_at = dy_ptr + sample * dy_b + (h - 1) * dy_h + w[:, None] * dy_w + c[None, :]
+        dy = tl.load(dy_at, mask=inside, other=0).to(tl.float32)
+        da, dg = dy * g * sigmoid, dy * a * (sigmoid + g * sigmoid * (1 - sigmoid))
+        at = ((sample * H + h - 1) * W + w[:, None]) * 2 * F + c[None, :]
+        tl.store(dc_ptr + at, da, mask=inside)
+        tl.store(dc_ptr + at + F, dg, mask=inside)
+        da_sum += tl.sum(da, 0)
+        dg_sum += tl.sum(dg, 0)
+        a_above, a_here = a_here + a1, a0
+        g_above, g_here = g_here + g1, g0
+    part = (sample * tl.num_programs(0) + tl.program_id(0)) * 2 * F + c
+    tl.store(dbias_ptr + part, da_sum, mask=c_inside)
+    tl.store(dbias_ptr + part + F, dg_sum, mask=c_inside)
+
+
+@triton.jit
+def _silu_row(x_ptr, x_h, x_w, h, w, c, inside):
+    x = tl.load(x_ptr + h * x_h + w[:, None] * x_w + c[None, :], mask=inside, other=0).to(tl.float32)
+    return x * tl.sigmoid(x)
+
+
+@triton.jit
+def _bwd_conv(
+    dc_ptr, x_ptr, weight_ptr, dx_ptr, dweight_ptr, x_b, x_h, x_w, weight_c, weight_h, H, W, C, strips,
+    ROWS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    # dx and dweight from dc, for C = 2 F channels alike; dweight leaves as partial sums [B, strips x columns, C, 9].
+    # Here h walks over the rows of dc; row h of dc meets the rows h - 1, h, h + 1 of silu(x), in taps 0, 1, 2.
+    sample = tl.program_id(2).to(tl.int64)
+    top = tl.program_id(0) % strips * ROWS
+    bottom = min(top + ROWS, H)
+    w = tl.program_id(0) // strips * BLOCK_W + tl.arange(0, BLOCK_W)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_inside, tap = c < C, tl.arange(0, 16)[:, None]
+    columns = (w < W)[:, None] & c_inside[None, :]
+    x_ptr += sample * x_b
+    dc_ptr += sample * H * W * C
+    ds_above, ds_here = (tl.zeros([BLOCK_W, BLOCK_C], tl.float32),) * 2
+    s_above, s_here = (tl.zeros([BLOCK_W, BLOCK_C], tl.float32),) * 2  # zero outside the strip: each row counts once
+    dweight = tl.zeros([16, BLOCK_C], tl.float32)
+    for h in range(top - 1, bottom + 1):
+        s_below = _silu_row(x_ptr, x_h, x_w, h + 1, w, c, columns & (h + 1 >= top) & (h + 1 < bottom))
+        ds0, ds1, ds2 = (tl.zeros([BLOCK_W, BLOCK_C], tl.float32),) * 3
+        for j in tl.static_range(3):
+            at = w - j + 1
+            inside = ((at >= 0) & (at < W) & (h >= 0) & (h < H))[:, None] & c_inside[None, :]
+            dc = tl.load(dc_ptr + (h * W + at[:, None]) * C + c[None, :], mask=inside, other=0).to(tl.float32)
+            ds0 += tl.load(weight_ptr + c * weight_c + j, mask=c_inside, other=0).to(tl.float32)[None, :] * dc
+            ds1 += tl.load(weight_ptr + c * weight_c + weight_h + j, mask=c_inside, other=0).to(tl.float32)[None, :] * dc
+            ds2 += tl.load(weight_ptr + c * weight_c + 2 * weight_h + j, mask=c_inside, other=0).to(tl.float32)[None, :] * dc
+            dweight += tl.where(tap == j, tl.sum(s_above * dc, 0)[None, :], 0)
+            dweight += tl.where(tap == 3 + j, tl.sum(s_here * dc, 0)[None, :], 0)
+            dweight += tl.where(tap == 6 + j, tl.sum(s_below * dc, 0)[None, :], 0)
+        inside = columns & (h > top)
+        x = tl.load(x_ptr + (h - 1) * x_h + w[:, None] * x_w + c[None, :], mask=inside, other=0).to(tl.float32)
+        sigmoid = tl.sigmoid(x)
+        dx = (ds_above + ds0) * (sigmoid + x * sigmoid * (1 - sigmoid))
+        tl.store(dx_ptr + ((sample * H + h - 1) * W + w[:, None]) * C + c[None, :], dx, mask=inside)
+        ds_above, ds_here = ds_here + ds1, ds2
+        s_above, s_here = s_here, s_below
+    part = (sample * tl.num_programs(0) + tl.program_id(0)) * C + c[None, :]
+    tl.store(dweight_ptr + part * 9 + tap, dweight, mask=c_inside[None, :] & (tap < 9))
+
+
+def launch(H: int, W: int, F: int) -> dict[str, int]:
+    """Tile sizes, rows of a strip and warps by shape. Not tuned on a GPU yet."""
+    half = lambda n: max(1, triton.next_power_of_2(n) // 2)  # noqa: E731
+    return dict(ROWS=min(16, half(H)), BLOCK_W=min(16, half(W)), BLOCK_C=min(64, 2 * half(F)), num_warps=4)
+
+
+class _GLUMBConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, x_dot: Tensor | None, b: int) -> Any:
+        B, H, W, F = *x.shape[:3], x.shape[3] // 2
+        y, y_dot = (torch.empty(samples, H, W, F, dtype=x.dtype, device=x.device) for samples in (B, b))
+        constants = launch(H, W, F)
+        strips, blocks = triton.cdiv(H, constants["ROWS"]), triton.cdiv(W, constants["BLOCK_W"])
+        # the first b samples with their tangents, then the rest without
+        for first, count, live in ((0, b, True), (b, B - b, False)):
+            if count:
+                _fwd[(strips * blocks, triton.cdiv(F, constants["BLOCK_C"]), count)](
+                    x, weight, bias, x_dot if live else x, y, y_dot if live else y, *strides(x, 3),
+                    *strides(x_dot, 3), *weight.stride()[0:3:2], first, H, W, F, strips, live, **constants,
+                )  # fmt: skip
+        ctx.save_for_backward(x, weight, bias)
+        ctx.mark_non_differentiable(y_dot)
+        ctx.set_materialize_grads(False)  # no zeros for the tangent's gradient, which there never is
+        return y, y_dot
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, _: Any) -> Any:
+        x, weight, bias = ctx.saved_tensors
+        B, H, W, F = *x.shape[:3], x.shape[3] // 2
+        dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+        constants = launch(H, W, F)
+        strips, blocks = triton.cdiv(H, constants["ROWS"]), triton.cdiv(W, constants["BLOCK_W"])
+        dc, dx = (torch.empty(B, H, W, 2 * F, dtype=x.dtype, device=x.device) for _ in range(2))
+        dbias = torch.empty(B, strips * blocks, 2 * F, dtype=torch.float32, device=x.device)
+        dweight = torch.empty(B, strips * blocks, 2 * F, 9, dtype=torch.float32, device=x.device)
+        _bwd_gate[(strips * blocks, triton.cdiv(F, constants["BLOCK_C"]), B)](
+            dy, x, weight, bias, dc, dbias, *strides(dy, 3), *strides(x, 3), *weight.stride()[0:3:2], H, W, F, strips,
+            **constants,
+        )  # fmt: skip
+        _bwd_conv[(strips * blocks, triton.cdiv(2 * F, constants["BLOCK_C"]), B)](
+            dc, x, weight, dx, dweight, *strides(x, 3), *weight.stride()[0:3:2], H, W, 2 * F, strips, **constants
+        )  # fmt: skip
+        dweight = dweight.sum((0, 1)).view(weight.shape).to(weight.dtype)
+        return dx, dweight, dbias.sum((0, 1)).to(bias.dtype), None, None
+
+
+def fused(x: Tensor | Dual, weight: Tensor, bias: Tensor) -> Tensor | Dual:
+    """glumbconv of a Tensor or a Dual, one launch for value and tangent. Shapes as above; weight and bias take no
+    tangent; float16, bfloat16 (on a GPU) or float32, the same for all; sums in float32; last dimension contiguous; else
+    ValueError."""
+    x_, x_dot = halves(x)
+    if isinstance(weight, Dual) or isinstance(bias, Dual):
+        raise ValueError("glumbconv: weight and bias take no tangent; expected a Dual for x alone")
+    if x_.ndim != 4 or x_.shape[3] % 2:
+        raise ValueError(f"glumbconv: x is {tuple(x_.shape)}; expected [B, H, W, 2 F]")
+    b, (B, H, W, C) = leading([x], "glumbconv") if isinstance(x, Dual) else 0, x_.shape
+    check("glumbconv", x_, x=(x_, (B, H, W, C)), weight=(weight, (C, 1, 3, 3)), bias=(bias, (C,)))
+    check("glumbconv", x_, x_dot=(x_dot, (b, H, W, C)))
+    y, y_dot = _GLUMBConv.apply(x_, weight, bias, x_dot, b)
+    return Dual(y, y_dot) if isinstance(x, Dual) else y
 
 
 def inputs(case: Case, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, Tensor]:
@@ -43,10 +278,11 @@ glumbconv = Op(
     inputs=inputs,
     cost=cost,
     batched=("x",),
+    triton=fused,
     cases=[
-        Case("small", dict(B=3, H=4, W=5, F=3), ("x",)),
-        Case("ragged", dict(B=3, H=3, W=2, F=4, b=1), ("x",)),
-        Case("one-pixel", dict(B=2, H=1, W=1, F=4), ("x",)),
+        Case("small", dict(B=1, H=3, W=3, F=3), ("x",)),
+        Case("ragged", dict(B=2, H=2, W=1, F=4, b=1), ("x",)),
+        Case("channels", dict(B=1, H=1, W=1, F=70), ("x",)),  # more than one block of them
         Case("sana-1.6b", dict(B=4, H=32, W=32, F=5600), ("x",), frozenset({"bench"})),
     ],
 )
