@@ -1,6 +1,6 @@
 """EMF's MeanFlow loss: target, error, per-sample sum and adaptive weight.
 
-Shapes:   u, v [B, ...]; u_dot [b, ...], b <= B, the tangent of the first b samples (a constant); t, r [B]; r = t in
+Shapes:   u, v [B, ...], up to three dimensions; u_dot [b, ...], b <= B, the tangent of the first b samples (a constant); t, r [B]; r = t in
           the other samples. Outputs: loss [B] (weighted), error [B] (mean squared error, for logs).
 Primal:   u_tgt = v - (t - r) u_dot;  L = sum over all but the batch of (u - u_tgt)^2;  w = 1 / (stopgrad(L) + c)^p;
           loss = w L
@@ -11,10 +11,17 @@ Source:   MeanFlow (arXiv 2505.13447) eq. 9-11 and section 4.3; EMF (arXiv 2604.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Any
 
-from .op import Case, Cost, Op
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .op import Case, Cost, Op, check, strides
+
+BLOCK = 1024  # elements of a program
 
 
 def reference(
@@ -24,6 +31,102 @@ def reference(
     u_tgt = torch.cat([v[:b] - gap[:b] * u_dot, v[b:]]).detach()
     total = (u - u_tgt).square().flatten(1).sum(1)
     return total / (total.detach() + c) ** p, total.detach() / u[0].numel()
+
+
+@triton.jit
+def _offset(i, stride_c, stride_h, H, W):
+    return i // W // H * stride_c + i // W % H * stride_h + i % W
+
+
+@triton.jit
+def _error(
+    u_ptr, u_dot_ptr, v_ptr, t_ptr, r_ptr, u_b, u_c, u_h, u_dot_b, u_dot_c, u_dot_h, v_b, v_c, v_h,
+    sample, i, inside, b, H, W,
+):  # fmt: skip
+    """u - u_tgt."""
+    u = tl.load(u_ptr + sample * u_b + _offset(i, u_c, u_h, H, W), mask=inside, other=0).to(tl.float32)
+    v = tl.load(v_ptr + sample * v_b + _offset(i, v_c, v_h, H, W), mask=inside, other=0).to(tl.float32)
+    gap = tl.load(t_ptr + sample).to(tl.float32) - tl.load(r_ptr + sample).to(tl.float32)
+    at = sample * u_dot_b + _offset(i, u_dot_c, u_dot_h, H, W)
+    u_dot = tl.load(u_dot_ptr + at, mask=inside & (sample < b), other=0).to(tl.float32)
+    return u - (v - gap * u_dot)
+
+
+@triton.jit
+def _fwd(
+    u_ptr, u_dot_ptr, v_ptr, t_ptr, r_ptr, sum_ptr, u_b, u_c, u_h, u_dot_b, u_dot_c, u_dot_h, v_b, v_c, v_h,
+    b, n, H, W, BLOCK: tl.constexpr,
+):  # fmt: skip
+    sample, i = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    error = _error(
+        u_ptr, u_dot_ptr, v_ptr, t_ptr, r_ptr, u_b, u_c, u_h, u_dot_b, u_dot_c, u_dot_h, v_b, v_c, v_h,
+        sample, i, i < n, b, H, W,
+    )  # fmt: skip
+    tl.store(sum_ptr + sample * tl.num_programs(0) + tl.program_id(0), tl.sum(error * error))
+
+
+@triton.jit
+def _bwd(
+    dloss_ptr, u_ptr, u_dot_ptr, v_ptr, t_ptr, r_ptr, du_ptr,
+    u_b, u_c, u_h, u_dot_b, u_dot_c, u_dot_h, v_b, v_c, v_h, b, n, H, W, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # dloss comes times 2 w
+    sample, i = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    error = _error(
+        u_ptr, u_dot_ptr, v_ptr, t_ptr, r_ptr, u_b, u_c, u_h, u_dot_b, u_dot_c, u_dot_h, v_b, v_c, v_h,
+        sample, i, i < n, b, H, W,
+    )  # fmt: skip
+    tl.store(du_ptr + sample * n + i, tl.load(dloss_ptr + sample) * error, mask=i < n)
+
+
+class _MeanFlow(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, u: Tensor, u_dot: Tensor, v: Tensor, t: Tensor, r: Tensor, p: float, c: float
+    ) -> tuple[Tensor, Tensor]:
+        B, n, (H, W) = u.shape[0], u[0].numel(), u.shape[2:]
+        sums = torch.empty(B, triton.cdiv(n, BLOCK), dtype=torch.float32, device=u.device)
+        _fwd[(sums.shape[1], B)](
+            u, u_dot, v, t, r, sums, *strides(u, 3), *strides(u_dot, 3), *strides(v, 3), u_dot.shape[0], n, H, W, BLOCK
+        )
+        total = sums.sum(1)
+        w = 1 / (total + c) ** p
+        ctx.save_for_backward(u, u_dot, v, t, r, w)
+        error = (total / n).to(u.dtype)
+        ctx.mark_non_differentiable(error)
+        ctx.set_materialize_grads(False)
+        return (w * total).to(u.dtype), error
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor, _: Any) -> Any:
+        u, u_dot, v, t, r, w = ctx.saved_tensors
+        n, (H, W) = u[0].numel(), u.shape[2:]
+        du = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+        _bwd[(triton.cdiv(n, BLOCK), u.shape[0])](
+            2 * w * dloss, u, u_dot, v, t, r, du, *strides(u, 3), *strides(u_dot, 3), *strides(v, 3),
+            u_dot.shape[0], n, H, W, BLOCK,
+        )  # fmt: skip
+        return du, None, None, None, None, None, None
+
+
+def fused(
+    u: Tensor, u_dot: Tensor, v: Tensor, t: Tensor, r: Tensor, p: float = 1.0, c: float = 1e-3
+) -> tuple[Tensor, Tensor]:
+    """meanflow, in one launch, backward in another. Shapes as above; u, u_dot, v float16, bfloat16 (on a GPU) or
+    float32, the same for the three; t, r of that dtype or float32; sums in float32; last dimension contiguous; else
+    ValueError."""
+    if not 2 <= u.ndim <= 4:
+        raise ValueError(f"meanflow: u is {tuple(u.shape)}; expected [B, ...] with one to three further dimensions")
+    B, rest, b = u.shape[0], tuple(u.shape[1:]), u_dot.shape[0] if u_dot.ndim else 0
+    if b > B:
+        raise ValueError(f"meanflow: u_dot is {tuple(u_dot.shape)}; expected at most {B} samples")
+    check("meanflow", u, u=(u, (B, *rest)), u_dot=(u_dot, (b, *rest)), v=(v, (B, *rest)))
+    check("meanflow", t, t=(t, (B,)), r=(r, (B,)))
+    if t.dtype not in (u.dtype, torch.float32) or t.device != u.device:
+        raise ValueError(f"meanflow: t is {t.dtype} on {t.device}; expected float32 or {u.dtype} on {u.device}")
+    u, u_dot, v = (x[(slice(None), *[None] * (4 - x.ndim))] for x in (u, u_dot, v))
+    return _MeanFlow.apply(u, u_dot, v, t, r, p, c)
 
 
 def inputs(case: Case, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, Tensor | float]:
@@ -47,9 +150,11 @@ meanflow = Op(
     cost=cost,
     batched=("u", "v", "t", "r"),
     differentiable=("u",),
+    triton=fused,
     cases=[
         Case("full", dict(B=3, C=2, H=4, W=3), ()),
         Case("ragged", dict(B=4, C=2, H=3, W=3, b=1), ()),
+        Case("blocks", dict(B=2, C=3, H=5, W=70, b=1), ()),  # more than one block of elements
         Case("flow-matching", dict(B=3, C=2, H=3, W=3, b=0, half_p=1), ()),
         Case("unweighted", dict(B=3, C=2, H=3, W=3, half_p=0), ()),
         Case("sana-1.6b", dict(B=16, C=32, H=32, W=32, b=8), (), frozenset({"bench"})),
