@@ -10,7 +10,7 @@ LAUNCH := $(BIN)/deepspeed --num_accelerators $(RANKS) --module emf.train
 DEMO_TRAIN := $(LAUNCH) digits --out runs/demo --resume True
 BASE_TRAIN := $(LAUNCH) digits-base --out runs/base --resume True
 
-.PHONY: help demo base test check
+.PHONY: help demo base test check static
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -28,12 +28,15 @@ base: $(VENV)/installed-demo ## make the shipped base again: flow matching from 
 	test -e runs/base/digits-base.safetensors || $(BIN)/emf release runs/base --out runs/base/digits-base.safetensors
 
 test: $(VENV)/installed-test ## run the tests
-	env -u TRITON_INTERPRET $(BIN)/python -m pytest -q
+	env -u TRITON_INTERPRET $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 check: $(VENV)/installed-test ## check formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+static: $(VENV)/installed-test ## compile every kernel ahead of time, without a GPU: profiles/static/<arch>.json
+	env -u TRITON_INTERPRET $(BIN)/python -m bench.static
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \

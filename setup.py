@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 
 EVAL = ["matplotlib", "pillow", "rich", "safetensors", "scikit-learn", "scipy", "transformers", "tyro"]
 TRAIN = [*EVAL, "deepspeed", "nvtx"]
-TEST = [*TRAIN, "diffusers", "hypothesis", "mypy", "pytest", "pytest-benchmark", "ruff"]
+TEST = [*TRAIN, "diffusers", "hypothesis", "mypy", "pytest", "pytest-benchmark", "pytest-xdist", "ruff"]
 
 setup(
     name="emf-meanflow",

@@ -217,5 +217,8 @@ attention = Op(
         Case("tiles-masked", dict(B=3, Nq=3, Nk=140, H=1, D=16, masked=1, b=2), QKV),
         Case("head-112", dict(B=2, Nq=17, Nk=35, H=1, D=112), ("q",)),
         Case("sana-1.6b-cross", dict(B=4, Nq=1024, Nk=730, H=20, D=112), ("q",), frozenset({"bench"})),
+        Case("sana-1.6b-masked", dict(B=4, Nq=1024, Nk=300, H=20, D=112, masked=1), ("q",), frozenset({"bench"})),
+        Case("self-64", dict(B=1, Nq=2048, Nk=2048, H=8, D=64), QKV, frozenset({"bench"})),
+        Case("self-128", dict(B=1, Nq=2048, Nk=2048, H=8, D=128), QKV, frozenset({"bench"})),
     ],
 )

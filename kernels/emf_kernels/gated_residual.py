@@ -127,7 +127,9 @@ def fused(x: Tensor | Dual, gate: Tensor | Dual | None, h: Tensor | Dual) -> Ten
         raise ValueError(f"gated_residual: x is {tuple(x_.shape)}; expected [B, N, C], or [B, C] without a gate")
     shape, rest = tuple(x_.shape), tuple(x_.shape[1:])
     check("gated_residual", x_, x=(x_, shape), gate=(gate_, (shape[0], shape[-1])), h=(h_, shape))
-    check("gated_residual", x_, x_dot=(x_dot, (b, *rest)), gate_dot=(gate_dot, (b, rest[-1])), h_dot=(h_dot, (b, *rest)))
+    check(
+        "gated_residual", x_, x_dot=(x_dot, (b, *rest)), gate_dot=(gate_dot, (b, rest[-1])), h_dot=(h_dot, (b, *rest))
+    )
     if x_.ndim == 2:
         x_, h_, x_dot, h_dot = (a if a is None else a.unsqueeze(1) for a in (x_, h_, x_dot, h_dot))
     y, y_dot = (a.view(-1, *rest) for a in _GatedResidual.apply(x_, gate_, h_, x_dot, gate_dot, h_dot, b))

@@ -86,7 +86,11 @@ def _bwd(
     c = tl.arange(0, BLOCK)
     inside = c < C
     scale = tl.load(scale_ptr + sample * scale_b + c, mask=inside, other=0).to(tl.float32)
-    dgate, dscale, dshift = (tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32))
+    dgate, dscale, dshift = (
+        tl.zeros([BLOCK], tl.float32),
+        tl.zeros([BLOCK], tl.float32),
+        tl.zeros([BLOCK], tl.float32),
+    )
     for token in range(chunk * ROWS, min(chunk * ROWS + ROWS, N)):
         row = sample * N + token
         dn = tl.load(dn_ptr + sample * dn_b + token * dn_n + c, mask=inside, other=0).to(tl.float32)

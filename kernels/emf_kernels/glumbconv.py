@@ -7,8 +7,8 @@ Backward: da = dy silu(g), dg = dy a silu'(g);  dx = silu'(x) conv^T(dc);  dweig
           silu(x), sums of dc
 Source:   SANA's Mix-FFN (arXiv 2410.10629); the only place where position enters the network.
 
-A program walks down a strip of rows. What an input row gives to the output rows above, at and below it is added up on the
-way, so a row of x is read once a strip (three times along W, from cache) and silu(x), c stay in registers. Backward
+A program walks down a strip of rows. What an input row gives to the output rows above, at and below it is added up on
+the way, so a row of x is read once a strip (three times along W, from cache) and silu(x), c stay in registers. Backward
 computes c again from x; only dc goes through memory, between its two launches.
 """
 
@@ -35,21 +35,20 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 @triton.jit
 def _row(
-    x_ptr, x_dot_ptr, weight_ptr, x_h, x_w, x_dot_h, x_dot_w, weight_c, weight_h, h, w, c, c_inside, H, W,
-    LIVE: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    above, here, above_dot, here_dot, x_ptr, x_dot_ptr, taps_ptr, x_h, x_w, x_dot_h, x_dot_w,
+    h, w, c, c_inside, H, W, C, LIVE: tl.constexpr,
 ):  # fmt: skip
-    """What input row h gives to the output rows h + 1, h, h - 1, and the tangents of the three."""
-    below, here, above = (tl.zeros([BLOCK_W, BLOCK_C], tl.float32),) * 3
-    below_dot, here_dot, above_dot = (tl.zeros([BLOCK_W, BLOCK_C], tl.float32),) * 3
+    """Adds what input row h gives to the output rows h - 1 (which is complete then), h and h + 1."""
+    below, below_dot = tl.zeros_like(above), tl.zeros_like(above)
     for j in tl.static_range(3):
         at = w + j - 1
         inside = ((at >= 0) & (at < W) & (h >= 0) & (h < H))[:, None] & c_inside[None, :]
         x = tl.load(x_ptr + h * x_h + at[:, None] * x_w + c[None, :], mask=inside, other=0).to(tl.float32)
         sigmoid = tl.sigmoid(x)
         s = x * sigmoid
-        w0 = tl.load(weight_ptr + c * weight_c + j, mask=c_inside, other=0).to(tl.float32)[None, :]
-        w1 = tl.load(weight_ptr + c * weight_c + weight_h + j, mask=c_inside, other=0).to(tl.float32)[None, :]
-        w2 = tl.load(weight_ptr + c * weight_c + 2 * weight_h + j, mask=c_inside, other=0).to(tl.float32)[None, :]
+        w0 = tl.load(taps_ptr + j * C + c, mask=c_inside, other=0).to(tl.float32)[None, :]
+        w1 = tl.load(taps_ptr + (3 + j) * C + c, mask=c_inside, other=0).to(tl.float32)[None, :]
+        w2 = tl.load(taps_ptr + (6 + j) * C + c, mask=c_inside, other=0).to(tl.float32)[None, :]
         below += w0 * s
         here += w1 * s
         above += w2 * s
@@ -59,55 +58,48 @@ def _row(
             below_dot += w0 * s_dot
             here_dot += w1 * s_dot
             above_dot += w2 * s_dot
-    return below, here, above, below_dot, here_dot, above_dot
+    return above, here, below, above_dot, here_dot, below_dot
 
 
 @triton.jit
 def _fwd(
-    x_ptr, weight_ptr, bias_ptr, x_dot_ptr, y_ptr, y_dot_ptr, x_b, x_h, x_w, x_dot_b, x_dot_h, x_dot_w,
-    weight_c, weight_h, first, H, W, F, strips, LIVE: tl.constexpr, ROWS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_ptr, taps_ptr, bias_ptr, x_dot_ptr, y_ptr, y_dot_ptr, x_b, x_h, x_w, x_dot_b, x_dot_h, x_dot_w,
+    first, H, W, F, strips, LIVE: tl.constexpr, ROWS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    # one program: ROWS rows, BLOCK_W columns, BLOCK_C channels of each half
+    # one program: ROWS rows, BLOCK_W columns, BLOCK_C channels of each half; a_ and g_: the halves of c
     sample = first + tl.program_id(2).to(tl.int64)
     top = tl.program_id(0) % strips * ROWS
     w = tl.program_id(0) // strips * BLOCK_W + tl.arange(0, BLOCK_W)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_inside = c < F
-    a_bias = tl.load(bias_ptr + c, mask=c_inside, other=0).to(tl.float32)[None, :]
-    g_bias = tl.load(bias_ptr + F + c, mask=c_inside, other=0).to(tl.float32)[None, :]
     a_above, a_here, g_above, g_here = (tl.zeros([BLOCK_W, BLOCK_C], tl.float32),) * 4
     a_above_dot, a_here_dot, g_above_dot, g_here_dot = (tl.zeros([BLOCK_W, BLOCK_C], tl.float32),) * 4
     x_ptr += sample * x_b
     x_dot_ptr += sample * x_dot_b
     for h in range(top - 1, min(top + ROWS, H) + 1):
-        a0, a1, a2, a0_dot, a1_dot, a2_dot = _row(
-            x_ptr, x_dot_ptr, weight_ptr, x_h, x_w, x_dot_h, x_dot_w, weight_c, weight_h, h, w, c, c_inside, H, W,
-            LIVE, BLOCK_W, BLOCK_C,
+        g, g_above, g_here, g_dot, g_above_dot, g_here_dot = _row(
+            g_above, g_here, g_above_dot, g_here_dot, x_ptr + F, x_dot_ptr + F, taps_ptr + F,
+            x_h, x_w, x_dot_h, x_dot_w, h, w, c, c_inside, H, W, 2 * F, LIVE,
         )  # fmt: skip
-        g0, g1, g2, g0_dot, g1_dot, g2_dot = _row(
-            x_ptr + F, x_dot_ptr + F, weight_ptr + F * weight_c, x_h, x_w, x_dot_h, x_dot_w, weight_c, weight_h,
-            h, w, c, c_inside, H, W, LIVE, BLOCK_W, BLOCK_C,
+        a, a_above, a_here, a_dot, a_above_dot, a_here_dot = _row(
+            a_above, a_here, a_above_dot, a_here_dot, x_ptr, x_dot_ptr, taps_ptr,
+            x_h, x_w, x_dot_h, x_dot_w, h, w, c, c_inside, H, W, 2 * F, LIVE,
         )  # fmt: skip
-        # row h - 1 is complete
-        a, g = a_above + a2 + a_bias, g_above + g2 + g_bias
+        a += tl.load(bias_ptr + c, mask=c_inside, other=0).to(tl.float32)[None, :]
+        g += tl.load(bias_ptr + F + c, mask=c_inside, other=0).to(tl.float32)[None, :]
         sigmoid = tl.sigmoid(g)
         inside = ((w < W) & (h > top))[:, None] & c_inside[None, :]
         at = ((sample * H + h - 1) * W + w[:, None]) * F + c[None, :]
         tl.store(y_ptr + at, a * g * sigmoid, mask=inside)
-        a_above, a_here = a_here + a1, a0
-        g_above, g_here = g_here + g1, g0
         if LIVE:
             slope = sigmoid + g * sigmoid * (1 - sigmoid)
-            y_dot = (a_above_dot + a2_dot) * g * sigmoid + a * slope * (g_above_dot + g2_dot)
-            tl.store(y_dot_ptr + at, y_dot, mask=inside)
-            a_above_dot, a_here_dot = a_here_dot + a1_dot, a0_dot
-            g_above_dot, g_here_dot = g_here_dot + g1_dot, g0_dot
+            tl.store(y_dot_ptr + at, a_dot * g * sigmoid + a * slope * g_dot, mask=inside)
 
 
 @triton.jit
 def _bwd_gate(
-    dy_ptr, x_ptr, weight_ptr, bias_ptr, dc_ptr, dbias_ptr, dy_b, dy_h, dy_w, x_b, x_h, x_w,
-    weight_c, weight_h, H, W, F, strips, ROWS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    dy_ptr, x_ptr, taps_ptr, bias_ptr, dc_ptr, dbias_ptr, dy_b, dy_h, dy_w, x_b, x_h, x_w,
+    H, W, F, strips, ROWS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     # dc from dy, with c computed again; dbias leaves as partial sums [B, strips x columns, 2 F]
     sample = tl.program_id(2).to(tl.int64)
@@ -115,21 +107,20 @@ def _bwd_gate(
     w = tl.program_id(0) // strips * BLOCK_W + tl.arange(0, BLOCK_W)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_inside = c < F
-    a_bias = tl.load(bias_ptr + c, mask=c_inside, other=0).to(tl.float32)[None, :]
-    g_bias = tl.load(bias_ptr + F + c, mask=c_inside, other=0).to(tl.float32)[None, :]
     a_above, a_here, g_above, g_here = (tl.zeros([BLOCK_W, BLOCK_C], tl.float32),) * 4
     da_sum, dg_sum = tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
     x_ptr += sample * x_b
     for h in range(top - 1, min(top + ROWS, H) + 1):
-        a0, a1, a2, _, _, _ = _row(
-            x_ptr, x_ptr, weight_ptr, x_h, x_w, x_h, x_w, weight_c, weight_h, h, w, c, c_inside, H, W,
-            False, BLOCK_W, BLOCK_C,
+        g, g_above, g_here, _, _, _ = _row(
+            g_above, g_here, g_above, g_here, x_ptr + F, x_ptr, taps_ptr + F, x_h, x_w, x_h, x_w,
+            h, w, c, c_inside, H, W, 2 * F, False,
         )  # fmt: skip
-        g0, g1, g2, _, _, _ = _row(
-            x_ptr + F, x_ptr, weight_ptr + F * weight_c, x_h, x_w, x_h, x_w, weight_c, weight_h, h, w, c, c_inside, H, W,
-            False, BLOCK_W, BLOCK_C,
+        a, a_above, a_here, _, _, _ = _row(
+            a_above, a_here, a_above, a_here, x_ptr, x_ptr, taps_ptr, x_h, x_w, x_h, x_w,
+            h, w, c, c_inside, H, W, 2 * F, False,
         )  # fmt: skip
-        a, g = a_above + a2 + a_bias, g_above + g2 + g_bias
+        a += tl.load(bias_ptr + c, mask=c_inside, other=0).to(tl.float32)[None, :]
+        g += tl.load(bias_ptr + F + c, mask=c_inside, other=0).to(tl.float32)[None, :]
         sigmoid = tl.sigmoid(g)
         inside = ((w < W) & (h > top))[:, None] & c_inside[None, :]
         dy_at = dy_ptr + sample * dy_b + (h - 1) * dy_h + w[:, None] * dy_w + c[None, :]
@@ -140,8 +131,6 @@ def _bwd_gate(
         tl.store(dc_ptr + at + F, dg, mask=inside)
         da_sum += tl.sum(da, 0)
         dg_sum += tl.sum(dg, 0)
-        a_above, a_here = a_here + a1, a0
-        g_above, g_here = g_here + g1, g0
     part = (sample * tl.num_programs(0) + tl.program_id(0)) * 2 * F + c
     tl.store(dbias_ptr + part, da_sum, mask=c_inside)
     tl.store(dbias_ptr + part + F, dg_sum, mask=c_inside)
@@ -155,10 +144,10 @@ def _silu_row(x_ptr, x_h, x_w, h, w, c, inside):
 
 @triton.jit
 def _bwd_conv(
-    dc_ptr, x_ptr, weight_ptr, dx_ptr, dweight_ptr, x_b, x_h, x_w, weight_c, weight_h, H, W, C, strips,
+    dc_ptr, x_ptr, taps_ptr, dx_ptr, dweight_ptr, x_b, x_h, x_w, H, W, C, strips,
     ROWS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    # dx and dweight from dc, for C = 2 F channels alike; dweight leaves as partial sums [B, strips x columns, C, 9].
+    # dx and dweight from dc, for C = 2 F channels alike; dweight leaves as partial sums [B, strips x columns, 9, C].
     # Here h walks over the rows of dc; row h of dc meets the rows h - 1, h, h + 1 of silu(x), in taps 0, 1, 2.
     sample = tl.program_id(2).to(tl.int64)
     top = tl.program_id(0) % strips * ROWS
@@ -179,9 +168,9 @@ def _bwd_conv(
             at = w - j + 1
             inside = ((at >= 0) & (at < W) & (h >= 0) & (h < H))[:, None] & c_inside[None, :]
             dc = tl.load(dc_ptr + (h * W + at[:, None]) * C + c[None, :], mask=inside, other=0).to(tl.float32)
-            ds0 += tl.load(weight_ptr + c * weight_c + j, mask=c_inside, other=0).to(tl.float32)[None, :] * dc
-            ds1 += tl.load(weight_ptr + c * weight_c + weight_h + j, mask=c_inside, other=0).to(tl.float32)[None, :] * dc
-            ds2 += tl.load(weight_ptr + c * weight_c + 2 * weight_h + j, mask=c_inside, other=0).to(tl.float32)[None, :] * dc
+            ds0 += tl.load(taps_ptr + j * C + c, mask=c_inside, other=0).to(tl.float32)[None, :] * dc
+            ds1 += tl.load(taps_ptr + (3 + j) * C + c, mask=c_inside, other=0).to(tl.float32)[None, :] * dc
+            ds2 += tl.load(taps_ptr + (6 + j) * C + c, mask=c_inside, other=0).to(tl.float32)[None, :] * dc
             dweight += tl.where(tap == j, tl.sum(s_above * dc, 0)[None, :], 0)
             dweight += tl.where(tap == 3 + j, tl.sum(s_here * dc, 0)[None, :], 0)
             dweight += tl.where(tap == 6 + j, tl.sum(s_below * dc, 0)[None, :], 0)
@@ -192,29 +181,36 @@ def _bwd_conv(
         tl.store(dx_ptr + ((sample * H + h - 1) * W + w[:, None]) * C + c[None, :], dx, mask=inside)
         ds_above, ds_here = ds_here + ds1, ds2
         s_above, s_here = s_here, s_below
-    part = (sample * tl.num_programs(0) + tl.program_id(0)) * C + c[None, :]
-    tl.store(dweight_ptr + part * 9 + tap, dweight, mask=c_inside[None, :] & (tap < 9))
+    part = (sample * tl.num_programs(0) + tl.program_id(0)) * 9 + tap
+    tl.store(dweight_ptr + part * C + c[None, :], dweight, mask=c_inside[None, :] & (tap < 9))
 
 
 def launch(H: int, W: int, F: int) -> dict[str, int]:
-    """Tile sizes, rows of a strip and warps by shape. Not tuned on a GPU yet."""
+    """Rows of a strip, tile sizes and warps by shape: 8 channels a thread, and the largest tile of those that spills
+    nothing on sm_90. Not tuned on a GPU yet."""
     half = lambda n: max(1, triton.next_power_of_2(n) // 2)  # noqa: E731
-    return dict(ROWS=min(16, half(H)), BLOCK_W=min(16, half(W)), BLOCK_C=min(64, 2 * half(F)), num_warps=4)
+    return dict(ROWS=min(16, half(H)), BLOCK_W=min(8, half(W)), BLOCK_C=min(64, 2 * half(F)), num_warps=2)
+
+
+def taps(weight: Tensor) -> Tensor:
+    """[9, 2 F]: the weight turned, so that neighbouring channels are neighbours in memory (18 F elements, copied)."""
+    return weight.reshape(-1, 9).t().contiguous()
 
 
 class _GLUMBConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, x_dot: Tensor | None, b: int) -> Any:
-        B, H, W, F = *x.shape[:3], x.shape[3] // 2
+        (B, H, W, _), F = x.shape, x.shape[3] // 2
         y, y_dot = (torch.empty(samples, H, W, F, dtype=x.dtype, device=x.device) for samples in (B, b))
         constants = launch(H, W, F)
         strips, blocks = triton.cdiv(H, constants["ROWS"]), triton.cdiv(W, constants["BLOCK_W"])
+        nine = taps(weight)
         # the first b samples with their tangents, then the rest without
         for first, count, live in ((0, b, True), (b, B - b, False)):
             if count:
                 _fwd[(strips * blocks, triton.cdiv(F, constants["BLOCK_C"]), count)](
-                    x, weight, bias, x_dot if live else x, y, y_dot if live else y, *strides(x, 3),
-                    *strides(x_dot, 3), *weight.stride()[0:3:2], first, H, W, F, strips, live, **constants,
+                    x, nine, bias, x_dot if live else x, y, y_dot if live else y, *strides(x, 3),
+                    *strides(x_dot, 3), first, H, W, F, strips, live, **constants,
                 )  # fmt: skip
         ctx.save_for_backward(x, weight, bias)
         ctx.mark_non_differentiable(y_dot)
@@ -225,21 +221,21 @@ class _GLUMBConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, _: Any) -> Any:
         x, weight, bias = ctx.saved_tensors
-        B, H, W, F = *x.shape[:3], x.shape[3] // 2
+        (B, H, W, _), F = x.shape, x.shape[3] // 2
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-        constants = launch(H, W, F)
+        constants, nine = launch(H, W, F), taps(weight)
         strips, blocks = triton.cdiv(H, constants["ROWS"]), triton.cdiv(W, constants["BLOCK_W"])
         dc, dx = (torch.empty(B, H, W, 2 * F, dtype=x.dtype, device=x.device) for _ in range(2))
         dbias = torch.empty(B, strips * blocks, 2 * F, dtype=torch.float32, device=x.device)
-        dweight = torch.empty(B, strips * blocks, 2 * F, 9, dtype=torch.float32, device=x.device)
+        dweight = torch.empty(B, strips * blocks, 9, 2 * F, dtype=torch.float32, device=x.device)
         _bwd_gate[(strips * blocks, triton.cdiv(F, constants["BLOCK_C"]), B)](
-            dy, x, weight, bias, dc, dbias, *strides(dy, 3), *strides(x, 3), *weight.stride()[0:3:2], H, W, F, strips,
+            dy, x, nine, bias, dc, dbias, *strides(dy, 3), *strides(x, 3), H, W, F, strips,
             **constants,
         )  # fmt: skip
         _bwd_conv[(strips * blocks, triton.cdiv(2 * F, constants["BLOCK_C"]), B)](
-            dc, x, weight, dx, dweight, *strides(x, 3), *weight.stride()[0:3:2], H, W, 2 * F, strips, **constants
+            dc, x, nine, dx, dweight, *strides(x, 3), H, W, 2 * F, strips, **constants
         )  # fmt: skip
-        dweight = dweight.sum((0, 1)).view(weight.shape).to(weight.dtype)
+        dweight = dweight.sum((0, 1)).t().reshape(weight.shape).to(weight.dtype)
         return dx, dweight, dbias.sum((0, 1)).to(bias.dtype), None, None
 
 

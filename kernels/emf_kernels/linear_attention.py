@@ -59,7 +59,7 @@ def _norms(
     x = tl.load(x_ptr + sample * x_b + token * x_n + c, mask=c < C, other=0).to(tl.float32)
     rstd = 1 / tl.sqrt(tl.sum(x * x) / C + eps)
     tl.store(rstd_ptr + row, rstd)
-    if LIVE:
+    if LIVE:  # noqa: SIM102
         if sample < b:
             x_dot = tl.load(x_dot_ptr + sample * x_dot_b + token * x_dot_n + c, mask=c < C, other=0).to(tl.float32)
             tl.store(mean_dot_ptr + row, rstd * rstd * tl.sum(x * x_dot) / C)

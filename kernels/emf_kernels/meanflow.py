@@ -1,7 +1,8 @@
 """EMF's MeanFlow loss: target, error, per-sample sum and adaptive weight.
 
-Shapes:   u, v [B, ...], up to three dimensions; u_dot [b, ...], b <= B, the tangent of the first b samples (a constant); t, r [B]; r = t in
-          the other samples. Outputs: loss [B] (weighted), error [B] (mean squared error, for logs).
+Shapes:   u, v [B, ...], up to three dimensions; u_dot [b, ...], b <= B, the tangent of the first b samples (a
+          constant); t, r [B]; r = t in the other samples. Outputs: loss [B] (weighted), error [B] (mean squared
+          error, for logs).
 Primal:   u_tgt = v - (t - r) u_dot;  L = sum over all but the batch of (u - u_tgt)^2;  w = 1 / (stopgrad(L) + c)^p;
           loss = w L
 Tangent:  none: a loss is where tangents end

@@ -41,7 +41,7 @@ def _fwd(
     rstd = 1 / tl.sqrt(tl.sum(x * x) / C + eps)
     tl.store(y_ptr + row * C + c, x * rstd * weight, mask=inside)
     tl.store(rstd_ptr + row, rstd)
-    if X_LIVE:
+    if X_LIVE:  # noqa: SIM102
         if sample < b:
             x_dot = tl.load(x_dot_ptr + sample * x_dot_b + token * x_dot_n + c, mask=inside, other=0).to(tl.float32)
             y_dot = rstd * (x_dot - x * (rstd * rstd * tl.sum(x * x_dot) / C)) * weight
