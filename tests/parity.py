@@ -53,19 +53,27 @@ def ours(op: Op, case: Case, args: dict[str, Any], tangents: dict[str, Tensor]) 
     return [primal(o) for o in outputs], [o.tangent for o in outputs if isinstance(o, Dual)]
 
 
-def eager(op: Op, case: Case, args: dict[str, Any], tangents: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The same by torch.func.jvp of the reference over the whole batch, zero tangents after b: not through lift."""
-    live = list(tangents)
+def by_func_jvp(choose: Callable[[Op], Callable[..., Any]]) -> Run:
+    """By torch.func.jvp over plain tensors, the whole batch, zero tangents after b."""
 
-    def f(*values: Tensor) -> tuple[Tensor, ...]:
-        y = op.reference(**(args | dict(zip(live, values, strict=True))))
-        return y if isinstance(y, tuple) else (y,)
+    def run(op: Op, case: Case, args: dict[str, Any], tangents: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        live, fn = list(tangents), choose(op)
 
-    if not live:
-        return list(f()), []
-    full = tuple(torch.cat([tangents[k], torch.zeros_like(args[k][len(tangents[k]) :])]) for k in live)
-    y, y_dot = torch.func.jvp(f, tuple(args[k] for k in live), full)
-    return list(y), [d[: case.b].detach() for d in y_dot]
+        def f(*values: Tensor) -> tuple[Tensor, ...]:
+            y = fn(**(args | dict(zip(live, values, strict=True))))
+            return y if isinstance(y, tuple) else (y,)
+
+        if not live:
+            return list(f()), []
+        full = tuple(torch.cat([tangents[k], torch.zeros_like(args[k][len(tangents[k]) :])]) for k in live)
+        y, y_dot = torch.func.jvp(f, tuple(args[k] for k in live), full)
+        return list(y), [d[: case.b].detach() for d in y_dot]
+
+    return run
+
+
+eager = by_func_jvp(lambda op: op.reference)  # plain torch, not through lift
+outside = by_func_jvp(lambda op: op)  # the op as a model that knows no Duals calls it
 
 
 def gradients(args: dict[str, Any], names: list[str], y: list[Tensor], dy: list[Tensor]) -> Outcome:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from parity import SEED, floating, make, ours, outcome
+from parity import SEED, compare, eager, floating, make, ours, outcome, outside
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emf_kernels import REGISTRY, Case, Dual, Op, adaln, attention, backend
+from emf_kernels import scaled_dot_product_attention as sdpa
+from emf_kernels.op import Backend
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 pytestmark = [
@@ -116,10 +119,21 @@ def test_refusals_say_what_was_wrong(op: Op, args: tuple[Any, ...], message: str
     assert "\n" not in str(refusal.value)
 
 
+@CASES
+def test_torch_func_jvp_of_a_kernel(op: Op, case: Case) -> None:
+    """Value, tangent, and the gradients of the value around it, in a model that knows no Duals."""
+    if not case.live:
+        pytest.skip("a loss is where tangents end")
+    plain = outcome(op, case, torch.float32, eager, DEVICE)
+    with backend("triton"):
+        got = outcome(op, case, torch.float32, outside, DEVICE)
+    compare(got, plain, outcome(op, case, torch.float32, eager, DEVICE, exact=True), torch.float32)
+
+
 @EVERY
-def test_what_a_kernel_cannot_differentiate_raises(op: Op) -> None:
-    """Forward mode from outside, and a second derivative: never a wrong or a zero one."""
-    case = op.cases[0]
+def test_forward_mode_and_what_has_no_derivative(op: Op) -> None:
+    """torch.autograd.forward_ad; and where there is no derivative: never a wrong or a zero one."""
+    case = next(c for c in op.cases if c.b == c.shape["B"])
     args, x_dot, _ = make(op, case, torch.float32, DEVICE)
     x_dot = x_dot or {k: torch.randn_like(args[k]) for k in op.differentiable or ()}
     live = list(x_dot)
@@ -128,16 +142,40 @@ def test_what_a_kernel_cannot_differentiate_raises(op: Op) -> None:
         y = op(**(args | dict(zip(live, values, strict=True))))
         return y[0] if isinstance(y, tuple) else y
 
-    values = tuple(args[k] for k in live)
+    def dual(*values: Tensor) -> Tensor:
+        y = op(**(args | {k: Dual(v, x_dot[k]) for k, v in zip(live, values, strict=True)}))
+        return (y[0] if isinstance(y, tuple) else y).primal
+
+    values, dots = tuple(args[k] for k in live), tuple(x_dot[k] for k in live)
     with backend("triton"):
-        with pytest.raises(RuntimeError):
-            torch.func.jvp(f, values, tuple(x_dot[k] for k in live))
-        with pytest.raises(RuntimeError), torch.autograd.forward_ad.dual_level():
-            f(*(torch.autograd.forward_ad.make_dual(v, x_dot[k]) for k, v in zip(live, values, strict=True)))
-        leaf = values[0].requires_grad_()
-        (dx,) = torch.autograd.grad(f(*values).square().sum(), leaf, create_graph=True)
+        leaf = values[0].clone().requires_grad_()
+        (dx,) = torch.autograd.grad(f(leaf, *values[1:]).square().sum(), leaf, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             dx.sum().backward()
+        if op.name == "meanflow":
+            with pytest.raises(RuntimeError):
+                torch.func.jvp(f, values, dots)
+            return
+        want = torch.func.jvp(f, values, dots)[1]
+        with torch.autograd.forward_ad.dual_level():
+            y = f(*(torch.autograd.forward_ad.make_dual(v, d) for v, d in zip(values, dots, strict=True)))
+            assert torch.equal(torch.autograd.forward_ad.unpack_dual(y).tangent, want)
+        y_dot = torch.func.jvp(f, (leaf, *values[1:]), dots)[1]
+        with pytest.raises(RuntimeError, match="no gradient: detach it"):
+            y_dot.sum().backward()
+        with pytest.raises(RuntimeError, match="around a Dual"):
+            torch.func.jvp(dual, values, dots)
+
+
+def test_forward_mode_inside_torch_compile_raises() -> None:
+    """Which would leave the kernel's tangent out, in silence; plain torch it differentiates."""
+    x, s = torch.randn(2, 3, 8, device=DEVICE), torch.randn(2, 8, device=DEVICE)
+    run = lambda x: torch.func.jvp(lambda x: adaln(x, s, s), (x,), (x,))  # noqa: E731
+    with backend("reference"):
+        got = torch.compile(run, backend="eager", fullgraph=True)(x)
+        torch.testing.assert_close(got, run(x))
+    with backend("triton"), pytest.raises(torch._dynamo.exc.TorchDynamoException):
+        torch.compile(run, backend="eager", fullgraph=True)(x)
 
 
 def test_attention_with_large_scores_and_without_a_live_key() -> None:
@@ -151,6 +189,31 @@ def test_attention_with_large_scores_and_without_a_live_key() -> None:
     torch.testing.assert_close(o.primal.double(), want, rtol=1e-3, atol=1e-3)
     assert o.tangent.isfinite().all() and all(g.isfinite().all() for g in gradients)
     assert not any(x[1].any() for x in (o.primal, o.tangent, *gradients))
+
+
+@pytest.mark.parametrize("name", ["reference", "triton"])
+def test_attention_in_the_signature_of_sdpa(name: Backend) -> None:
+    """As torch's own, which has a forward derivative in its MATH backend only."""
+    q, k, v = (torch.randn(2, 3, n, 16, device=DEVICE) for n in (5, 7, 7))
+    mask, dots = torch.rand(2, 1, 1, 7, device=DEVICE) < 0.7, [torch.randn_like(x) for x in (q, k, v)]
+    mask[..., 0] = True
+    theirs = torch.nn.functional.scaled_dot_product_attention
+    with backend(name), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        for flags in (dict(attn_mask=mask), dict(scale=0.3), dict(attn_mask=mask[:1])):
+            got, want = (torch.func.jvp(partial(f, **flags), (q, k, v), tuple(dots)) for f in (sdpa, theirs))
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        got, want = (torch.func.jvp(partial(f, is_causal=True), (q, q, q), tuple(dots[:1] * 3)) for f in (sdpa, theirs))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        assert torch.equal(
+            sdpa(Dual(q, dots[0]), k, v).tangent, torch.func.jvp(lambda q: sdpa(q, k, v), (q,), (dots[0],))[1]
+        )
+    for wrong, message in (
+        (dict(dropout_p=0.1), "dropout_p 0.1"),
+        (dict(enable_gqa=True), "enable_gqa True"),
+        (dict(attn_mask=mask.expand(2, 1, 5, 7)), r"attn_mask is \(2, 1, 5, 7\); expected bool \[2, 1, 1, 7\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sdpa(q, k, v, **wrong)
 
 
 def test_adaln_of_a_constant_row() -> None:
@@ -168,7 +231,7 @@ def test_flash_backward_takes_what_attention_hands_it(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch, "einsum", None)  # of which the plain backward is made
     with FakeTensorMode():
         q, k = (torch.empty(2, n, 3, 112, dtype=torch.bfloat16, device="cuda") for n in (64, 40))
-        dq, dk, dv = _bwd(q, q, k, k, None, q, torch.empty(2, 3, 64, device="cuda"))
+        dq, dk, dv = _bwd(q, q, k, k, None, q, torch.empty(2, 3, 64, device="cuda"), False, 112**-0.5)
     assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, k.shape)
 
 
@@ -176,7 +239,9 @@ def test_the_readme_is_right() -> None:
     """Its example runs, and its table has every op and says which have a kernel."""
     text = (Path(__file__).parent.parent / "kernels" / "README.md").read_text()
     names: dict[str, Any] = {}
-    exec(text.partition("```python\n")[2].partition("```")[0], names)
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        exec(block, names)
     assert names["u"].tangent.shape == (2, 16, 32) and names["w_qkv"].grad.any()
+    assert names["o_dot"].shape == (2, 4, 16, 32) and names["o_dot"].any()
     table = dict(re.findall(r"^\| `(\w+)` \|.*\| (yes|) ?\|$", text, flags=re.MULTILINE))
     assert table == {op.name: "yes" if op.triton else "" for op in REGISTRY.values()}

@@ -24,6 +24,7 @@ from .linear_attention import linear_attention
 from .meanflow import meanflow
 from .modulation import modulation
 from .rmsnorm import rmsnorm
+from .sdpa import scaled_dot_product_attention
 from .silu import silu
 from .time_embedding import time_embedding
 
@@ -47,6 +48,7 @@ __all__ = [
     "modulation",
     "primal",
     "rmsnorm",
+    "scaled_dot_product_attention",
     "silu",
     "time_embedding",
 ]

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .op import Case, Cost, Dual, Op, check, halves, leading, strides
+from .op import Case, Cost, Dual, Op, check, forward_mode, halves, leading, strides
 
 ROWS = 16  # tokens over which one backward program sums dscale and dshift
 
@@ -107,7 +107,6 @@ def launch(C: int) -> dict[str, int]:
 class _AdaLN(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
         x: Tensor,
         scale: Tensor,
         shift: Tensor,
@@ -126,14 +125,20 @@ class _AdaLN(torch.autograd.Function):
             *strides(x_dot, 2), *strides(scale_dot, 1), *strides(shift_dot, 1), N, C, b, eps,
             x_dot is not None, scale_dot is not None, shift_dot is not None, **launch(C),
         )  # fmt: skip
-        ctx.save_for_backward(x, scale, mean, rstd)
-        ctx.mark_non_differentiable(y_dot)
+        return y, y_dot, mean, rstd
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        (x, scale, shift, *dots, eps, _), (_, *constants) = inputs, output
+        ctx.save_for_backward(x, scale, *constants[1:])
+        ctx.save_for_forward(x, scale, shift)
+        ctx.dual, ctx.eps = any(d is not None for d in dots), eps
+        ctx.mark_non_differentiable(*constants)
         ctx.set_materialize_grads(False)  # no zeros for the tangent's gradient, which there never is
-        return y, y_dot
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, _: Any) -> Any:
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:
         x, scale, mean, rstd = ctx.saved_tensors
         B, N, C = x.shape
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()
@@ -146,6 +151,10 @@ class _AdaLN(torch.autograd.Function):
             ROWS, **launch(C),
         )  # fmt: skip
         return dx, dscale.sum(1).to(x.dtype), dshift.sum(1).to(x.dtype), None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *dots: Any) -> Any:
+        return *forward_mode(ctx, fused, (*ctx.saved_tensors, ctx.eps), dots[:3]), None, None, None
 
 
 def fused(x: Tensor | Dual, scale: Tensor | Dual, shift: Tensor | Dual, eps: float = 1e-6) -> Tensor | Dual:
@@ -160,7 +169,7 @@ def fused(x: Tensor | Dual, scale: Tensor | Dual, shift: Tensor | Dual, eps: flo
     B, N, C = x_.shape
     check("adaln", x_, x=(x_, (B, N, C)), scale=(scale_, (B, C)), shift=(shift_, (B, C)))
     check("adaln", x_, x_dot=(x_dot, (b, N, C)), scale_dot=(scale_dot, (b, C)), shift_dot=(shift_dot, (b, C)))
-    y, y_dot = _AdaLN.apply(x_, scale_, shift_, x_dot, scale_dot, shift_dot, eps, b)
+    y, y_dot, *_ = _AdaLN.apply(x_, scale_, shift_, x_dot, scale_dot, shift_dot, eps, b)
     return Dual(y, y_dot) if duals else y
 
 

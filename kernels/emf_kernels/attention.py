@@ -1,9 +1,10 @@
 """Softmax attention, self or cross, with a key mask.
 
-Shapes:   q [B, Nq, H, D]; k, v [B, Nk, H, D]; mask [B, Nk] bool (True = attend) or None; o [B, Nq, H, D].
-Primal:   s = q k^T D^-1/2;  p = softmax(s);  o = p v.  A masked key weighs 0; a sample without any live key gives 0.
-Tangent:  s_dot = (q_dot k^T + q k_dot^T) D^-1/2;  o_dot = (p * s_dot) v - rowsum(p * s_dot) o + p v_dot
-Backward: ds = p * (do v^T - rowsum(do * o)) D^-1/2;  dq = ds k;  dk = ds^T q;  dv = p^T do
+Shapes:   q [B, Nq, H, D]; k, v [B, Nk, H, D]; mask [B, Nk] bool (True = attend) or None; causal: query i attends to the
+          keys j <= i, Nq = Nk; scale: D^-1/2 where None; o [B, Nq, H, D].
+Primal:   s = q k^T scale;  p = softmax(s);  o = p v.  A masked key weighs 0; a sample without any live key gives 0.
+Tangent:  s_dot = (q_dot k^T + q k_dot^T) scale;  o_dot = (p * s_dot) v - rowsum(p * s_dot) o + p v_dot
+Backward: ds = p * (do v^T - rowsum(do * o)) scale;  dq = ds k;  dk = ds^T q;  dv = p^T do
 Source:   FlashAttention-2 (arXiv 2307.08691) for the primal; for the tangent d softmax = p * (s_dot - <p, s_dot>).
 
 The kernel keeps two wide accumulators, a = sum p v and a_dot = sum (p * s_dot) v + p v_dot, and two narrow ones,
@@ -21,15 +22,26 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .op import Case, Cost, Dual, Op, check, halves, leading
+from .op import Case, Cost, Dual, Op, check, forward_mode, halves, leading, strides
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    s = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * q.shape[-1] ** -0.5
-    dead = None if mask is None else ~mask[:, None, None, :]
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, scale: float | None = None
+) -> Tensor:
+    s = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    dead = unattended(s.shape[2], s.shape[3], mask, causal, q.device)
     p = (s if dead is None else s.masked_fill(dead, torch.finfo(s.dtype).min)).softmax(-1)
     p = p if dead is None else p.masked_fill(dead, 0)
     return (p @ v.transpose(1, 2)).transpose(1, 2)
+
+
+def unattended(Nq: int, Nk: int, mask: Tensor | None, causal: bool, device: torch.device) -> Tensor | None:
+    """True where a query does not attend to a key, broadcast to [B, H, Nq, Nk]; None: nowhere."""
+    dead = None if mask is None else ~mask[:, None, None, :]
+    if causal:
+        later = torch.ones(Nq, Nk, dtype=torch.bool, device=device).triu(1)
+        dead = later if dead is None else dead | later
+    return dead
 
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -46,7 +58,7 @@ def _fwd(
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, mask_b,
     q_dot_b, q_dot_n, q_dot_h, k_dot_b, k_dot_n, k_dot_h, v_dot_b, v_dot_n, v_dot_h,
     first, Nq, Nk, scale, H: tl.constexpr, D: tl.constexpr,
-    MASKED: tl.constexpr, Q_LIVE: tl.constexpr, K_LIVE: tl.constexpr, V_LIVE: tl.constexpr,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, Q_LIVE: tl.constexpr, K_LIVE: tl.constexpr, V_LIVE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # one program: BLOCK_Q queries of one head of one sample; keys and values are read once for value and tangent
@@ -59,7 +71,10 @@ def _fwd(
     m, l = tl.full([BLOCK_Q], float("-inf"), tl.float32), tl.zeros([BLOCK_Q], tl.float32)  # noqa: E741
     mu = tl.zeros([BLOCK_Q], tl.float32)
     a, a_dot = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32), tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    for start in range(0, Nk, BLOCK_K):
+    end = Nk
+    if CAUSAL:  # the keys after the last of these queries weigh nothing
+        end = min(Nk, tl.program_id(0) * BLOCK_Q + BLOCK_Q)
+    for start in range(0, end, BLOCK_K):
         j = start + tl.arange(0, BLOCK_K)
         inside = (j < Nk)[:, None] & (d < D)[None, :]
         k = _tile(k_ptr, k_b, k_n, k_h, sample, head, j, d, inside)
@@ -69,6 +84,8 @@ def _fwd(
             live = live & (tl.load(mask_ptr + sample * mask_b + j, mask=live, other=0) != 0)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)  # in units of log2, for exp2
         s = tl.where(live[None, :], s, float("-inf"))
+        if CAUSAL:
+            s = tl.where(j[None, :] <= i[:, None], s, float("-inf"))
         m_next = tl.maximum(m, tl.max(s, 1))
         reached = tl.where(m_next == float("-inf"), 0.0, m_next)  # no live key so far: -inf - 0, and not -inf - -inf
         p = tl.exp2(s - reached[:, None])
@@ -112,49 +129,66 @@ def launch(D: int, Nq: int, Nk: int, itemsize: int) -> dict[str, int]:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, q_dot: Any, k_dot: Any, v_dot: Any, b: int
-    ) -> Any:
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any) -> Any:
+        *dots, causal, scale, b = rest
         (B, Nq, H, D), Nk = q.shape, k.shape[1]
         o, o_dot = (torch.empty(samples, Nq, H, D, dtype=q.dtype, device=q.device) for samples in (B, b))
         lse = torch.empty(B, H, Nq, dtype=torch.float32, device=q.device)
-        strides = lambda *xs: [0 if x is None else x.stride(i) for x in xs for i in range(3)]  # noqa: E731
-        dots = (q_dot, k_dot, v_dot)
         constants = launch(D, Nq, Nk, q.element_size())
         precision = "ieee" if q.dtype == torch.float32 else "tf32"
         # the first b samples with their tangents, then the rest without: the second launch compiles to plain attention
         for first, count, live in ((0, b, [d is not None for d in dots]), (b, B - b, [False] * 3)):
             if count:
                 _fwd[(triton.cdiv(Nq, constants["BLOCK_Q"]), H, count)](
-                    q, k, v, mask, *dots, o, o_dot, lse, *strides(q, k, v), 0 if mask is None else mask.stride(0),
-                    *strides(*dots), first, Nq, Nk, D**-0.5, H, D, mask is not None, *live, precision, **constants,
+                    q, k, v, mask, *dots, o, o_dot, lse, *strides(q, 3), *strides(k, 3), *strides(v, 3),
+                    *strides(mask, 1), *(stride for d in dots for stride in strides(d, 3)), first, Nq, Nk, scale, H, D,
+                    mask is not None, causal, *live, precision, **constants,
                 )  # fmt: skip
+        return o, o_dot, lse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        (q, k, v, mask, *dots, causal, scale, _), (o, o_dot, lse) = inputs, output
         ctx.save_for_backward(q, k, v, mask, o, lse)
-        ctx.mark_non_differentiable(o_dot)
+        ctx.save_for_forward(q, k, v, mask)
+        ctx.dual, ctx.causal, ctx.scale = any(d is not None for d in dots), causal, scale
+        ctx.mark_non_differentiable(o_dot, lse)
         ctx.set_materialize_grads(False)  # no zeros for the tangent's gradient, which there never is
-        return o, o_dot
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, do: Tensor, _: Any) -> Any:
-        return *_bwd(do, *ctx.saved_tensors), None, None, None, None, None
+    def backward(ctx: Any, do: Tensor, *_: Any) -> Any:
+        q, k, v, mask, o, lse = ctx.saved_tensors
+        return *_bwd(do, q, k, v, mask, o, lse, ctx.causal, ctx.scale), *[None] * 7
+
+    @staticmethod
+    def jvp(ctx: Any, *dots: Any) -> Any:
+        return *forward_mode(ctx, fused, (*ctx.saved_tensors, ctx.causal, ctx.scale), dots[:3]), None, None
 
 
 def _bwd(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, o: Tensor, lse: Tensor
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) from the saved lse: by PyTorch's flash kernel where it can (it has no key mask), else by plain
     torch, which holds a few float32 [B, H, Nq, Nk]."""
-    scale = q.shape[3] ** -0.5
     flash = mask is None and q.dtype != torch.float32 and q.shape[3] % 8 == 0
     if flash and q.is_cuda and torch.cuda.get_device_capability(q.device) >= (8, 0):
         unused = torch.empty(0, dtype=torch.uint64, device=q.device)  # the state of the dropout that there is not
         return torch.ops.aten._flash_attention_backward(
-            do, q, k, v, o, lse, None, None, q.shape[1], k.shape[1], 0.0, False, unused, unused, scale=scale
+            do, q, k, v, o, lse, None, None, q.shape[1], k.shape[1], 0.0, causal, unused, unused, scale=scale
         )
     q_, k_, v_, do = q.float(), k.float(), v.float(), do.float()
     p = torch.exp(torch.einsum("bihd,bjhd->bhij", q_, k_) * scale - lse[..., None])
-    p = p if mask is None else p.masked_fill(~mask[:, None, None, :], 0)
+    dead = unattended(p.shape[2], p.shape[3], mask, causal, q.device)
+    p = p if dead is None else p.masked_fill(dead, 0)
     do_o = (do * o.float()).sum(-1).transpose(1, 2)
     ds = p * (torch.einsum("bihd,bjhd->bhij", do, v_) - do_o[..., None]) * scale
     dq, dk = torch.einsum("bhij,bjhd->bihd", ds, k_), torch.einsum("bhij,bihd->bjhd", ds, q_)
@@ -162,7 +196,14 @@ def _bwd(
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 
-def fused(q: Tensor | Dual, k: Tensor | Dual, v: Tensor | Dual, mask: Tensor | None = None) -> Tensor | Dual:
+def fused(
+    q: Tensor | Dual,
+    k: Tensor | Dual,
+    v: Tensor | Dual,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor | Dual:
     """Attention of Tensors, or of Duals in any of the three places: one kernel for value and tangent. Shapes as above;
     float16, bfloat16 (on a GPU) or float32, the same for q, k, v; sums in float32; last dimension contiguous, D at most
     256; else ValueError."""
@@ -177,11 +218,14 @@ def fused(q: Tensor | Dual, k: Tensor | Dual, v: Tensor | Dual, mask: Tensor | N
     (B, Nq, H, D), Nk = q_.shape, k_.shape[1]
     check("attention", q_, q=(q_, (B, Nq, H, D)), k=(k_, (B, Nk, H, D)), v=(v_, (B, Nk, H, D)), mask=(mask, (B, Nk)))
     check("attention", q_, q_dot=(q_dot, (b, Nq, H, D)), k_dot=(k_dot, (b, Nk, H, D)), v_dot=(v_dot, (b, Nk, H, D)))
-    o, o_dot = _Attention.apply(q_, k_, v_, mask, q_dot, k_dot, v_dot, b)
+    if causal and Nq != Nk:
+        raise ValueError(f"attention: causal with {Nq} queries and {Nk} keys; expected as many")
+    scale = D**-0.5 if scale is None else float(scale)
+    o, o_dot, _ = _Attention.apply(q_, k_, v_, mask, q_dot, k_dot, v_dot, causal, scale, b)
     return Dual(o, o_dot) if duals else o
 
 
-def inputs(case: Case, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, Tensor | None]:
+def inputs(case: Case, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, Any]:
     s = case.shape
     normal = lambda n: torch.randn(s["B"], n, s["H"], s["D"], generator=generator, dtype=dtype).to(device)  # noqa: E731
     mask = None
@@ -189,7 +233,8 @@ def inputs(case: Case, dtype: torch.dtype, device: str, generator: torch.Generat
         lengths = torch.linspace(1, s["Nk"], s["B"]).round()
         lengths[-1] = 0 if s["B"] > 1 else s["Nk"]
         mask = (torch.arange(s["Nk"])[None] < lengths[:, None]).to(device)
-    return dict(q=normal(s["Nq"]), k=normal(s["Nk"]), v=normal(s["Nk"]), mask=mask)
+    causal, scale = bool(s.get("causal")), s["half_scale"] / 2 if s.get("half_scale") else None
+    return dict(q=normal(s["Nq"]), k=normal(s["Nk"]), v=normal(s["Nk"]), mask=mask, causal=causal, scale=scale)
 
 
 def cost(case: Case, itemsize: int) -> Cost:
@@ -197,7 +242,7 @@ def cost(case: Case, itemsize: int) -> Cost:
     products = 2 * s["B"] + case.b * (2 + 2 * ("k" in case.live) / 2 + ("v" in case.live))
     q, k = s["Nq"] * s["H"] * s["D"], s["Nk"] * s["H"] * s["D"]
     moved = 2 * q * (s["B"] + case.b) + k * (2 * s["B"] + case.b * (("k" in case.live) + ("v" in case.live)))
-    return Cost(2 * products * q * s["Nk"], itemsize * moved)
+    return Cost(2 * products * q * s["Nk"] / (2 if s.get("causal") else 1), itemsize * moved)
 
 
 QKV = ("q", "k", "v")
@@ -215,6 +260,8 @@ attention = Op(
         Case("one-key", dict(B=2, Nq=3, Nk=1, H=1, D=16, b=1), QKV),
         Case("tiles", dict(B=2, Nq=70, Nk=150, H=1, D=16), QKV),
         Case("tiles-masked", dict(B=3, Nq=3, Nk=140, H=1, D=16, masked=1, b=2), QKV),
+        Case("causal", dict(B=2, Nq=70, Nk=70, H=1, D=16, causal=1, b=1), QKV),
+        Case("causal-masked", dict(B=3, Nq=19, Nk=19, H=2, D=16, causal=1, masked=1, half_scale=1), QKV),
         Case("head-112", dict(B=2, Nq=17, Nk=35, H=1, D=112), ("q",)),
         Case("sana-1.6b-cross", dict(B=4, Nq=1024, Nk=730, H=20, D=112), ("q",), frozenset({"bench"})),
         Case("sana-1.6b-masked", dict(B=4, Nq=1024, Nk=300, H=20, D=112, masked=1), ("q",), frozenset({"bench"})),

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .op import Case, Cost, Dual, Op, check, halves, leading, strides
+from .op import Case, Cost, Dual, Op, check, forward_mode, halves, leading, strides
 
 ROWS = 16  # tokens over which one backward program sums dgate
 
@@ -82,9 +82,7 @@ def launch(C: int) -> dict[str, int]:
 
 class _GatedResidual(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, gate: Tensor | None, h: Tensor, x_dot: Any, gate_dot: Any, h_dot: Any, b: int
-    ) -> Any:
+    def forward(x: Tensor, gate: Tensor | None, h: Tensor, x_dot: Any, gate_dot: Any, h_dot: Any, b: int) -> Any:
         B, N, C = x.shape
         y, y_dot = (torch.empty(samples, N, C, dtype=x.dtype, device=x.device) for samples in (B, b))
         constants = launch(C)
@@ -94,11 +92,17 @@ class _GatedResidual(torch.autograd.Function):
             *strides(h_dot, 2), N, C, b,
             gate is not None, x_dot is not None, gate_dot is not None, h_dot is not None, ROWS, **constants,
         )  # fmt: skip
+        return y, y_dot
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, gate, h, *dots, _ = inputs
         if gate is not None:
             ctx.save_for_backward(gate, h)
-        ctx.mark_non_differentiable(y_dot)
+        ctx.save_for_forward(x, gate, h)
+        ctx.dual = any(d is not None for d in dots)
+        ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)  # no zeros for the tangent's gradient, which there never is
-        return y, y_dot
 
     @staticmethod
     @once_differentiable
@@ -115,6 +119,10 @@ class _GatedResidual(torch.autograd.Function):
             dy, gate, h, dh, dgate, *strides(dy, 2), *strides(gate, 1), *strides(h, 2), N, C, ROWS, **constants
         )
         return given, dgate.sum(1).to(gate.dtype), dh, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *dots: Any) -> Any:
+        return *forward_mode(ctx, fused, ctx.saved_tensors, dots[:3]), None
 
 
 def fused(x: Tensor | Dual, gate: Tensor | Dual | None, h: Tensor | Dual) -> Tensor | Dual:

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from .adaln import ROWS, launch, norm, norm_dot
 from .adaln import reference as adaln_reference
 from .gated_residual import reference as gated_residual_reference
-from .op import Case, Cost, Dual, Op, check, halves, leading, strides
+from .op import Case, Cost, Dual, Op, check, forward_mode, halves, leading, strides
 
 
 def reference(
@@ -116,17 +116,8 @@ def _bwd(
 
 class _GatedResidualAdaLN(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        gate: Tensor | None,
-        h: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        dots: tuple[Tensor | None, ...],
-        eps: float,
-        b: int,
-    ) -> Any:
+    def forward(x: Tensor, gate: Tensor | None, h: Tensor, scale: Tensor, shift: Tensor, *rest: Any) -> Any:
+        *dots, eps, b = rest
         B, N, C = x.shape
         (y, n), (y_dot, n_dot) = (
             [torch.empty(samples, N, C, dtype=x.dtype, device=x.device) for _ in range(2)] for samples in (B, b)
@@ -139,10 +130,16 @@ class _GatedResidualAdaLN(torch.autograd.Function):
             *(s for a, w in zip(dots, widths, strict=True) for s in strides(a, w)),
             N, C, b, eps, gate is not None, *(d is not None for d in dots), **launch(C),
         )  # fmt: skip
-        ctx.save_for_backward(y, gate, h if gate is not None else None, scale, mean, rstd)
-        ctx.mark_non_differentiable(y_dot, n_dot)
+        return y, n, y_dot, n_dot, mean, rstd
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        (x, gate, h, scale, shift, *dots, eps, _), (y, _, *constants) = inputs, output
+        ctx.save_for_backward(y, gate, h if gate is not None else None, scale, *constants[2:])
+        ctx.save_for_forward(x, gate, h, scale, shift)
+        ctx.dual, ctx.eps = any(d is not None for d in dots), eps
+        ctx.mark_non_differentiable(*constants)
         ctx.set_materialize_grads(False)  # no zeros for the tangents' gradients, which there never are
-        return y, n, y_dot, n_dot
 
     @staticmethod
     @once_differentiable
@@ -161,7 +158,11 @@ class _GatedResidualAdaLN(torch.autograd.Function):
             gated, dy is not None, ROWS, **launch(C),
         )  # fmt: skip
         total = [a.sum(1).to(y.dtype) for a in (dgate, dscale, dshift)]
-        return dx, total[0] if gated else None, dh, total[1], total[2], None, None, None
+        return dx, total[0] if gated else None, dh, total[1], total[2], *[None] * 7
+
+    @staticmethod
+    def jvp(ctx: Any, *dots: Any) -> Any:
+        return *forward_mode(ctx, fused, (*ctx.saved_tensors, ctx.eps), dots[:5]), None, None, None, None
 
 
 def fused(
@@ -186,7 +187,7 @@ def fused(
     shapes = ((N, C), (C,), (N, C), (C,), (C,))
     check(op, values[0], **{k: (a, (B, *s)) for k, a, s in zip(names, values, shapes, strict=True)})
     check(op, values[0], **{f"{k}_dot": (d, (b, *s)) for k, d, s in zip(names, dots, shapes, strict=True)})
-    y, n, y_dot, n_dot = _GatedResidualAdaLN.apply(*values, dots, eps, b)
+    y, n, y_dot, n_dot, *_ = _GatedResidualAdaLN.apply(*values, *dots, eps, b)
     return (Dual(y, y_dot), Dual(n, n_dot)) if duals else (y, n)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv2d
 
-from .op import Case, Cost, Dual, Op, check, halves, leading, strides
+from .op import Case, Cost, Dual, Op, check, forward_mode, halves, leading, strides
 from .silu import reference as silu
 
 
@@ -199,7 +199,7 @@ def taps(weight: Tensor) -> Tensor:
 
 class _GLUMBConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, x_dot: Tensor | None, b: int) -> Any:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor, x_dot: Tensor | None, b: int) -> Any:
         (B, H, W, _), F = x.shape, x.shape[3] // 2
         y, y_dot = (torch.empty(samples, H, W, F, dtype=x.dtype, device=x.device) for samples in (B, b))
         constants = launch(H, W, F)
@@ -212,10 +212,16 @@ class _GLUMBConv(torch.autograd.Function):
                     x, nine, bias, x_dot if live else x, y, y_dot if live else y, *strides(x, 3),
                     *strides(x_dot, 3), first, H, W, F, strips, live, **constants,
                 )  # fmt: skip
-        ctx.save_for_backward(x, weight, bias)
-        ctx.mark_non_differentiable(y_dot)
-        ctx.set_materialize_grads(False)  # no zeros for the tangent's gradient, which there never is
         return y, y_dot
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        *args, x_dot, _ = inputs
+        ctx.save_for_backward(*args)
+        ctx.save_for_forward(*args)
+        ctx.dual = x_dot is not None
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # no zeros for the tangent's gradient, which there never is
 
     @staticmethod
     @once_differentiable
@@ -237,6 +243,10 @@ class _GLUMBConv(torch.autograd.Function):
         )  # fmt: skip
         dweight = dweight.sum((0, 1)).t().reshape(weight.shape).to(weight.dtype)
         return dx, dweight, dbias.sum((0, 1)).to(bias.dtype), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *dots: Any) -> Any:
+        return *forward_mode(ctx, fused, ctx.saved_tensors, dots[:3]), None
 
 
 def fused(x: Tensor | Dual, weight: Tensor, bias: Tensor) -> Tensor | Dual:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .adaln import launch as row_launch
-from .op import Case, Cost, Dual, Op, check, halves, leading, strides
+from .op import Case, Cost, Dual, Op, check, forward_mode, halves, leading, strides
 from .rmsnorm import backward as rmsnorm_backward
 from .rmsnorm import reference as rmsnorm_reference
 
@@ -238,28 +238,22 @@ def chunking(N: int, block_n: int) -> tuple[int, int]:
     return chunks, triton.cdiv(triton.cdiv(N, chunks), block_n) * block_n
 
 
+def precision(x: Tensor) -> str:
+    """How float32 operands are multiplied: exactly for float32 tensors, in tf32 (10 bits) for half precision."""
+    return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
 class _LinearAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        q_weight: Tensor | None,
-        k_weight: Tensor | None,
-        dots: tuple[Tensor | None, ...],
-        D: int,
-        eps: float,
-        b: int,
-    ) -> Any:
+    def forward(q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, *rest: Any) -> Any:
+        *dots, D, eps, b = rest
         (B, N, C), (q_dot, k_dot, v_dot) = q.shape, dots
         empty = lambda *shape, like=None: torch.empty(  # noqa: E731
             *shape, dtype=torch.float32 if like is None else like.dtype, device=q.device
         )
-        constants = launch(D, N)
+        constants, H = launch(D, N), C // D
         chunks, tokens = chunking(N, constants["BLOCK_N"])
-        common = dict(PRECISION="ieee" if q.dtype == torch.float32 else "tf32", D=D) | constants
-        H = C // D
+        common = dict(PRECISION=precision(q), D=D) | constants
         q_rstd, k_rstd, q_mean_dot, k_mean_dot = (
             None if w is None else empty(samples, N) for samples in (B, b) for w in (q_weight, k_weight)
         )
@@ -285,23 +279,30 @@ class _LinearAttention(torch.autograd.Function):
                     *strides(q, 2), *strides(q_dot, 2), first, N, H, C, chunks, eps,
                     q_weight is not None, q_live, k_live or v_live, **common,
                 )  # fmt: skip
-        ctx.save_for_backward(q, k, v, q_weight, k_weight, q_rstd, k_rstd, S, s)
-        ctx.rest = eps, chunks, tokens, common
-        ctx.mark_non_differentiable(o_dot)
+        return o, o_dot, q_rstd, k_rstd, S, s
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        (q, k, v, q_weight, k_weight, *dots, D, eps, _), (_, *constants) = inputs, output
+        ctx.save_for_backward(q, k, v, q_weight, k_weight, *constants[1:])
+        ctx.save_for_forward(q, k, v, q_weight, k_weight)
+        ctx.dual, ctx.D, ctx.eps = any(d is not None for d in dots), D, eps
+        ctx.mark_non_differentiable(*(x for x in constants if x is not None))
         ctx.set_materialize_grads(False)  # no zeros for the tangent's gradient, which there never is
-        return o, o_dot
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, do: Tensor, _: Any) -> Any:
+    def backward(ctx: Any, do: Tensor, *_: Any) -> Any:
         q, k, v, q_weight, k_weight, q_rstd, k_rstd, S, s = ctx.saved_tensors
-        (B, N, C), H, (eps, chunks, tokens, common) = q.shape, S.shape[2], ctx.rest
+        (B, N, C), (chunks, H), constants = q.shape, s.shape[1:3], launch(ctx.D, q.shape[1])
+        tokens = chunking(N, constants["BLOCK_N"])[1]
+        common = dict(PRECISION=precision(q), D=ctx.D) | constants
         do = do if do.stride(-1) == 1 else do.contiguous()
         dq, dk, dv = (torch.empty(B, N, C, dtype=q.dtype, device=q.device) for _ in range(3))
         dS, ds = torch.empty_like(S), torch.empty_like(s)
         _bwd_q[(H, chunks, B)](
-            do, q, q_weight, q_rstd, S, s, dq, dS, ds, *strides(do, 2), *strides(q, 2), N, H, C, chunks, tokens, eps,
-            q_weight is not None, **common,
+            do, q, q_weight, q_rstd, S, s, dq, dS, ds, *strides(do, 2), *strides(q, 2), N, H, C, chunks, tokens,
+            ctx.eps, q_weight is not None, **common,
         )  # fmt: skip
         _bwd_kv[(triton.cdiv(N, common["BLOCK_N"]), H, B)](
             k, v, k_weight, k_rstd, dS, ds, dk, dv, *strides(k, 2), *strides(v, 2), N, H, C, chunks,
@@ -312,7 +313,11 @@ class _LinearAttention(torch.autograd.Function):
             dq, dq_weight = rmsnorm_backward(dq, q, q_weight, q_rstd)
         if k_weight is not None:
             dk, dk_weight = rmsnorm_backward(dk, k, k_weight, k_rstd)
-        return dq, dk, dv, dq_weight, dk_weight, None, None, None, None
+        return dq, dk, dv, dq_weight, dk_weight, *[None] * 6
+
+    @staticmethod
+    def jvp(ctx: Any, *dots: Any) -> Any:
+        return *forward_mode(ctx, fused, (*ctx.saved_tensors, ctx.D, ctx.eps), dots[:5]), *[None] * 5
 
 
 def fused(
@@ -341,7 +346,7 @@ def fused(
     check(op, values[0], **{n: (a, (B, N, C)) for n, a in zip("qkv", values, strict=True)})
     check(op, values[0], q_weight=(q_weight, (C,)), k_weight=(k_weight, (C,)))
     check(op, values[0], **{f"{n}_dot": (d, (b, N, C)) for n, d in zip("qkv", dots, strict=True)})
-    o, o_dot = _LinearAttention.apply(*values, q_weight, k_weight, dots, head_size, eps, b)
+    o, o_dot, *_ = _LinearAttention.apply(*values, q_weight, k_weight, *dots, head_size, eps, b)
     return Dual(o, o_dot) if duals else o
 
 

@@ -83,8 +83,8 @@ def _bwd(
 class _MeanFlow(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, u: Tensor, u_dot: Tensor, v: Tensor, t: Tensor, r: Tensor, p: float, c: float
-    ) -> tuple[Tensor, Tensor]:
+        u: Tensor, u_dot: Tensor, v: Tensor, t: Tensor, r: Tensor, p: float, c: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         B, n, (H, W) = u.shape[0], u[0].numel(), u.shape[2:]
         sums = torch.empty(B, triton.cdiv(n, BLOCK), dtype=torch.float32, device=u.device)
         _fwd[(sums.shape[1], B)](
@@ -92,15 +92,17 @@ class _MeanFlow(torch.autograd.Function):
         )
         total = sums.sum(1)
         w = 1 / (total + c) ** p
-        ctx.save_for_backward(u, u_dot, v, t, r, w)
-        error = (total / n).to(u.dtype)
-        ctx.mark_non_differentiable(error)
+        return (w * total).to(u.dtype), (total / n).to(u.dtype), w
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs[:5], output[2])
+        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        return (w * total).to(u.dtype), error
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor, _: Any) -> Any:
+    def backward(ctx: Any, dloss: Tensor, *_: Any) -> Any:
         u, u_dot, v, t, r, w = ctx.saved_tensors
         n, (H, W) = u[0].numel(), u.shape[2:]
         du = torch.empty(u.shape, dtype=u.dtype, device=u.device)
@@ -127,7 +129,8 @@ def fused(
     if t.dtype not in (u.dtype, torch.float32) or t.device != u.device:
         raise ValueError(f"meanflow: t is {t.dtype} on {t.device}; expected float32 or {u.dtype} on {u.device}")
     u, u_dot, v = (x[(slice(None), *[None] * (4 - x.ndim))] for x in (u, u_dot, v))
-    return _MeanFlow.apply(u, u_dot, v, t, r, p, c)
+    loss, error, _ = _MeanFlow.apply(u, u_dot, v, t, r, p, c)
+    return loss, error
 
 
 def inputs(case: Case, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, Tensor | float]:

@@ -198,6 +198,39 @@ def halves(x: Any) -> tuple[Any, Tensor | None]:
     return (x.primal, x.tangent) if isinstance(x, Dual) else (x, None)
 
 
+def forward_mode(
+    ctx: Any, fused: Callable[..., Any], args: Sequence[Any], dots: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """The `jvp` of a kernel's autograd.Function: the tangents of its outputs, for torch.func.jvp of a model that knows
+    no Duals. The value is computed once more beside them.
+
+    args: fused's positional arguments; dots: a tangent or None for as many of them, from the first.
+    ctx.dual: whether the call had Duals already.
+    """
+    if ctx.dual:
+        raise RuntimeError("forward-mode AD around a Dual: its tangent would have none; use one or the other")
+    live = [*dots, *[None] * (len(args) - len(dots))]
+    y = fused(*(a if d is None else Dual(a, d) for a, d in zip(args, live, strict=True)))
+    return [_Constant.apply(d.tangent, d.primal) for d in ([y] if isinstance(y, Dual) else y)]
+
+
+class _Constant(torch.autograd.Function):
+    """A tangent that forward mode hands out. A gradient through it raises: without this it would be missing, in
+    silence."""
+
+    @staticmethod
+    def forward(x_dot: Tensor, x: Tensor) -> Tensor:
+        return x_dot.view_as(x_dot)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Any:
+        raise RuntimeError("a kernel's tangent has no gradient: detach it (MeanFlow's target is a constant)")
+
+
 REGISTRY: dict[str, Op] = {}
 _forced: list[Backend] = []
 
@@ -270,5 +303,10 @@ class Op:
         lead = duals[0].primal if duals else next(a for a in args if isinstance(a, Tensor))
         if self.backend_for(lead) == "triton":
             assert self.triton is not None
+            if torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
+                # torch.compile leaves out a kernel's forward derivative, in silence (pytorch #192985)
+                raise RuntimeError(
+                    f"{self.name}: torch.func.jvp inside torch.compile; carry Duals there, or do not compile"
+                )
             return self.triton(*args)
         return self.dual(*args) if duals else self.reference(*args)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .adaln import launch
-from .op import Case, Cost, Dual, Op, check, halves, leading, strides
+from .op import Case, Cost, Dual, Op, check, forward_mode, halves, leading, strides
 
 ROWS = 32  # tokens over which one backward program sums dweight
 
@@ -84,7 +84,7 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tenso
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, x_dot: Tensor | None, eps: float, b: int) -> Any:
+    def forward(x: Tensor, weight: Tensor, x_dot: Tensor | None, eps: float, b: int) -> Any:
         B, N, C = x.shape
         y, y_dot = (torch.empty(samples, N, C, dtype=x.dtype, device=x.device) for samples in (B, b))
         rstd = torch.empty(B, N, dtype=torch.float32, device=x.device)
@@ -92,15 +92,25 @@ class _RMSNorm(torch.autograd.Function):
             x, weight, x_dot, y, y_dot, rstd, *strides(x, 2), *strides(x_dot, 2), N, C, b, eps, x_dot is not None,
             **launch(C),
         )  # fmt: skip
+        return y, y_dot, rstd
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        (x, weight, x_dot, eps, _), (_, y_dot, rstd) = inputs, output
         ctx.save_for_backward(x, weight, rstd)
-        ctx.mark_non_differentiable(y_dot)
+        ctx.save_for_forward(x, weight)
+        ctx.dual, ctx.eps = x_dot is not None, eps
+        ctx.mark_non_differentiable(y_dot, rstd)
         ctx.set_materialize_grads(False)  # no zeros for the tangent's gradient, which there never is
-        return y, y_dot
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, _: Any) -> Any:
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:
         return *backward(dy, *ctx.saved_tensors), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *dots: Any) -> Any:
+        return *forward_mode(ctx, fused, (*ctx.saved_tensors, ctx.eps), dots[:2]), None, None
 
 
 def fused(x: Tensor | Dual, weight: Tensor, eps: float = 1e-5) -> Tensor | Dual:
@@ -114,7 +124,7 @@ def fused(x: Tensor | Dual, weight: Tensor, eps: float = 1e-5) -> Tensor | Dual:
         raise ValueError(f"rmsnorm: x is {tuple(x_.shape)}; expected [B, N, C] with C at most 16384")
     b, (B, N, C) = leading([x], "rmsnorm") if isinstance(x, Dual) else 0, x_.shape
     check("rmsnorm", x_, x=(x_, (B, N, C)), weight=(weight, (C,)), x_dot=(x_dot, (b, N, C)))
-    y, y_dot = _RMSNorm.apply(x_, weight, x_dot, eps, b)
+    y, y_dot, _ = _RMSNorm.apply(x_, weight, x_dot, eps, b)
     return Dual(y, y_dot) if isinstance(x, Dual) else y
 
 

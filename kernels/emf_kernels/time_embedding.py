@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .op import Case, Cost, Dual, Op, check, halves, leading
+from .op import Case, Cost, Dual, Op, check, forward_mode, halves, leading
 
 
 def reference(t: Tensor, r: Tensor | None, scale: float = 1.0, dim: int = 256) -> Tensor | tuple[Tensor, Tensor]:
@@ -63,7 +63,7 @@ def _fwd(
 
 class _TimeEmbedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, t: Tensor, r: Tensor | None, t_dot: Any, r_dot: Any, scale: float, half: int, b: int) -> Any:
+    def forward(t: Tensor, r: Tensor | None, t_dot: Any, r_dot: Any, scale: float, half: int, b: int) -> Any:
         end, interval, end_dot, interval_dot = (
             torch.empty(samples, 2 * half, dtype=t.dtype, device=t.device)
             for samples in (t.shape[0], 0 if r is None else t.shape[0], b, 0 if r is None else b)
@@ -72,11 +72,16 @@ class _TimeEmbedding(torch.autograd.Function):
             t, r, t_dot, r_dot, end, interval, end_dot, interval_dot, half, b, scale, -math.log(1e4) / half,
             r is not None, t_dot is not None, r_dot is not None, BLOCK=triton.next_power_of_2(half), num_warps=1,
         )  # fmt: skip
-        ctx.save_for_backward(end, interval)
-        ctx.two, ctx.scale = r is not None, scale
-        ctx.mark_non_differentiable(end_dot, interval_dot)
-        ctx.set_materialize_grads(False)  # no zeros for the tangents' gradients, which there never are
         return end, interval, end_dot, interval_dot
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        (t, r, *dots, scale, half, _), (end, interval, *constants) = inputs, output
+        ctx.save_for_backward(end, interval)
+        ctx.save_for_forward(t, r)
+        ctx.dual, ctx.two, ctx.scale, ctx.half = any(d is not None for d in dots), r is not None, scale, half
+        ctx.mark_non_differentiable(*constants)
+        ctx.set_materialize_grads(False)  # no zeros for the tangents' gradients, which there never are
 
     @staticmethod
     @once_differentiable
@@ -89,6 +94,12 @@ class _TimeEmbedding(torch.autograd.Function):
             d_cos, d_sin = (torch.zeros_like(e) if de is None else de).float().chunk(2, 1)
             ds.append(((d_sin * cos - d_cos * sin) * f).sum(1).to(e.dtype))
         return ds[0] + ds[1] if ctx.two else ds[0], -ds[1] if ctx.two else None, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *dots: Any) -> Any:
+        y_dot = forward_mode(ctx, fused, (*ctx.saved_tensors, ctx.scale, 2 * ctx.half), dots[:2])
+        none = y_dot[0].new_empty(0, 2 * ctx.half)  # the second output's, where there is no second output
+        return *(y_dot if ctx.two else [*y_dot, none]), None, None
 
 
 def fused(t: Tensor | Dual, r: Tensor | Dual | None, scale: float = 1.0, dim: int = 256) -> Any:
