@@ -1,0 +1,174 @@
+"""How exact u and u_dot = du/dt are, by depth, precision and time: `python -m bench.precision` writes
+profiles/precision.json and precision.png. No GPU: what a fused kernel does to numbers is imitated.
+
+A kernel computes in float32 and rounds what it writes. So every op runs in float32 here, and its outputs are rounded:
+values to one dtype, tangents to another. tf32 rounds what goes into products. The reference is the same network with
+the same weights and inputs (rounded alike) in float64: it is the arithmetic that is measured, not the rounding of weights.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from emf.model import Transformer, TransformerConfig
+from emf_kernels import Dual, Op, backend
+
+OUT = Path(__file__).parent.parent / "profiles"
+TIMES = (0.02, 0.5, 0.98)
+DEPTHS = (2, 5, 10, 20)
+
+
+class Precision(NamedTuple):
+    value: torch.dtype
+    tangent: torch.dtype
+    tf32: bool = False
+
+
+PRECISIONS = {
+    "float32": Precision(torch.float32, torch.float32),
+    "tf32 products": Precision(torch.float32, torch.float32, True),
+    "bfloat16, float32 tangents": Precision(torch.bfloat16, torch.float32),
+    "bfloat16, bfloat16 tangents": Precision(torch.bfloat16, torch.bfloat16),
+}
+
+
+def to_tf32(x: Tensor) -> Tensor:
+    """Rounded to 10 bits of mantissa."""
+    return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@contextmanager
+def rounding(precision: Precision) -> Iterator[None]:
+    """Every op rounds as a kernel of this precision would."""
+    call = Op.__call__
+
+    def before(op: Op, x: Any) -> Any:
+        if not precision.tf32 or op.name not in ("linear", "attention", "linear_attention"):
+            return x
+        if isinstance(x, Dual):
+            return Dual(to_tf32(x.primal), to_tf32(x.tangent))
+        return to_tf32(x) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    def after(y: Any) -> Any:
+        if isinstance(y, Dual):
+            return Dual(y.primal.to(precision.value).float(), y.tangent.to(precision.tangent).float())
+        return tuple(map(after, y)) if isinstance(y, tuple) else y.to(precision.value).float()
+
+    def rounded(op: Op, *args: Any, **kwargs: Any) -> Any:
+        y = call(op, *(before(op, a) for a in args), **kwargs)
+        return y if op.name == "time_embedding" else after(y)  # sinusoids are float32 always
+
+    with mock.patch.object(Op, "__call__", rounded), backend("reference"):
+        yield
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+@torch.no_grad()
+def measure(network: Transformer, inputs: dict[str, Tensor], t: float) -> Iterator[dict[str, Any]]:
+    """Relative L2 errors of u and u_dot at (t, r = t / 2), along (v, 0, 1), in each precision."""
+    network = network.float()
+    weights = {k: w.clone() for k, w in network.state_dict().items()}
+    for name, precision in PRECISIONS.items():
+        rounded = lambda x, p=precision: x.to(p.value).float()  # noqa: E731
+        network.float().load_state_dict({k: rounded(w) for k, w in weights.items()})
+        x, e, c = (rounded(inputs[k]) for k in ("x", "e", "c"))
+        times = torch.full((len(x),), t)
+        z, v = rounded((1 - t) * x + t * e), rounded(e - x)
+        with rounding(precision):
+            u = network(Dual(z, v), Dual(times, torch.ones_like(times)), times / 2, c)
+        z, v, c, times = (a.double() for a in (z, v, c, times))
+        with backend("reference"):
+            exact = network.double()(Dual(z, v), Dual(times, torch.ones_like(times)), times / 2, c)
+        yield dict(
+            precision=name,
+            t=t,
+            u=error(u.primal, exact.primal),
+            u_dot=error(u.tangent, exact.tangent),
+            u_dot_over_u=(exact.tangent.norm() / exact.primal.norm()).item(),
+        )
+    network.float().load_state_dict(weights)
+
+
+def random_network(layers: int, channels: int = 256, tokens: int = 256) -> tuple[Transformer, dict[str, Tensor]]:
+    """A SANA-shaped transformer with random weights, and inputs for it."""
+    torch.manual_seed(0)
+    side = int(tokens**0.5)
+    config = TransformerConfig(
+        32, 32, channels // 32, 32, layers, channels // 64, 64, 128, sample_size=side, dual_time=True
+    )
+    x, e = torch.randn(2, 2, 32, side, side)
+    return Transformer(config), dict(x=x, e=e, c=torch.randn(2, 64, 128))
+
+
+def trained_network(run: Path) -> tuple[Transformer, dict[str, Tensor]]:
+    """The transformer of a run of the digits, and scenes for it."""
+    from emf.data import digits
+    from emf.evaluate.run import load_run
+
+    config, network = load_run(run)
+    x, captions = digits.make_batch(7, 16, "test", config.world)
+    with torch.no_grad():
+        c, _ = network.encoder(*digits.encode(captions))
+    return network.transformer, dict(x=x, e=torch.randn(x.shape, generator=torch.Generator().manual_seed(7)), c=c)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    depths = [r for r in rows if r["layers"] is not None]
+    figure, axes = plt.subplots(1, len(TIMES), figsize=(3.6 * len(TIMES), 3.4), sharey=True)
+    for axis, t in zip(axes, TIMES, strict=True):
+        for color, name in enumerate(PRECISIONS):
+            mine = [r for r in depths if r["t"] == t and r["precision"] == name]
+            for what, style in (("u", "--"), ("u_dot", "-")):
+                axis.plot([r["layers"] for r in mine], [r[what] for r in mine], style, color=f"C{color}", marker=".",
+                          label=f"{what}: {name}")  # fmt: skip
+        axis.set(title=f"t = {t}", xlabel="blocks", yscale="log")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("relative error against float64")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=4, fontsize=7)
+    figure.subplots_adjust(left=0.07, right=0.99, top=0.91, bottom=0.3, wspace=0.06)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(run: Path | None) -> None:
+    """run: a trained run of the digits, measured too."""
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    jobs: list[tuple[str, int | None, float]] = [("random weights", n, t) for n in DEPTHS for t in TIMES]
+    jobs += [(f"trained: {run.name}", None, t) for t in TIMES] if run else []
+    rows: list[dict[str, Any]] = []
+    for title, layers, t in track(jobs, description="precision"):
+        network, inputs = random_network(layers) if layers else trained_network(run)  # type: ignore[arg-type]
+        rows += [dict(network=title, layers=layers) | row for row in measure(network, inputs, t)]
+    (OUT / "precision.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    plot(rows, OUT / "precision.png")
+    table = Table("network", "blocks", "t", "precision", "u", "u_dot", "|u_dot| / |u|")
+    for r in rows:
+        figures = (f"{r[k]:.1e}" for k in ("u", "u_dot"))
+        table.add_row(
+            r["network"], str(r["layers"] or ""), str(r["t"]), r["precision"], *figures, f"{r['u_dot_over_u']:.2f}"
+        )
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
