@@ -3,7 +3,7 @@ profiles/precision.json and precision.png. No GPU: what a fused kernel does to n
 
 A kernel computes in float32 and rounds what it writes. So every op runs in float32 here, and its outputs are rounded:
 values to one dtype, tangents to another. tf32 rounds what goes into products. The reference is the same network with
-the same weights and inputs (rounded alike) in float64: it is the arithmetic that is measured, not the rounding of weights.
+the same weights and inputs (rounded alike) in float64: arithmetic is measured, not the rounding of the weights.
 """
 
 from __future__ import annotations

@@ -1,0 +1,32 @@
+"""The precision bench measures what it says, and its record is whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from bench.precision import DEPTHS, PRECISIONS, TIMES, measure, random_network, to_tf32
+
+
+def test_errors_are_of_the_size_of_their_roundings() -> None:
+    network, inputs = random_network(2, channels=64, tokens=16)
+    rows = {row["precision"]: row for row in measure(network, inputs, 0.5)}
+    assert list(rows) == list(PRECISIONS)
+    whole, tf32, mixed, half = rows.values()
+    for what in ("u", "u_dot"):
+        assert 1e-8 < whole[what] < 2e-6 < 1e-4 < tf32[what] < 2e-3
+        assert 1e-3 < half[what] < 3e-2
+    assert mixed["u"] == half["u"] and 1e-4 < mixed["u_dot"] < half["u_dot"]
+
+
+def test_tf32_keeps_ten_bits() -> None:
+    x = torch.tensor([1.0, 1 + 2**-10, 1 + 2**-12, -(1 + 2**-10 + 2**-11 + 2**-13)])
+    assert to_tf32(x).tolist() == [1, 1 + 2**-10, 1, -(1 + 2**-9)]
+
+
+def test_the_record_has_every_depth_precision_and_time() -> None:
+    rows = json.loads((Path(__file__).parent.parent / "profiles" / "precision.json").read_text())
+    found = {(row["layers"], row["precision"], row["t"]) for row in rows}
+    assert found >= {(n, name, t) for n in DEPTHS for name in PRECISIONS for t in TIMES}
