@@ -60,8 +60,10 @@ def times(progress: float, n: int, flow: FlowConfig, generator: torch.Generator)
 
 def path(x: Tensor, e: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """(z_t, v), each [B, ...], on the straight path from data x to noise e at times t [B]."""
-    s = t.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)
-    return (1 - s) * x + s * e, e - x
+    s = t.reshape(
+        -1, *[1] * (x.ndim - 1)
+    )  # in its own float32: at 8 bits of t, z would lie at another time than t says
+    return ((1 - s) * x + s * e).to(x.dtype), e - x
 
 
 def flow_matching_loss(network: Network, x: Tensor, e: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -51,6 +51,19 @@ def test_path() -> None:
     torch.testing.assert_close(v, e - x)
 
 
+def test_path_keeps_the_time_in_bfloat16() -> None:
+    x, e, t = torch.zeros(1, 4), torch.ones(1, 4), torch.tensor([0.999])
+    z, v = path(x.bfloat16(), e.bfloat16(), t)
+    assert z.dtype == v.dtype == torch.bfloat16
+    x = torch.full((1, 4), 256.0)
+    torch.testing.assert_close(
+        path(x.bfloat16(), -x.bfloat16(), torch.tensor([0.5005]))[0].float(),
+        -0.256 * torch.ones(1, 4),
+        rtol=0.01,
+        atol=0,
+    )
+
+
 @pytest.mark.parametrize("guidance", [1.0, 1.5])
 def test_meanflow_loss_against_an_independent_computation(guidance: float) -> None:
     """On the real transformer: target by torch.func.jvp over all samples, weight and gradient by hand."""

@@ -15,7 +15,7 @@ from parity import SEED, compare, eager, floating, make, ours, outcome, outside
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from emf_kernels import REGISTRY, Case, Dual, Op, adaln, attention, backend
+from emf_kernels import REGISTRY, Case, Dual, Op, adaln, attention, backend, linear_attention, rmsnorm
 from emf_kernels import scaled_dot_product_attention as sdpa
 from emf_kernels.op import Backend
 
@@ -214,6 +214,28 @@ def test_attention_in_the_signature_of_sdpa(name: Backend) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             sdpa(q, k, v, **wrong)
+
+
+@pytest.mark.parametrize("dead", ["k", "q"])
+def test_linear_attention_where_no_feature_is_positive(dead: str) -> None:
+    """The normaliser is eps = 1e-15 there, and every sum 0: zeros come out, not NaN."""
+    args = {k: torch.randn(2, 5, 8, device=DEVICE).abs() for k in "qkv"}
+    args[dead] = -args[dead] - 0.1
+    leaves = {k: x.requires_grad_() for k, x in args.items()}
+    with backend("triton"):
+        duals = {k: Dual(x, torch.randn_like(x)) for k, x in leaves.items()}
+        o = linear_attention(**duals, q_weight=None, k_weight=None, head_size=4)
+    gradients = torch.autograd.grad(o.primal.sum(), list(leaves.values()))
+    assert not o.primal.any() and not o.tangent.any() and not any(g.any() for g in gradients)
+
+
+def test_rmsnorm_of_zeros() -> None:
+    x, weight = torch.zeros(1, 3, 12, device=DEVICE), torch.ones(12, device=DEVICE)
+    with backend("triton"):
+        y = rmsnorm(Dual(x, torch.ones_like(x)), weight)
+    want = torch.func.jvp(lambda x: rmsnorm.reference(x, weight), (x,), (torch.ones_like(x),))
+    assert torch.equal(y.primal, x)
+    torch.testing.assert_close(y.tangent, want[1])
 
 
 def test_adaln_of_a_constant_row() -> None:

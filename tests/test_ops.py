@@ -182,3 +182,20 @@ def test_a_chain_of_duals_compiles_to_one_graph(b: int) -> None:
         got, want = run(torch.compile(chain, fullgraph=True, backend="aot_eager")), run(chain)
     for a, c in zip(got, want, strict=True):
         torch.testing.assert_close(a, c)
+
+
+@pytest.mark.parametrize("op", [op for op in REGISTRY.values() if op.cases[0].live], ids=lambda op: op.name)
+def test_every_op_compiles_with_duals(op: Op) -> None:
+    """The CPU's path, to one graph; tensors carry the tangents in and out."""
+    args, x_dot, _ = make(op, op.cases[0], WHOLE)
+    fixed = {k: v for k, v in args.items() if not isinstance(v, Tensor)}
+    tensors = {k: v for k, v in args.items() if isinstance(v, Tensor)}
+
+    def run(tensors: dict[str, Tensor], x_dot: dict[str, Tensor]) -> list[Tensor]:
+        y = op(**fixed, **{k: Dual(v, x_dot[k]) if k in x_dot else v for k, v in tensors.items()})
+        return [half for d in ([y] if isinstance(y, Dual) else y) for half in d]
+
+    with backend("reference"):
+        got, want = torch.compile(run, fullgraph=True, backend="aot_eager")(tensors, x_dot), run(tensors, x_dot)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
