@@ -72,7 +72,7 @@ class Config:
     recipe: str
     objective: Literal["flow_matching", "meanflow"] = "meanflow"
     init: Path | None = None
-    """Weights to start from (model.safetensors of a checkpoint, or the shipped base); none: random."""
+    """Weights to start from (model.safetensors of a checkpoint, or the name of weights in emf/assets); none: random."""
     embedder_init: Literal["duplicate", "preserve"] = "duplicate"
     """MeanFlow's two time embedders from the pretrained one: `duplicate` copies it into both (the paper); `preserve`
     keeps the pretrained function at r = t: the end-time branch is fitted to it at the new time scale, the interval

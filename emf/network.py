@@ -14,12 +14,15 @@ from emf.convert import add_time_branches
 from emf.data.digits import VOCAB
 from emf.model import TextToImage, Transformer
 
+ASSETS = Path(__file__).parent / "assets"
+
 
 def build(config: Config, from_scratch: bool = False) -> TextToImage:
     """The network of a config, float32 on CPU. from_scratch: with config.init's weights, time branches added where
     the config asks for them.
 
-    MeanFlow trains what EMF trains (emf.md 1.6): the blocks, the two time embedders and the output modulation.
+    MeanFlow trains all but the pretrained time embedding and, with freeze_encoder, the encoder. EMF's release freezes the
+    patch embedding, the caption's projection and norm, and the output projection too.
     """
     network = TextToImage(SmallEncoder(config.encoder, len(VOCAB)), Transformer(config.transformer))
     if from_scratch and config.init is not None:
@@ -35,9 +38,13 @@ def build(config: Config, from_scratch: bool = False) -> TextToImage:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """A safetensors file in float32. Raises ValueError where it is missing or broken."""
+    """A safetensors file in float32; a bare name that is no file here means the one shipped in emf/assets. Raises
+    ValueError where it is missing or broken."""
+    shipped = ASSETS / path
     try:
-        return {k: v.float() for k, v in load_file(path).items()}
+        return {
+            k: v.float() for k, v in load_file(shipped if not path.exists() and shipped.is_file() else path).items()
+        }
     except FileNotFoundError:
         raise ValueError(f"weights: no file {path}") from None
     except SafetensorError as error:

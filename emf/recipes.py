@@ -12,7 +12,7 @@ from emf.config import Config, OptimConfig, RunConfig
 from emf.flow import FlowConfig
 from emf.model import TransformerConfig
 
-BASE = Path(__file__).parent / "assets" / "digits-base.safetensors"
+BASE = Path("digits-base.safetensors")  # shipped in emf/assets; by name, so that config.json holds on any machine
 
 
 def _digits_transformer(dual_time: bool) -> TransformerConfig:
