@@ -21,8 +21,8 @@ def build(config: Config, from_scratch: bool = False) -> TextToImage:
     """The network of a config, float32 on CPU. from_scratch: with config.init's weights, time branches added where
     the config asks for them.
 
-    MeanFlow trains all but the pretrained time embedding and, with freeze_encoder, the encoder. EMF's release freezes the
-    patch embedding, the caption's projection and norm, and the output projection too.
+    MeanFlow trains all but the pretrained time embedding and, with freeze_encoder, the encoder. EMF's release freezes
+    the patch embedding, the caption's projection and norm, and the output projection too.
     """
     network = TextToImage(SmallEncoder(config.encoder, len(VOCAB)), Transformer(config.transformer))
     if from_scratch and config.init is not None:
