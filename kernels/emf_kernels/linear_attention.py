@@ -376,7 +376,7 @@ linear_attention = Op(
         Case("small", dict(B=3, N=6, H=2, D=4), ("q", "k", "v")),
         Case("ragged", dict(B=3, N=5, H=3, D=4, b=1), ("q", "k", "v")),
         Case("no-norm", dict(B=2, N=5, H=2, D=4, plain=1), ("q", "k", "v")),
-        Case("one-token", dict(B=2, N=1, H=2, D=8), ("q", "k", "v")),
+        Case("one-token", dict(B=2, N=1, H=2, D=32), ("q", "k", "v")),
         Case("keys-only", dict(B=2, N=5, H=2, D=4), ("k",)),
         Case("chunks", dict(B=2, N=70, H=2, D=20, b=1), ("q", "k", "v")),  # several tiles in several partial sums
         Case("sana-1.6b", dict(B=4, N=1024, H=70, D=32), ("q", "k", "v"), frozenset({"bench"})),
