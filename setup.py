@@ -18,7 +18,7 @@ setup(
     # the folder kernels/ is no package itself: that import name belongs to Hugging Face's distribution `kernels`
     packages=["emf_kernels", *find_packages(include=["emf", "emf.*"])],
     package_dir={"emf_kernels": "kernels/emf_kernels", "emf": "emf"},
-    package_data={"emf": ["py.typed", "assets/*"], "emf_kernels": ["py.typed"]},
+    package_data={"emf": ["py.typed", "assets/*"], "emf_kernels": ["py.typed", "configs/*.json"]},
     install_requires=["torch>=2.11", "triton>=3.6", "numpy"],
     extras_require={"train": TRAIN, "eval": EVAL, "test": TEST, "gpu": ["flash-attn"]},
     entry_points={"console_scripts": ["emf = emf.cli:main"]},

@@ -28,13 +28,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from emf_kernels import REGISTRY, Case, Dual, Op, backend
+from emf_kernels import REGISTRY, Case, Dual, Op, backend, launch
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 OUT = Path(__file__).parent.parent / "profiles" / "static"
 TOOL = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.bool: "*i1"}
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227}  # KiB that a block may have
+Rows = dict[launch.Key, dict[str, int]]
 
 
 class Launch(NamedTuple):
@@ -56,6 +58,21 @@ def caught() -> Iterator[list[Launch]]:
         yield launches
 
 
+@contextmanager
+def configured(chip: str, given: Rows | None = None) -> Iterator[Rows]:
+    """A chip's configurations, without the chip. given: rows that go before the recorded ones. What was asked for is
+    listed, with what it got."""
+    asked: Rows = {}
+
+    def configuration(kernel: str, x: Tensor, default: dict[str, int], **shape: int) -> dict[str, int]:
+        key = launch.key(chip, kernel, shape | {"bytes": x.element_size()})
+        asked[key] = (given or {}).get(key) or launch.CONFIGURATIONS.get(key) or default
+        return asked[key]
+
+    with mock.patch.object(launch, "configuration", configuration):
+        yield asked
+
+
 def launches(op: Op, case: Case, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
     """What a plain call of an op, a dual call and its backward launch; each kernel and specialisation once."""
     assert op.triton is not None
@@ -72,15 +89,15 @@ def launches(op: Op, case: Case, dtype: torch.dtype = torch.bfloat16) -> list[La
         outputs = [o for o in outputs if o.requires_grad]
         leaves = [v for v in args.values() if isinstance(v, Tensor) and v.requires_grad]
         torch.autograd.grad(outputs, leaves, [torch.empty_like(o) for o in outputs], allow_unused=True)
-    return list({repr((launch.kernel.__name__, source(launch)[1:])): launch for launch in every}.values())
+    return list({repr((one.kernel.__name__, source(one)[1:])): one for one in every}.values())
 
 
-def source(launch: Launch) -> tuple[dict[str, str], dict[str, Any], list[int]]:
+def source(one: Launch) -> tuple[dict[str, str], dict[str, Any], list[int]]:
     """(signature, constants, positions of arguments that are multiples of 16): what a real launch would find.
     Pointers are taken for aligned."""
     signature, constants, aligned = {}, {}, []
-    for i, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
+    for i, parameter in enumerate(one.kernel.params):
+        value = one.arguments[parameter.name]
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, Tensor):
@@ -93,18 +110,18 @@ def source(launch: Launch) -> tuple[dict[str, str], dict[str, Any], list[int]]:
     return signature, constants, aligned
 
 
-def measure(launch: Launch, arch: str) -> dict[str, Any]:
+def measure(one: Launch, arch: str) -> dict[str, Any]:
     """Registers, spills, shared memory and instructions of one launch on one architecture."""
-    signature, constants, aligned = source(launch)
+    signature, constants, aligned = source(one)
     binary = triton.compile(
         ASTSource(
-            fn=launch.kernel,
+            fn=one.kernel,
             signature=signature,
             constexprs=constants,
             attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
         ),
         target=GPUTarget("cuda", int(arch[3:]), 32),
-        options=launch.options,
+        options=one.options,
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(binary.asm["cubin"])
@@ -121,7 +138,7 @@ def measure(launch: Launch, arch: str) -> dict[str, Any]:
         ldg128=count(r"\bLDG\.E\S*\.128\b"),
         ldg=count(r"\bLDG\b"),
         config={k: v for k, v in constants.items() if k.isupper() or v is None or k.islower() is False}
-        | launch.options,
+        | one.options,
     )
 
 
@@ -129,9 +146,11 @@ def rows(arch: str, names: list[str] | None = None) -> Iterator[dict[str, Any]]:
     for op in REGISTRY.values():
         for case in op.cases:
             if op.triton and "bench" in case.tags and (not names or op.name in names):
-                for launch in launches(op, case):
-                    title = dict(op=op.name, kernel=launch.kernel.__name__, case=case.name, arch=arch)
-                    yield title | measure(launch, arch)
+                with configured(arch):
+                    found = launches(op, case)
+                for one in found:
+                    title = dict(op=op.name, kernel=one.kernel.__name__, case=case.name, arch=arch)
+                    yield title | measure(one, arch)
 
 
 if __name__ == "__main__":

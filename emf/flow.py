@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from emf_kernels import Dual, meanflow, primal
+from emf_kernels import Dual, meanflow, path, primal
 
 Network = Callable[[Any, Any, Tensor | None], Any]
 """(z [B, C, H, W], t [B], r [B] or None) -> velocity [B, C, H, W]; Duals in, Dual out."""
@@ -56,14 +56,6 @@ def times(progress: float, n: int, flow: FlowConfig, generator: torch.Generator)
     t, r = draws.max(0).values, draws.min(0).values
     b = int(n * share + torch.rand((), generator=generator).item())
     return t, torch.cat([r[:b], t[b:]]), b
-
-
-def path(x: Tensor, e: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """(z_t, v), each [B, ...], on the straight path from data x to noise e at times t [B]."""
-    s = t.reshape(
-        -1, *[1] * (x.ndim - 1)
-    )  # in its own float32: at 8 bits of t, z would lie at another time than t says
-    return ((1 - s) * x + s * e).to(x.dtype), e - x
 
 
 def flow_matching_loss(network: Network, x: Tensor, e: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -130,6 +130,18 @@ MUTATIONS = {
         ("2 * w * dloss", "w * dloss"),
         ("sums.sum(1)", "sums[:, 0]"),
     ],
+    "path": [
+        ("(1 - t) * x + t * e", "x + t * e"),
+        ("z_dot += (1 - t) * x_dot", "z_dot += x_dot"),
+        ("v_dot -= x_dot", "v_dot += x_dot"),
+        ("z_dot += t * e_dot", "z_dot += e_dot"),
+        ("z_dot += (e - x) * tl.load", "z_dot += tl.load"),
+        ("if sample < b:", "if sample < b - 1:"),
+        ("offset(i, e_dot_c, e_dot_h, H, W)", "offset(i, 0, e_dot_h, H, W)"),
+        ("tl.program_id(0) * BLOCK + tl.arange", "tl.arange"),
+        ("(1 - s) * wide - dv", "(1 - s) * wide"),
+        ("(v.float() * wide)", "wide"),
+    ],
     "rmsnorm": [
         ("1 / tl.sqrt(tl.sum(x * x) / C + eps)", "1 / tl.sqrt(tl.sum(x * x) / BLOCK + eps)"),
         ("(rstd * rstd * tl.sum(x * x_dot) / C)", "(rstd * tl.sum(x * x_dot) / C)"),

@@ -23,6 +23,7 @@ from .linear import linear
 from .linear_attention import linear_attention
 from .meanflow import meanflow
 from .modulation import modulation
+from .path import path
 from .rmsnorm import rmsnorm
 from .sdpa import scaled_dot_product_attention
 from .silu import silu
@@ -46,6 +47,7 @@ __all__ = [
     "linear_attention",
     "meanflow",
     "modulation",
+    "path",
     "primal",
     "rmsnorm",
     "scaled_dot_product_attention",

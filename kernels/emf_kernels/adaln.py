@@ -18,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import launch
 from .op import Case, Cost, Dual, Op, check, forward_mode, halves, leading, strides
 
-ROWS = 16  # tokens over which one backward program sums dscale and dshift
 
 
 def reference(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
@@ -98,10 +98,11 @@ def _bwd(
     tl.store(dshift_ptr + part, dshift, mask=inside)
 
 
-def launch(C: int) -> dict[str, int]:
-    """A row in one block, and warps by its width."""
-    block = triton.next_power_of_2(C)
-    return dict(BLOCK=block, num_warps=min(max(block // 512, 1), 8))
+def config(kernel: str, x: Tensor, **free: int) -> dict[str, int]:
+    """Of a kernel with a row of x in one block. free: further parameters, at their defaults."""
+    block = triton.next_power_of_2(x.shape[-1])
+    default = free | dict(num_warps=min(max(block // 512, 1), 8))
+    return dict(BLOCK=block) | launch.configuration(kernel, x, default, C=block)
 
 
 class _AdaLN(torch.autograd.Function):
@@ -123,7 +124,7 @@ class _AdaLN(torch.autograd.Function):
             x, scale, shift, x_dot, scale_dot, shift_dot, y, y_dot, mean, rstd,
             *strides(x, 2), *strides(scale, 1), *strides(shift, 1),
             *strides(x_dot, 2), *strides(scale_dot, 1), *strides(shift_dot, 1), N, C, b, eps,
-            x_dot is not None, scale_dot is not None, shift_dot is not None, **launch(C),
+            x_dot is not None, scale_dot is not None, shift_dot is not None, **config("adaln._fwd", x),
         )  # fmt: skip
         return y, y_dot, mean, rstd
 
@@ -143,12 +144,13 @@ class _AdaLN(torch.autograd.Function):
         B, N, C = x.shape
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()
         dx = torch.empty(B, N, C, dtype=x.dtype, device=x.device)
-        chunks = triton.cdiv(N, ROWS)
+        constants = config("adaln._bwd", x, ROWS=16)  # tokens over which a program sums dscale and dshift
+        chunks = triton.cdiv(N, constants["ROWS"])
         dscale, dshift = (torch.empty(B, chunks, C, dtype=torch.float32, device=x.device) for _ in range(2))
         _bwd[(chunks, B)](
             dy, x, scale, mean, rstd, dx, dscale, dshift,
             dy.stride(0), dy.stride(1), x.stride(0), x.stride(1), scale.stride(0), N, C,
-            ROWS, **launch(C),
+            **constants,
         )  # fmt: skip
         return dx, dscale.sum(1).to(x.dtype), dshift.sum(1).to(x.dtype), None, None, None, None, None
 
@@ -196,7 +198,7 @@ adaln = Op(
     cases=[
         Case("small", dict(B=3, N=5, C=8), ("x", "scale", "shift")),
         Case("odd", dict(B=2, N=3, C=37, b=1), ("x", "scale", "shift")),
-        Case("chunks", dict(B=2, N=19, C=8, b=1), ("x", "scale", "shift")),  # more than ROWS tokens
+        Case("chunks", dict(B=2, N=19, C=8, b=1), ("x", "scale", "shift")),  # more than 16 tokens
         Case("one-token", dict(B=1, N=1, C=16), ("x", "scale", "shift")),
         Case("x-only", dict(B=3, N=4, C=12, b=2), ("x",)),
         Case("modulation-only", dict(B=3, N=4, C=12), ("scale", "shift")),

@@ -14,6 +14,7 @@ o_dot = (a_dot - mu o) / l.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import launch
 from .op import Case, Cost, Dual, Op, check, forward_mode, halves, leading, strides
 
 
@@ -118,13 +120,16 @@ def _fwd(
         tl.store(o_dot_ptr + out, (a_dot - mu[:, None] * o) / l[:, None], mask=i_inside)
 
 
-def launch(D: int, Nq: int, Nk: int, itemsize: int) -> dict[str, int]:
-    """Tile sizes, warps and stages by shape; for bfloat16 and D = 112 the largest tiles that spill nothing on sm_90."""
-    block_d = max(16, triton.next_power_of_2(D))
-    most_q = 128 if block_d * itemsize <= 256 else 64
-    most_k = 64 if block_d * itemsize <= 128 else 32
-    block_q, block_k = (min(most, max(16, triton.next_power_of_2(n))) for most, n in ((most_q, Nq), (most_k, Nk)))
-    return dict(BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_D=block_d, num_warps=8 if block_q == 128 else 4, num_stages=2)
+def config(q: Tensor, Nk: int, live: Sequence[bool]) -> dict[str, int]:
+    """Tile sizes, warps and stages: by head size, lengths up to 128, and how many products a tile has."""
+    block_d, nq, nk = (max(16, triton.next_power_of_2(n)) for n in (q.shape[3], q.shape[1], Nk))
+    most_q = 128 if block_d * q.element_size() <= 256 else 64
+    most_k = 64 if block_d * q.element_size() <= 128 else 32
+    block_q, block_k = min(most_q, nq), min(most_k, nk)
+    default = dict(BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=8 if block_q == 128 else 4, num_stages=2)
+    products = 2 + live[0] + live[1] + (live[0] or live[1]) + live[2]
+    shape = dict(D=block_d, Nq=min(nq, 128), Nk=min(nk, 128), products=products)
+    return dict(BLOCK_D=block_d) | launch.configuration("attention._fwd", q, default, **shape)
 
 
 class _Attention(torch.autograd.Function):
@@ -134,11 +139,11 @@ class _Attention(torch.autograd.Function):
         (B, Nq, H, D), Nk = q.shape, k.shape[1]
         o, o_dot = (torch.empty(samples, Nq, H, D, dtype=q.dtype, device=q.device) for samples in (B, b))
         lse = torch.empty(B, H, Nq, dtype=torch.float32, device=q.device)
-        constants = launch(D, Nq, Nk, q.element_size())
         precision = "ieee" if q.dtype == torch.float32 else "tf32"
         # the first b samples with their tangents, then the rest without: the second launch compiles to plain attention
         for first, count, live in ((0, b, [d is not None for d in dots]), (b, B - b, [False] * 3)):
             if count:
+                constants = config(q, Nk, live)
                 _fwd[(triton.cdiv(Nq, constants["BLOCK_Q"]), H, count)](
                     q, k, v, mask, *dots, o, o_dot, lse, *strides(q, 3), *strides(k, 3), *strides(v, 3),
                     *strides(mask, 1), *(stride for d in dots for stride in strides(d, 3)), first, Nq, Nk, scale, H, D,

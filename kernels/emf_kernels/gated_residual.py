@@ -18,9 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import launch
 from .op import Case, Cost, Dual, Op, check, forward_mode, halves, leading, strides
-
-ROWS = 16  # tokens over which one backward program sums dgate
 
 
 def reference(x: Tensor, gate: Tensor | None, h: Tensor) -> Tensor:
@@ -75,9 +74,10 @@ def _bwd(
     tl.store(dgate_ptr + (sample * tl.num_programs(0) + tl.program_id(0)) * C + c, dgate, mask=c < C)
 
 
-def launch(C: int) -> dict[str, int]:
-    """Channels a program, at least one 16-byte load a thread where there are as many."""
-    return dict(BLOCK=min(512, triton.next_power_of_2(C)), num_warps=4)
+def config(kernel: str, x: Tensor) -> dict[str, int]:
+    """Tokens and channels of a program, and warps."""
+    block = triton.next_power_of_2(x.shape[-1])
+    return launch.configuration(kernel, x, dict(ROWS=16, BLOCK=min(512, block), num_warps=4), C=block)
 
 
 class _GatedResidual(torch.autograd.Function):
@@ -85,12 +85,12 @@ class _GatedResidual(torch.autograd.Function):
     def forward(x: Tensor, gate: Tensor | None, h: Tensor, x_dot: Any, gate_dot: Any, h_dot: Any, b: int) -> Any:
         B, N, C = x.shape
         y, y_dot = (torch.empty(samples, N, C, dtype=x.dtype, device=x.device) for samples in (B, b))
-        constants = launch(C)
-        _fwd[(triton.cdiv(N, ROWS), triton.cdiv(C, constants["BLOCK"]), B)](
+        constants = config("gated_residual._fwd", x)
+        _fwd[(triton.cdiv(N, constants["ROWS"]), triton.cdiv(C, constants["BLOCK"]), B)](
             x, gate, h, x_dot, gate_dot, h_dot, y, y_dot,
             *strides(x, 2), *strides(gate, 1), *strides(h, 2), *strides(x_dot, 2), *strides(gate_dot, 1),
             *strides(h_dot, 2), N, C, b,
-            gate is not None, x_dot is not None, gate_dot is not None, h_dot is not None, ROWS, **constants,
+            gate is not None, x_dot is not None, gate_dot is not None, h_dot is not None, **constants,
         )  # fmt: skip
         return y, y_dot
 
@@ -112,11 +112,12 @@ class _GatedResidual(torch.autograd.Function):
         gate, h = ctx.saved_tensors
         (B, N, C), given = h.shape, dy
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-        constants, chunks = launch(C), triton.cdiv(N, ROWS)
+        constants = config("gated_residual._bwd", h)
+        chunks = triton.cdiv(N, constants["ROWS"])
         dh = torch.empty(B, N, C, dtype=h.dtype, device=h.device)
         dgate = torch.empty(B, chunks, C, dtype=torch.float32, device=h.device)
         _bwd[(chunks, triton.cdiv(C, constants["BLOCK"]), B)](
-            dy, gate, h, dh, dgate, *strides(dy, 2), *strides(gate, 1), *strides(h, 2), N, C, ROWS, **constants
+            dy, gate, h, dh, dgate, *strides(dy, 2), *strides(gate, 1), *strides(h, 2), N, C, **constants
         )
         return given, dgate.sum(1).to(gate.dtype), dh, None, None, None, None
 
@@ -169,7 +170,7 @@ gated_residual = Op(
         Case("small", dict(B=3, N=5, C=7), ("x", "gate", "h")),
         Case("ragged", dict(B=3, N=5, C=7, b=1), ("x", "gate", "h")),
         Case("ungated", dict(B=3, N=5, C=7, ungated=1), ("x", "h")),
-        Case("tiles", dict(B=2, N=19, C=520, b=1), ("x", "gate", "h")),  # more than ROWS tokens and a block of channels
+        Case("tiles", dict(B=2, N=19, C=520, b=1), ("x", "gate", "h")),  # more than 16 tokens and a block of channels
         Case("vectors", dict(B=3, C=7, ungated=1, b=2), ("x", "h")),
         Case("gate-only", dict(B=2, N=3, C=5), ("gate",)),
         Case("branch", dict(B=3, N=5, C=7, b=2), ("h",)),

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .adaln import ROWS, launch, norm, norm_dot
+from .adaln import config, norm, norm_dot
 from .adaln import reference as adaln_reference
 from .gated_residual import reference as gated_residual_reference
 from .op import Case, Cost, Dual, Op, check, forward_mode, halves, leading, strides
@@ -128,7 +128,8 @@ class _GatedResidualAdaLN(torch.autograd.Function):
             x, gate, h, scale, shift, *dots, y, n, y_dot, n_dot, mean, rstd,
             *(s for a, w in zip((x, gate, h, scale, shift), widths, strict=True) for s in strides(a, w)),
             *(s for a, w in zip(dots, widths, strict=True) for s in strides(a, w)),
-            N, C, b, eps, gate is not None, *(d is not None for d in dots), **launch(C),
+            N, C, b, eps, gate is not None, *(d is not None for d in dots),
+            **config("gated_residual_adaln._fwd", x),
         )  # fmt: skip
         return y, n, y_dot, n_dot, mean, rstd
 
@@ -148,14 +149,15 @@ class _GatedResidualAdaLN(torch.autograd.Function):
         B, N, C = y.shape
         dn = torch.zeros_like(y) if dn is None else dn
         dy, dn = (a if a is None or a.stride(-1) == 1 else a.contiguous() for a in (dy, dn))
-        chunks, gated = triton.cdiv(N, ROWS), gate is not None
+        constants, gated = config("gated_residual_adaln._bwd", y, ROWS=16), gate is not None
+        chunks = triton.cdiv(N, constants["ROWS"])
         dx = torch.empty(B, N, C, dtype=y.dtype, device=y.device)
         dh = torch.empty_like(dx) if gated else dx
         dgate, dscale, dshift = (torch.empty(B, chunks, C, dtype=torch.float32, device=y.device) for _ in range(3))
         _bwd[(chunks, B)](
             dy, dn, y, gate, h, scale, mean, rstd, dx, dh, dgate, dscale, dshift,
             *strides(dy, 2), *strides(dn, 2), *strides(gate, 1), *strides(h, 2), *strides(scale, 1), N, C,
-            gated, dy is not None, ROWS, **launch(C),
+            gated, dy is not None, **constants,
         )  # fmt: skip
         total = [a.sum(1).to(y.dtype) for a in (dgate, dscale, dshift)]
         return dx, total[0] if gated else None, dh, total[1], total[2], *[None] * 7
@@ -216,7 +218,7 @@ gated_residual_adaln = Op(
         Case("small", dict(B=3, N=5, C=8), ("x", "gate", "h", "scale", "shift")),
         Case("ragged", dict(B=3, N=5, C=7, b=1), ("x", "gate", "h", "scale", "shift")),
         Case("ungated", dict(B=3, N=5, C=7, ungated=1, b=2), ("x", "h", "scale", "shift")),
-        Case("chunks", dict(B=2, N=19, C=8, b=1), ("x", "gate", "h", "scale", "shift")),  # more than ROWS tokens
+        Case("chunks", dict(B=2, N=19, C=8, b=1), ("x", "gate", "h", "scale", "shift")),  # more than 16 tokens
         Case("modulation-only", dict(B=2, N=3, C=12), ("gate", "scale", "shift")),
         Case("sana-1.6b", dict(B=4, N=1024, C=2240, ungated=1), ("x", "h", "scale", "shift"), frozenset({"bench"})),
     ],

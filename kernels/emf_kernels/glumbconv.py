@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv2d
 
+from . import launch
 from .op import Case, Cost, Dual, Op, check, forward_mode, halves, leading, strides
 from .silu import reference as silu
 
@@ -185,11 +186,11 @@ def _bwd_conv(
     tl.store(dweight_ptr + part * C + c[None, :], dweight, mask=c_inside[None, :] & (tap < 9))
 
 
-def launch(H: int, W: int, F: int) -> dict[str, int]:
-    """Rows of a strip, tile sizes and warps by shape: 8 channels a thread, and the largest tile of those that spills
-    nothing on sm_90. Not tuned on a GPU yet."""
-    half = lambda n: max(1, triton.next_power_of_2(n) // 2)  # noqa: E731
-    return dict(ROWS=min(16, half(H)), BLOCK_W=min(8, half(W)), BLOCK_C=min(64, 2 * half(F)), num_warps=2)
+def config(kernel: str, x: Tensor) -> dict[str, int]:
+    """Rows of a strip, columns and channels of a tile, and warps. The default has 8 channels a thread."""
+    H, W, F = (triton.next_power_of_2(n) for n in (x.shape[1], x.shape[2], x.shape[3] // 2))
+    default = dict(ROWS=min(16, max(1, H // 2)), BLOCK_W=min(8, max(1, W // 2)), BLOCK_C=min(64, F), num_warps=2)
+    return launch.configuration(kernel, x, default, H=min(H, 64), W=min(W, 64), F=F)
 
 
 def taps(weight: Tensor) -> Tensor:
@@ -202,7 +203,7 @@ class _GLUMBConv(torch.autograd.Function):
     def forward(x: Tensor, weight: Tensor, bias: Tensor, x_dot: Tensor | None, b: int) -> Any:
         (B, H, W, _), F = x.shape, x.shape[3] // 2
         y, y_dot = (torch.empty(samples, H, W, F, dtype=x.dtype, device=x.device) for samples in (B, b))
-        constants = launch(H, W, F)
+        constants = config("glumbconv._fwd", x)
         strips, blocks = triton.cdiv(H, constants["ROWS"]), triton.cdiv(W, constants["BLOCK_W"])
         nine = taps(weight)
         # the first b samples with their tangents, then the rest without
@@ -229,15 +230,17 @@ class _GLUMBConv(torch.autograd.Function):
         x, weight, bias = ctx.saved_tensors
         (B, H, W, _), F = x.shape, x.shape[3] // 2
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-        constants, nine = launch(H, W, F), taps(weight)
-        strips, blocks = triton.cdiv(H, constants["ROWS"]), triton.cdiv(W, constants["BLOCK_W"])
+        nine = taps(weight)
         dc, dx = (torch.empty(B, H, W, 2 * F, dtype=x.dtype, device=x.device) for _ in range(2))
+        constants = config("glumbconv._bwd_gate", x)
+        strips, blocks = triton.cdiv(H, constants["ROWS"]), triton.cdiv(W, constants["BLOCK_W"])
         dbias = torch.empty(B, strips * blocks, 2 * F, dtype=torch.float32, device=x.device)
-        dweight = torch.empty(B, strips * blocks, 9, 2 * F, dtype=torch.float32, device=x.device)
         _bwd_gate[(strips * blocks, triton.cdiv(F, constants["BLOCK_C"]), B)](
-            dy, x, nine, bias, dc, dbias, *strides(dy, 3), *strides(x, 3), H, W, F, strips,
-            **constants,
-        )  # fmt: skip
+            dy, x, nine, bias, dc, dbias, *strides(dy, 3), *strides(x, 3), H, W, F, strips, **constants
+        )
+        constants = config("glumbconv._bwd_conv", x)
+        strips, blocks = triton.cdiv(H, constants["ROWS"]), triton.cdiv(W, constants["BLOCK_W"])
+        dweight = torch.empty(B, strips * blocks, 9, 2 * F, dtype=torch.float32, device=x.device)
         _bwd_conv[(strips * blocks, triton.cdiv(2 * F, constants["BLOCK_C"]), B)](
             dc, x, nine, dx, dweight, *strides(x, 3), H, W, 2 * F, strips, **constants
         )  # fmt: skip

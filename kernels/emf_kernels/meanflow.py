@@ -20,9 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import launch
 from .op import Case, Cost, Op, check, strides
-
-BLOCK = 1024  # elements of a program
 
 
 def reference(
@@ -35,7 +34,7 @@ def reference(
 
 
 @triton.jit
-def _offset(i, stride_c, stride_h, H, W):
+def offset(i, stride_c, stride_h, H, W):
     return i // W // H * stride_c + i // W % H * stride_h + i % W
 
 
@@ -45,10 +44,10 @@ def _error(
     sample, i, inside, b, H, W,
 ):  # fmt: skip
     """u - u_tgt."""
-    u = tl.load(u_ptr + sample * u_b + _offset(i, u_c, u_h, H, W), mask=inside, other=0).to(tl.float32)
-    v = tl.load(v_ptr + sample * v_b + _offset(i, v_c, v_h, H, W), mask=inside, other=0).to(tl.float32)
+    u = tl.load(u_ptr + sample * u_b + offset(i, u_c, u_h, H, W), mask=inside, other=0).to(tl.float32)
+    v = tl.load(v_ptr + sample * v_b + offset(i, v_c, v_h, H, W), mask=inside, other=0).to(tl.float32)
     gap = tl.load(t_ptr + sample).to(tl.float32) - tl.load(r_ptr + sample).to(tl.float32)
-    at = sample * u_dot_b + _offset(i, u_dot_c, u_dot_h, H, W)
+    at = sample * u_dot_b + offset(i, u_dot_c, u_dot_h, H, W)
     u_dot = tl.load(u_dot_ptr + at, mask=inside & (sample < b), other=0).to(tl.float32)
     return u - (v - gap * u_dot)
 
@@ -80,16 +79,24 @@ def _bwd(
     tl.store(du_ptr + sample * n + i, tl.load(dloss_ptr + sample) * error, mask=i < n)
 
 
+def config(kernel: str, u: Tensor) -> dict[str, int]:
+    """Elements of a program, and warps; the class is a sample's size."""
+    n = min(triton.next_power_of_2(u[0].numel()), 2**16)
+    return launch.configuration(kernel, u, dict(BLOCK=1024, num_warps=4), n=n)
+
+
 class _MeanFlow(torch.autograd.Function):
     @staticmethod
     def forward(
         u: Tensor, u_dot: Tensor, v: Tensor, t: Tensor, r: Tensor, p: float, c: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         B, n, (H, W) = u.shape[0], u[0].numel(), u.shape[2:]
-        sums = torch.empty(B, triton.cdiv(n, BLOCK), dtype=torch.float32, device=u.device)
+        constants = config("meanflow._fwd", u)
+        sums = torch.empty(B, triton.cdiv(n, constants["BLOCK"]), dtype=torch.float32, device=u.device)
         _fwd[(sums.shape[1], B)](
-            u, u_dot, v, t, r, sums, *strides(u, 3), *strides(u_dot, 3), *strides(v, 3), u_dot.shape[0], n, H, W, BLOCK
-        )
+            u, u_dot, v, t, r, sums, *strides(u, 3), *strides(u_dot, 3), *strides(v, 3),
+            u_dot.shape[0], n, H, W, **constants,
+        )  # fmt: skip
         total = sums.sum(1)
         w = 1 / (total + c) ** p
         return (w * total).to(u.dtype), (total / n).to(u.dtype), w
@@ -106,9 +113,10 @@ class _MeanFlow(torch.autograd.Function):
         u, u_dot, v, t, r, w = ctx.saved_tensors
         n, (H, W) = u[0].numel(), u.shape[2:]
         du = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-        _bwd[(triton.cdiv(n, BLOCK), u.shape[0])](
+        constants = config("meanflow._bwd", u)
+        _bwd[(triton.cdiv(n, constants["BLOCK"]), u.shape[0])](
             2 * w * dloss, u, u_dot, v, t, r, du, *strides(u, 3), *strides(u_dot, 3), *strides(v, 3),
-            u_dot.shape[0], n, H, W, BLOCK,
+            u_dot.shape[0], n, H, W, **constants,
         )  # fmt: skip
         return du, None, None, None, None, None, None
 

@@ -17,10 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .adaln import launch
+from .adaln import config
 from .op import Case, Cost, Dual, Op, check, forward_mode, halves, leading, strides
-
-ROWS = 32  # tokens over which one backward program sums dweight
 
 
 def reference(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
@@ -74,10 +72,11 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tenso
     """(dx, dweight) from dy, x [B, N, C], weight [C] and the saved rstd [B, N]."""
     B, N, C = x.shape
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-    dx, chunks = torch.empty(B, N, C, dtype=x.dtype, device=x.device), triton.cdiv(B * N, ROWS)
+    constants = config("rmsnorm._bwd", x, ROWS=32)  # tokens over which a program sums dweight
+    dx, chunks = torch.empty(B, N, C, dtype=x.dtype, device=x.device), triton.cdiv(B * N, constants["ROWS"])
     dweight = torch.empty(chunks, C, dtype=torch.float32, device=x.device)
     _bwd[(chunks,)](
-        dy, x, weight, rstd, dx, dweight, *strides(dy, 2), *strides(x, 2), N, C, B * N, ROWS, **launch(C)
+        dy, x, weight, rstd, dx, dweight, *strides(dy, 2), *strides(x, 2), N, C, B * N, **constants
     )  # fmt: skip
     return dx, dweight.sum(0).to(weight.dtype)
 
@@ -90,7 +89,7 @@ class _RMSNorm(torch.autograd.Function):
         rstd = torch.empty(B, N, dtype=torch.float32, device=x.device)
         _fwd[(B * N,)](
             x, weight, x_dot, y, y_dot, rstd, *strides(x, 2), *strides(x_dot, 2), N, C, b, eps, x_dot is not None,
-            **launch(C),
+            **config("rmsnorm._fwd", x),
         )  # fmt: skip
         return y, y_dot, rstd
 
@@ -150,7 +149,7 @@ rmsnorm = Op(
     cases=[
         Case("small", dict(B=3, N=5, C=8), ("x",)),
         Case("ragged", dict(B=3, N=1, C=37, b=2), ("x",)),
-        Case("chunks", dict(B=2, N=19, C=8, b=1), ("x",)),  # more than ROWS tokens
+        Case("chunks", dict(B=2, N=19, C=8, b=1), ("x",)),  # more than 32 tokens
         Case("sana-1.6b", dict(B=4, N=1024, C=2240), ("x",), frozenset({"bench"})),
     ],
 )

@@ -1,0 +1,159 @@
+"""Launch configurations of the bench cases: writes kernels/emf_kernels/configs/<chip>.json after each kernel.
+
+On a GPU, for that device: from the configuration in use, double or halve one parameter at a time and keep what is
+faster. Without one, for each architecture: the default, or the nearest configuration that spills nothing and fits into
+shared memory, by the compiler's figures. Needs torch and triton only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.ops import DEVICE, milliseconds
+from bench.static import ARCHS, SHARED, configured, launches, measure
+from emf_kernels import REGISTRY, Case, Dual, Op, launch
+
+Config = dict[str, int]
+LEAST = {"BLOCK_Q": 16, "BLOCK_K": 16, "BLOCK_N": 16}  # a matrix product's smallest tile
+MOST = {"num_warps": 16, "num_stages": 4, "chunks": 16, "ROWS": 128}
+FASTER = 0.98  # a configuration must save 2 % to be worth a change
+TRIES = 24
+
+
+def neighbours(config: Config) -> Iterator[Config]:
+    """One parameter halved or doubled; smaller tiles first."""
+    for name, value in config.items():
+        for other in (value // 2, value * 2) if name != "num_stages" else (value - 1, value + 1):
+            if LEAST.get(name, 1) <= other <= MOST.get(name, 1024):
+                yield config | {name: other}
+
+
+def bench_cases(names: list[str]) -> list[tuple[Op, Case]]:
+    ops = [op for op in REGISTRY.values() if op.triton and (not names or op.name in names)]
+    return [(op, case) for op in ops for case in op.cases if "bench" in case.tags]
+
+
+def clean(op: Op, case: Case, arch: str, key: launch.Key, config: Config) -> bool:
+    """Whether no launch with this configuration spills or takes more shared memory than there is."""
+    with configured(arch, {key: config}):
+        ours = launches(op, case)
+    with configured(arch, {key: config | {"num_warps": 2 * config["num_warps"]}}):
+        others = launches(op, case)
+    found = [measure(a, arch) for a, b in zip(ours, others, strict=True) if a.options != b.options]
+    return all(not row["spill_bytes"] and row["shared_bytes"] <= SHARED[arch] * 1024 for row in found)
+
+
+def by_figures(op: Op, case: Case, arch: str, key: launch.Key, config: Config) -> Config:
+    """The nearest clean configuration, breadth first; the given one where none is found."""
+    queue, seen = [config], [config]
+    while queue and len(seen) <= TRIES:
+        candidate = queue.pop(0)
+        if clean(op, case, arch, key, candidate):
+            return candidate
+        new = [c for c in neighbours(candidate) if c not in seen]
+        queue, seen = queue + new, seen + new
+    return config
+
+
+def call(op: Op, case: Case, backward: bool) -> Callable[[], Any]:
+    """The op's dual call, or the backward of one."""
+    generator = torch.Generator().manual_seed(0)
+    args = op.inputs(case, torch.bfloat16, DEVICE, generator)
+    dots = {k: torch.randn_like(args[k])[: case.b] for k in case.live}
+    leaves = [v for k, v in args.items() if isinstance(v, Tensor) and v.is_floating_point()]
+    leaves = [v for k, v in args.items() if op.differentiable and k in op.differentiable] or leaves
+    duals = {k: Dual(v, dots[k]) if k in dots else v for k, v in args.items()}
+    if not backward:
+        return lambda: op(**duals)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    y = op(**duals)
+    values = [o.primal if isinstance(o, Dual) else o for o in ([y] if isinstance(y, (Dual, Tensor)) else y)]
+    values = [v for v in values if v.requires_grad]
+    dy = [torch.ones_like(v) for v in values]
+    return lambda: torch.autograd.grad(values, leaves, dy, retain_graph=True, allow_unused=True)
+
+
+def by_time(op: Op, case: Case, chip: str, key: launch.Key, config: Config, until: float) -> tuple[Config, float]:
+    """(the fastest configuration found by changing one parameter at a time, its time over the given one's)."""
+    backward = "_bwd" in key[1]
+
+    def timed(candidate: Config) -> Callable[[], Any]:
+        with configured(chip, {key: candidate}):
+            fn = call(op, case, backward)
+
+        def run() -> Any:
+            with configured(chip, {key: candidate}):
+                return fn()
+
+        run()  # compiles; raises where it does not fit
+        return run
+
+    best, run_best, gain, seen = config, timed(config), 1.0, [config]
+    better = True
+    while better and time.monotonic() < until:
+        better = False
+        for candidate in neighbours(best):
+            if candidate in seen or len(seen) > TRIES or time.monotonic() > until:
+                continue
+            seen.append(candidate)
+            try:
+                run = timed(candidate)
+            except Exception as error:  # out of shared memory or registers, a tile too small: not a candidate
+                print(f"  {candidate}: {type(error).__name__}", flush=True)
+                continue
+            took = milliseconds({"best": run_best, "new": run}, 15)
+            ratio = statistics.median(n / b for n, b in zip(took["new"], took["best"], strict=True))
+            if ratio < FASTER:
+                best, run_best, gain, better = candidate, run, gain * ratio, True
+                break
+    return best, gain
+
+
+def record(chip: str, key: launch.Key, row: dict[str, Any]) -> None:
+    """Put one row into the chip's file, in place of an older one of the same kernel and shape class."""
+    file = launch.CONFIGS / f"{chip}.json"
+    rows = json.loads(file.read_text()) if file.exists() else []
+    rows = {launch.key(chip, r["kernel"], r["shape"]): r for r in rows} | {key: row}
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("[\n" + ",\n".join(json.dumps(rows[k]) for k in sorted(rows)) + "\n]\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__)
+    parser.add_argument("ops", nargs="*", metavar="op", help="default: every op with a kernel")
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop the sweep of a GPU after this time")
+    options = parser.parse_args()
+    unknown = set(options.ops) - {op.name for op, _ in bench_cases([])}
+    if unknown:
+        parser.error(f"no kernel {', '.join(sorted(unknown))}; there are {', '.join(sorted({o.name for o, _ in bench_cases([])}))}")
+    until, gpu = time.monotonic() + options.seconds, DEVICE == "cuda"
+    for chip in launch.chips(torch.cuda.current_device())[:1] if gpu else ARCHS:
+        done: set[launch.Key] = set()
+        for op, case in bench_cases(options.ops):
+            with configured(chip) as asked:
+                call(op, case, backward=True)() if gpu else launches(op, case)
+            for key, config in asked.items():
+                if key in done or time.monotonic() > until:
+                    continue
+                done.add(key)
+                if gpu:
+                    config, gain = by_time(op, case, chip, key, config, until)
+                    found = dict(config=config, found="sweep", case=f"{op.name} {case.name}", time_ratio=round(gain, 3))
+                else:
+                    found = dict(config=by_figures(op, case, chip, key, config), found="static")
+                shape = {k: int(v) for k, v in (part.split("=") for part in key[2].split())}
+                record(chip, key, dict(kernel=key[1], shape=shape) | found)
+                print(chip, key[1], key[2], *(f"{k}={v}" for k, v in found["config"].items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""The straight path from data to noise: where it is at time t, and its velocity.
+
+Shapes:   x (data), e (noise) [B, ...], up to three dimensions; t [B]; outputs z, v [B, ...].
+Primal:   z = (1 - t) x + t e;  v = e - x
+Tangent:  z_dot = (1 - t) x_dot + t e_dot + v t_dot;  v_dot = e_dot - x_dot   (along t alone z_dot = v, and v_dot = 0)
+Backward: dx = (1 - t) dz - dv;  de = t dz + dv;  dt = sum over all but the batch of v dz
+Source:   rectified flow (arXiv 2209.03003), in MeanFlow's letters (arXiv 2505.13447). Feed t in float32: at bfloat16's
+          8 bits z would lie at another time than t says.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import launch
+from .meanflow import offset
+from .op import Case, Cost, Dual, Op, check, forward_mode, halves, leading, strides
+
+
+def reference(x: Tensor, e: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    s = t.reshape(-1, *[1] * (x.ndim - 1))
+    return ((1 - s) * x + s * e).to(x.dtype), e - x
+
+
+@triton.jit
+def _fwd(
+    x_ptr, e_ptr, t_ptr, x_dot_ptr, e_dot_ptr, t_dot_ptr, z_ptr, v_ptr, z_dot_ptr, v_dot_ptr,
+    x_b, x_c, x_h, e_b, e_c, e_h, x_dot_b, x_dot_c, x_dot_h, e_dot_b, e_dot_c, e_dot_h, b, n, H, W,
+    X_LIVE: tl.constexpr, E_LIVE: tl.constexpr, T_LIVE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    sample, i = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside, at = i < n, sample * n + i
+    x = tl.load(x_ptr + sample * x_b + offset(i, x_c, x_h, H, W), mask=inside, other=0).to(tl.float32)
+    e = tl.load(e_ptr + sample * e_b + offset(i, e_c, e_h, H, W), mask=inside, other=0).to(tl.float32)
+    t = tl.load(t_ptr + sample).to(tl.float32)
+    tl.store(z_ptr + at, (1 - t) * x + t * e, mask=inside)
+    tl.store(v_ptr + at, e - x, mask=inside)
+    if sample < b:
+        z_dot, v_dot = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+        if X_LIVE:
+            x_at = sample * x_dot_b + offset(i, x_dot_c, x_dot_h, H, W)
+            x_dot = tl.load(x_dot_ptr + x_at, mask=inside, other=0).to(tl.float32)
+            z_dot += (1 - t) * x_dot
+            v_dot -= x_dot
+        if E_LIVE:
+            e_at = sample * e_dot_b + offset(i, e_dot_c, e_dot_h, H, W)
+            e_dot = tl.load(e_dot_ptr + e_at, mask=inside, other=0).to(tl.float32)
+            z_dot += t * e_dot
+            v_dot += e_dot
+        if T_LIVE:
+            z_dot += (e - x) * tl.load(t_dot_ptr + sample).to(tl.float32)
+        tl.store(z_dot_ptr + at, z_dot, mask=inside)
+        tl.store(v_dot_ptr + at, v_dot, mask=inside)
+
+
+def config(x: Tensor) -> dict[str, int]:
+    """Elements of a program, and warps; the class is a sample's size."""
+    n = min(triton.next_power_of_2(x[0].numel()), 2**16)
+    return launch.configuration("path._fwd", x, dict(BLOCK=1024, num_warps=4), n=n)
+
+
+class _Path(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, e: Tensor, t: Tensor, x_dot: Any, e_dot: Any, t_dot: Any, b: int) -> Any:
+        B, n, (H, W), constants = x.shape[0], x[0].numel(), x.shape[2:], config(x)
+        z, v, z_dot, v_dot = (
+            torch.empty(samples, *x.shape[1:], dtype=x.dtype, device=x.device) for samples in (B, B, b, b)
+        )
+        _fwd[(triton.cdiv(n, constants["BLOCK"]), B)](
+            x, e, t, x_dot, e_dot, t_dot, z, v, z_dot, v_dot, *strides(x, 3), *strides(e, 3),
+            *strides(x_dot, 3), *strides(e_dot, 3), b, n, H, W,
+            x_dot is not None, e_dot is not None, t_dot is not None, **constants,
+        )  # fmt: skip
+        return z, v, z_dot, v_dot
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, e, t, *dots, _ = inputs
+        ctx.save_for_backward(t, output[1])
+        ctx.save_for_forward(x, e, t)
+        ctx.dual = any(d is not None for d in dots)
+        ctx.mark_non_differentiable(*output[2:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dz: Tensor, dv: Tensor, *_: Any) -> Any:
+        # never needed in training, where x, e and t are data: plain torch
+        t, v = ctx.saved_tensors
+        s, wide = t[:, None, None, None].float(), dz.float()
+        dx, de = (1 - s) * wide - dv, s * wide + dv
+        dt = (v.float() * wide).flatten(1).sum(1)
+        return dx.to(dz.dtype), de.to(dz.dtype), dt.to(t.dtype), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *dots: Any) -> Any:
+        return *forward_mode(ctx, fused, ctx.saved_tensors, dots[:3]), None, None
+
+
+def fused(x: Tensor | Dual, e: Tensor | Dual, t: Tensor | Dual) -> tuple[Any, Any]:
+    """path of Tensors, or of Duals in any of the three places: one launch for both outputs, value and tangent. Shapes
+    as above; x, e float16, bfloat16 (on a GPU) or float32, the same for both; t of that dtype or float32; last
+    dimension contiguous; else ValueError."""
+    duals = [a for a in (x, e, t) if isinstance(a, Dual)]
+    b = leading(duals, "path") if duals else 0
+    (x_, x_dot), (e_, e_dot), (t_, t_dot) = halves(x), halves(e), halves(t)
+    if not 2 <= x_.ndim <= 4:
+        raise ValueError(f"path: x is {tuple(x_.shape)}; expected [B, ...] with one to three further dimensions")
+    B, rest = x_.shape[0], tuple(x_.shape[1:])
+    check("path", x_, x=(x_, (B, *rest)), e=(e_, (B, *rest)), x_dot=(x_dot, (b, *rest)), e_dot=(e_dot, (b, *rest)))
+    check("path", t_, t=(t_, (B,)), t_dot=(t_dot, (b,)))
+    if t_.dtype not in (x_.dtype, torch.float32) or t_.device != x_.device:
+        raise ValueError(f"path: t is {t_.dtype} on {t_.device}; expected float32 or {x_.dtype} on {x_.device}")
+    four = (a if a is None else a[(slice(None), *[None] * (4 - a.ndim))] for a in (x_, e_))
+    four_dot = (a if a is None else a[(slice(None), *[None] * (4 - a.ndim))] for a in (x_dot, e_dot))
+    z, v, z_dot, v_dot = (a.view(-1, *rest) for a in _Path.apply(*four, t_, *four_dot, t_dot, b))
+    return (Dual(z, z_dot), Dual(v, v_dot)) if duals else (z, v)
+
+
+def inputs(case: Case, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, Tensor]:
+    s = case.shape
+    normal = lambda: torch.randn(s["B"], s["C"], s["H"], s["W"], generator=generator, dtype=dtype).to(device)  # noqa: E731
+    t = torch.randint(1, 64, (s["B"],), generator=generator).to(device, dtype) / 64  # exact in half precision
+    return dict(x=normal(), e=normal(), t=t)
+
+
+def cost(case: Case, itemsize: int) -> Cost:
+    s = case.shape
+    n = s["C"] * s["H"] * s["W"]
+    return Cost((4 * s["B"] + 7 * case.b) * n, itemsize * (4 * s["B"] + (2 + len(set(case.live) - {"t"})) * case.b) * n)
+
+
+path = Op(
+    "path",
+    reference,
+    inputs=inputs,
+    cost=cost,
+    batched=("x", "e", "t"),
+    triton=fused,
+    cases=[
+        Case("small", dict(B=3, C=2, H=4, W=3), ("x", "e", "t")),
+        Case("ragged", dict(B=3, C=2, H=3, W=5, b=2), ("x", "e", "t")),
+        Case("blocks", dict(B=2, C=3, H=5, W=70, b=1), ("x", "t")),  # more than one block of elements
+        Case("time-only", dict(B=2, C=1, H=3, W=3), ("t",)),
+        Case("sana-1.6b", dict(B=16, C=32, H=32, W=32, b=0), ("t",), frozenset({"bench"})),
+    ],
+)
