@@ -10,7 +10,7 @@ LAUNCH := $(BIN)/deepspeed --num_accelerators $(RANKS) --module emf.train
 DEMO_TRAIN := $(LAUNCH) digits --out runs/demo --resume True
 BASE_TRAIN := $(LAUNCH) digits-base --out runs/base --resume True
 
-.PHONY: help demo base test check static gpu
+.PHONY: help demo base test check static tune gpu
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -38,15 +38,13 @@ check: $(VENV)/installed-test ## check formatting, lint and types
 static: $(VENV)/installed-test ## compile every kernel ahead of time, without a GPU: profiles/static/<arch>.json
 	env -u TRITON_INTERPRET $(BIN)/python -m bench.static
 
-# needs torch, triton, numpy and pytest of GPU_PYTHON's own; each part writes what it has as it goes
+tune: $(VENV)/installed-test ## launch configurations, by a GPU's timings or by the compiler's figures
+	env -u TRITON_INTERPRET $(BIN)/python -m bench.tune
+
+# needs torch, triton, numpy and pytest of GPU_PYTHON's own
 GPU_PYTHON ?= python3
-PART ?= parity ops
-gpu: ## on a machine with a GPU, without installing: PART="parity ops"; timings go to profiles/<device>/ops.json
-	@for part in $(PART); do case $$part in \
-		parity) PYTHONPATH=kernels:. $(GPU_PYTHON) -m pytest -q -k "cuda or test_kernels" tests/test_ops.py tests/test_kernels.py ;; \
-		ops) PYTHONPATH=kernels:. $(GPU_PYTHON) -m bench.ops ;; \
-		*) echo "error: no part $$part; expected parity or ops" >&2; exit 2 ;; \
-	esac || exit; done
+gpu: ## on a machine with a GPU, without installing: parity, tune, ops in 9 minutes; PART=ops runs one
+	PYTHONPATH=kernels:. $(GPU_PYTHON) -m bench.gpu $(PART)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \

@@ -1,19 +1,20 @@
-"""Every op at its bench cases, value + tangent, with and without backward, by every way there is: `python -m bench.ops`
-writes profiles/<device>/ops.json after each op. Needs torch and triton only (PYTHONPATH=kernels:.).
+"""Every op at its bench cases, value + tangent, with and without backward, by every way there is: writes
+profiles/<device>/ops.json after each case. Needs torch and triton only (PYTHONPATH=kernels:.).
 
 Rounds are interleaved, so that ratios are of one run; the L2 cache is flushed before each call. A provider that is
 wrong is not timed. Shares are of the device's own measured ceilings: a copy for bytes, a matrix product for FLOPs.
+SANA's cases are timed at micro-batches of 1, 4 and 16.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import re
 import statistics
 import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +23,30 @@ import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from emf_kernels import REGISTRY, Case, Dual, Op, backend
+from emf_kernels import REGISTRY, Case, Dual, Op, backend, launch
+
+try:
+    from jvp_flash_attention.jvp_attention import JVPAttn
+except ImportError:
+    JVPAttn = None
 
 OUT = Path(__file__).parent.parent / "profiles"
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
+WRONG = 0.05  # relative error against the lift above which a provider is not timed
 Call = Callable[[], list[Tensor]]
 
 
 def device_name() -> str:
-    return re.sub(r"\W+", "-", torch.cuda.get_device_name()).lower() if GPU else "cpu"
+    return launch.chips(torch.cuda.current_device())[0] if GPU else "cpu"
 
 
-def synchronise() -> None:
-    if GPU:
-        torch.cuda.synchronize()
+def revision() -> str:
+    """The commit, "" where git or the history is not there."""
+    try:
+        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def milliseconds(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -106,11 +116,26 @@ def providers(op: Op, case: Case, args: dict[str, Any], dots: dict[str, Tensor])
     ways: dict[str, Call] = {"lift": ours("reference")}
     if op.triton and GPU:
         ways["triton"] = ours("triton")
+    if op.triton and GPU and case.shape["B"] in (1, 4):  # each shape is compiled for
         compiled = torch.compile(lambda **kw: op.dual(*op.signature.bind(**kw).args) if live else op.reference(**kw))
         ways["compile"] = lambda: flat(compiled(**duals))
     if live and case.b == case.shape["B"]:
         ways["func.jvp"] = func_jvp(op.reference)
+    if op.name == "linear":  # one product of (B + b) N rows; the two halves are put into one buffer first
+        x, weight, bias = args["x"], args["weight"], args["bias"]
+        buffer = torch.cat([x.detach(), dots["x"]])
+
+        def stacked() -> list[Tensor]:
+            y, y_dot = (buffer @ weight.mT).split([len(x), len(dots["x"])])
+            return [y.add_(bias), y_dot]
+
+        ways["stacked"] = torch.no_grad()(stacked)
     if op.name == "attention" and live and not case.shape.get("masked") and case.b == case.shape["B"]:
+        if JVPAttn is not None and set(live) == set("qkv") and not case.shape.get("causal"):
+            theirs = JVPAttn.fwd_dual
+            ways["jvp-flash-attention"] = func_jvp(
+                lambda q, k, v, **_: theirs(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+            )
 
         def math(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
             with sdpa_kernel(SDPBackend.MATH):
@@ -134,12 +159,20 @@ def measure(op: Op, case: Case, dtype: torch.dtype, ceiling: dict[str, float], r
     values = len(want) // 2 if dots else len(want)
     calls: dict[str, Callable[[], Any]] = {}
     errors: dict[str, float] = {}
+    peaks: dict[str, int] = {}
+    failed: list[dict[str, Any]] = []
+    title = dict(op=op.name, case=case.name, shape=dict(case.shape), dtype=str(dtype)[6:])
     for name, way in ways.items():
-        got = [y.detach().float() for y in way()]
+        try:
+            got = [y.detach().float() for y in way()]
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:  # somebody else's kernel on our shape
+            failed.append(title | dict(provider=name, failed=f"{type(error).__name__}: {error}"[:200]))
+            continue
         errors[name] = max(
             ((g - w).norm() / w.norm().clamp_min(1e-30)).item() for g, w in zip(got, want, strict=True) if w.numel()
         )
-        if errors[name] > 0.05:
+        if errors[name] > WRONG:
+            failed.append(title | dict(provider=name, error=errors[name]))
             continue
 
         def both(way: Call = way) -> None:
@@ -147,48 +180,82 @@ def measure(op: Op, case: Case, dtype: torch.dtype, ceiling: dict[str, float], r
             torch.autograd.grad(y, leaves, [torch.ones_like(o) for o in y], allow_unused=True)
 
         calls[f"{name}|forward"] = torch.no_grad()(way)
-        calls[f"{name}|forward + backward"] = both
+        if name != "stacked":
+            calls[f"{name}|forward + backward"] = both
+    del got, want
+    for name, call in calls.items():
+        peaks[name] = peak_bytes(call)
     took = milliseconds(calls, rounds)
     cost = op.cost(case, dtype.itemsize)
     rows = []
     for name, ms in took.items():
         provider, mode = name.split("|")
         p20, p50, p80 = (sorted(ms)[int(q * (len(ms) - 1))] for q in (0.2, 0.5, 0.8))
-        row = dict(
-            op=op.name, case=case.name, shape=dict(case.shape), dtype=str(dtype)[6:], provider=provider, mode=mode
-        )
-        row |= dict(ms_20=p20, ms=p50, ms_80=p80, error=errors[provider])
+        row = title | dict(provider=provider, mode=mode, ms_20=p20, ms=p50, ms_80=p80, error=errors[provider])
+        row |= dict(peak_bytes=peaks[name])
         row["to_lift"] = statistics.median(a / b for a, b in zip(ms, took[f"lift|{mode}"], strict=True))
         if mode == "forward":
+            row |= dict(gb_s=cost.bytes / p50 / 1e6, tflop_s=cost.flops / p50 / 1e9)
             row["copy_share"] = cost.bytes / p50 * 1e3 / ceiling["bytes_s"]
             row["product_share"] = cost.flops / p50 * 1e3 / ceiling["flop_s"]
         rows.append(row)
-    wrong = [dict(op=op.name, case=case.name, provider=k, error=e) for k, e in errors.items() if e > 0.05]
-    return rows + wrong
+    return rows + failed
 
 
-def main(names: list[str]) -> None:
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """What a call holds at most beyond what was there before it; 0 without a GPU."""
+    if not GPU:
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def bench_cases(names: list[str]) -> Iterator[tuple[Op, Case]]:
+    """The micro-batch of 4 of every op first, then the others."""
+    found = [
+        (op, c) for op in REGISTRY.values() for c in op.cases if "bench" in c.tags and (not names or op.name in names)
+    ]
+    yield from found
+    for op, case in found:
+        for batch in {1, 4, 16} - {case.shape["B"]} if case.name.startswith("sana") else ():
+            shape = {**case.shape, "B": batch}
+            if "b" in shape:
+                shape["b"] = case.b * batch // case.shape["B"]
+            yield op, replace(case, name=f"{case.name}-b{batch}", shape=shape)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.ops", description=__doc__)
+    parser.add_argument("ops", nargs="*", metavar="op", help="default: every op")
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no further case after this time")
+    options = parser.parse_args()
+    if unknown := set(options.ops) - set(REGISTRY):
+        parser.error(f"no op {', '.join(sorted(unknown))}; there are {', '.join(REGISTRY)}")
+    until = time.monotonic() + options.seconds
     dtype, rounds = (torch.bfloat16, 30) if GPU else (torch.float32, 3)
     ceiling = ceilings(dtype)
-    revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    head = dict(device=device_name(), torch=torch.__version__, triton=triton.__version__, commit=revision) | ceiling
+    head = dict(device=device_name(), torch=torch.__version__, triton=triton.__version__, commit=revision()) | ceiling
     print(head, flush=True)
     rows: list[dict[str, Any]] = []
+    left_out: list[str] = []
     out = OUT / device_name() / "ops.json"
-    for op in REGISTRY.values():
-        for case in op.cases:
-            if "bench" not in case.tags or (names and op.name not in names):
-                continue
-            rows += measure(op, case, dtype, ceiling, rounds)
-            for row in (r for r in rows if (r["op"], r["case"]) == (op.name, case.name)):
-                print(
-                    " ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items() if k != "shape"),
-                    flush=True,
-                )
-            if GPU and not names:  # absolute times of a CPU are no record
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_text(json.dumps(dict(head=head, rows=rows), indent=1) + "\n")
+    for op, case in bench_cases(options.ops):
+        if time.monotonic() > until:
+            left_out.append(f"{op.name} {case.name}")
+            continue
+        new = measure(op, case, dtype, ceiling, rounds)
+        rows += new
+        for row in new:
+            shown = (f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items() if k != "shape")
+            print(" ".join(shown), flush=True)
+        if GPU and not options.ops:  # absolute times of a CPU are no record
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(dict(head=head, rows=rows), indent=1) + "\n")
+    if left_out:
+        print("no time left for", ", ".join(left_out), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -137,8 +137,7 @@ def measure(one: Launch, arch: str) -> dict[str, Any]:
         hmma=count(r"\bHMMA\b"),
         ldg128=count(r"\bLDG\.E\S*\.128\b"),
         ldg=count(r"\bLDG\b"),
-        config={k: v for k, v in constants.items() if k.isupper() or v is None or k.islower() is False}
-        | one.options,
+        config={k: v for k, v in constants.items() if k.isupper() or v is None or k.islower() is False} | one.options,
     )
 
 

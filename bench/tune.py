@@ -132,9 +132,10 @@ def main() -> None:
     parser.add_argument("ops", nargs="*", metavar="op", help="default: every op with a kernel")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop the sweep of a GPU after this time")
     options = parser.parse_args()
-    unknown = set(options.ops) - {op.name for op, _ in bench_cases([])}
+    names = sorted({op.name for op, _ in bench_cases([])})
+    unknown = sorted(set(options.ops) - set(names))
     if unknown:
-        parser.error(f"no kernel {', '.join(sorted(unknown))}; there are {', '.join(sorted({o.name for o, _ in bench_cases([])}))}")
+        parser.error(f"no kernel {', '.join(unknown)}; there are {', '.join(names)}")
     until, gpu = time.monotonic() + options.seconds, DEVICE == "cuda"
     for chip in launch.chips(torch.cuda.current_device())[:1] if gpu else ARCHS:
         done: set[launch.Key] = set()

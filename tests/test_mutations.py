@@ -140,7 +140,7 @@ MUTATIONS = {
         ("offset(i, e_dot_c, e_dot_h, H, W)", "offset(i, 0, e_dot_h, H, W)"),
         ("tl.program_id(0) * BLOCK + tl.arange", "tl.arange"),
         ("(1 - s) * wide - dv", "(1 - s) * wide"),
-        ("(v.float() * wide)", "wide"),
+        ("((e.double() - x.double()) * dz)", "dz"),
     ],
     "rmsnorm": [
         ("1 / tl.sqrt(tl.sum(x * x) / C + eps)", "1 / tl.sqrt(tl.sum(x * x) / BLOCK + eps)"),

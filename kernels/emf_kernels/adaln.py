@@ -22,7 +22,6 @@ from . import launch
 from .op import Case, Cost, Dual, Op, check, forward_mode, halves, leading, strides
 
 
-
 def reference(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
     n = torch.nn.functional.layer_norm(x, x.shape[-1:], None, None, eps)
     return torch.addcmul(shift.unsqueeze(1), n, 1 + scale.unsqueeze(1))

@@ -24,8 +24,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .adaln import config as row_config
 from . import launch
+from .adaln import config as row_config
 from .op import Case, Cost, Dual, Op, check, forward_mode, halves, leading, strides
 from .rmsnorm import backward as rmsnorm_backward
 from .rmsnorm import reference as rmsnorm_reference

@@ -82,7 +82,7 @@ class _Path(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         x, e, t, *dots, _ = inputs
-        ctx.save_for_backward(t, output[1])
+        ctx.save_for_backward(x, e, t)
         ctx.save_for_forward(x, e, t)
         ctx.dual = any(d is not None for d in dots)
         ctx.mark_non_differentiable(*output[2:])
@@ -90,11 +90,11 @@ class _Path(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dz: Tensor, dv: Tensor, *_: Any) -> Any:
-        # never needed in training, where x, e and t are data: plain torch
-        t, v = ctx.saved_tensors
+        # never needed in training, where x, e and t are data: plain torch, the long sum of dt in double
+        x, e, t = ctx.saved_tensors
         s, wide = t[:, None, None, None].float(), dz.float()
         dx, de = (1 - s) * wide - dv, s * wide + dv
-        dt = (v.float() * wide).flatten(1).sum(1)
+        dt = ((e.double() - x.double()) * dz).flatten(1).sum(1)
         return dx.to(dz.dtype), de.to(dz.dtype), dt.to(t.dtype), None, None, None, None
 
     @staticmethod
