@@ -76,7 +76,7 @@ def configured(chip: str, given: Rows | None = None) -> Iterator[Rows]:
 def launches(op: Op, case: Case, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
     """What a plain call of an op, a dual call and its backward launch; each kernel and specialisation once."""
     assert op.triton is not None
-    refusals = mock.patch.object(sys.modules[op.triton.__module__], "check")  # which would refuse bfloat16 off a GPU
+    refusals = mock.patch("emf_kernels.op.check_kernel_dtype")  # which would refuse bfloat16 off a GPU
     with caught() as every, refusals, backend("triton"):
         args = op.inputs(case, dtype, "meta", torch.Generator())
         duals = {k: Dual(v, torch.empty_like(v[: case.b])) if k in case.live else v for k, v in args.items()}

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any
 
-import tyro
+try:
+    import tyro
+except ImportError:
+    raise SystemExit(
+        "error: the emf commands need more than the kernels do: pip install 'emf-meanflow[train]'"
+    ) from None
 
-from emf.config import Config
+from emf.config import Config, one_line
+from emf.generate import GUIDANCE
 from emf.recipes import RECIPES, from_file
 
 # every field takes a value (`--resume True`), as config.json's fields do
@@ -35,6 +42,11 @@ def report_errors() -> Iterator[None]:
         if os.environ.get("RANK", "0") == "0":  # every rank sees the same
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, ValueError) else 3) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted; --resume True continues from the last checkpoint", file=sys.stderr)
         raise SystemExit(130) from None
@@ -68,7 +80,9 @@ def parse_train(arguments: list[str]) -> tuple[Config, Path, bool]:
         config = from_file(Path(first))
     else:
         raise ValueError(f"train: no recipe {first!r}; recipes are {names}, or give a config.json")
-    parsed = tyro.cli(_Run, args=arguments[1:], default=_Run(config), prog=f"emf train {first}", config=_STYLE)
+    parsed = one_line(
+        tyro.cli, _Run, args=arguments[1:], default=_Run(config), prog=f"emf train {first}", config=_STYLE
+    )
     if parsed.out is None:
         raise ValueError("train: say where to write: --out DIR")
     return parsed.config, parsed.out, parsed.resume
@@ -79,7 +93,7 @@ def generate(
     run: Path,
     out: Path,
     steps: int = 1,
-    guidance: float = 1.25,
+    guidance: float = GUIDANCE,
     seed: int = 0,
     n: int = 1,
     flow_matching: bool = False,
@@ -108,7 +122,7 @@ def generate(
         print(path)
 
 
-def evaluate(run: RunFolder, per_tag: int = 50, guidance: float = 1.25, seed: int = 0) -> None:
+def evaluate(run: RunFolder, per_tag: int = 50, guidance: float = GUIDANCE, seed: int = 0) -> None:
     """Score a run: scores.json and samples.png in its folder, few-step EMF beside flow matching by the base it
     started from.
 
@@ -146,6 +160,16 @@ def release(run: RunFolder, out: Path) -> None:
     print(f"{out}: {release_run(run, out) / 1e6:.2f} MB")
 
 
+def _deferred(command: Callable[..., None]) -> Callable[..., Any]:
+    """A command that is parsed now and called afterwards, its errors being its own."""
+
+    @wraps(command)
+    def later(*args: Any, **kwargs: Any) -> Callable[[], None]:
+        return partial(command, *args, **kwargs)
+
+    return later
+
+
 def main() -> None:
     """Entry of `emf`."""
     arguments = sys.argv[1:]
@@ -165,7 +189,9 @@ def main() -> None:
         "release": release,
     }
     with report_errors():
-        tyro.extras.subcommand_cli_from_dict(commands, args=arguments or ["--help"], prog="emf", config=_STYLE)
+        parser = tyro.extras.subcommand_cli_from_dict
+        later = {name: _deferred(command) for name, command in commands.items()}
+        one_line(parser, later, args=arguments or ["--help"], prog="emf", config=_STYLE)()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,12 @@ A config file is read by turning it back into command-line arguments, so the one
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import math
+import re
+from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -95,6 +100,29 @@ class Config:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1:
             raise ValueError(f"config: steps {self.steps} and batch_size {self.batch_size} must be at least 1")
+        least = {"run.log_every": 1, "run.save_every": 1, "run.eval_every": 0, "run.eval_prompts": 1, "run.keep": 1}
+        least |= {"run.skip": 0, "zero.accumulation": 1, "optim.warmup": 0, "optim.clip": 0}
+        for name, smallest in least.items():
+            part, leaf = name.split(".")
+            value = getattr(getattr(self, part), leaf)
+            if value < smallest:
+                raise ValueError(f"config: {name} {value} must be at least {smallest}")
+        if not all(0 <= share <= 1 for share in self.flow.share) or min(self.flow.spread) < 0:
+            raise ValueError(
+                f"config: flow.share {self.flow.share} and flow.spread {self.flow.spread}; expected probabilities, "
+                "and at least 0"
+            )
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"config: seed {self.seed} must lie in [0, 2^31)")
+        if not (math.isfinite(self.optim.lr) and self.optim.lr > 0):
+            raise ValueError(f"config: optim.lr {self.optim.lr} must be a positive number")
+        if not 0 <= self.optim.ema < 1:
+            raise ValueError(f"config: optim.ema {self.optim.ema} must lie in [0, 1)")
+        if self.world.size != self.transformer.sample_size:
+            raise ValueError(
+                f"config: world.size {self.world.size} is not transformer.sample_size {self.transformer.sample_size}; "
+                "make them equal"
+            )
         if self.batch_size % self.zero.accumulation:
             raise ValueError(
                 f"config: batch_size {self.batch_size} is no multiple of zero.accumulation {self.zero.accumulation}"
@@ -106,10 +134,25 @@ class Config:
             )
         if self.objective == "meanflow" and not self.transformer.dual_time:
             raise ValueError("config: objective meanflow needs transformer.dual_time True")
-        if self.flow.guidance <= 0:
+        if not (math.isfinite(self.flow.guidance) and self.flow.guidance > 0):
             raise ValueError(f"config: flow.guidance {self.flow.guidance} must be positive; 1 is none")
         if not 0 <= self.drop < 1:
             raise ValueError(f"config: drop {self.drop} must lie in [0, 1)")
+
+
+def one_line(parser: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A parser of tyro's, with what it found wrong as one line of a ValueError instead of a framed page and an
+    exit."""
+    page = io.StringIO()
+    try:
+        with redirect_stderr(page):
+            return parser(*args, **kwargs)
+    except SystemExit as end:
+        if not end.code:  # --help
+            raise
+        lines = (line.strip("│ ") for line in page.getvalue().splitlines() if not line.startswith(("╭", "╰")))
+        found = "; ".join(re.sub(r"[─ ]+", " ", " ".join(lines)).split("For full helptext")).strip()
+        raise ValueError(re.sub(r" ?; ?,? (run|see):? ", "; see ", found)) from None
 
 
 def to_json(config: Config) -> str:
@@ -135,6 +178,8 @@ def read(path: Path) -> dict[str, Any]:
         tree = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"config: no file {path}") from None
+    except OSError as error:
+        raise ValueError(f"config: {path} cannot be read: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"config: {path} is not JSON: {error}") from None
     if not isinstance(tree, dict):

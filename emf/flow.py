@@ -104,6 +104,6 @@ def sample(network: Network, z: Tensor, steps: int, average: bool = True) -> Ten
         raise ValueError(f"sample: {steps} steps; expected at least 1")
     grid = torch.linspace(1, 0, steps + 1, device=z.device)
     for t, r in zip(grid[:-1], grid[1:], strict=True):
-        ends = t.expand(z.shape[0]), r.expand(z.shape[0])
+        ends = t.repeat(z.shape[0]), r.repeat(z.shape[0])
         z = z - (t - r).to(z.dtype) * primal(network(z, ends[0], ends[1] if average else None))
     return z

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from emf.data import digits
 from emf.flow import guided, sample
 from emf.model import TextToImage
 
+GUIDANCE = 1.25  # suits the digits (profiles/LOG.md); EMF's released code samples with 1.5 and 2
+
 
 @torch.no_grad()
 def generate(
@@ -25,7 +28,7 @@ def generate(
     steps: int,
     *,
     average: bool = True,
-    guidance: float = 1.25,
+    guidance: float = GUIDANCE,
     seed: int = 0,
     batch: int = 64,
 ) -> Tensor:
@@ -34,11 +37,15 @@ def generate(
 
     average: few-step EMF sampling with u(z, r, t); else Euler on v(z, t) with the pretrained time embedding (the
              flow-matching baseline).
-    guidance: 1.25 suits the digits (profiles/LOG.md); EMF's released code samples with 1.5 and 2. A network trained
-             with guidance inside its target (config.flow.guidance) has that part already: at just this guidance it is
-             evaluated once a step.
+    guidance: classifier-free; 1 is none. A network trained with guidance inside its target (config.flow.guidance) has
+              that part already: at just this guidance it is evaluated once a step.
     Raises ValueError on a caption the encoder cannot read.
     """
+    if not captions or not math.isfinite(guidance) or seed < 0:
+        raise ValueError(
+            f"generate: {len(captions)} images, guidance {guidance}, seed {seed}; expected at least one, a number, and "
+            "at least 0"
+        )
     model = config.transformer
     ids, mask = digits.encode(captions)
     shape = (model.in_channels, model.sample_size, model.sample_size)

@@ -53,6 +53,9 @@ class TransformerConfig:
             raise ValueError(
                 f"model: cross-attention heads x size = {cross} but self-attention's = {self.channels}; make them equal"
             )
+        sizes = dict(vars(self))
+        if low := [k for k, v in sizes.items() if type(v) is int and v < 1]:
+            raise ValueError(f"model: {low[0]} {sizes[low[0]]} must be at least 1")
         if self.sample_size % self.patch_size:
             raise ValueError(f"model: sample_size {self.sample_size} is no multiple of patch_size {self.patch_size}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -37,6 +38,12 @@ def build(config: Config, from_scratch: bool = False) -> TextToImage:
     return network
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints in a folder, oldest first. One that is being written or removed has another name, and so
+    has a copy that somebody keeps."""
+    return sorted(p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{7}", p.name) and p.is_dir())
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """A safetensors file in float32; a bare name that is no file here means the one shipped in emf/assets. Raises
     ValueError where it is missing or broken."""
@@ -47,6 +54,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         }
     except FileNotFoundError:
         raise ValueError(f"weights: no file {path}") from None
+    except OSError as error:
+        raise ValueError(f"weights: {path} cannot be read: {error.strerror or error}") from None
     except SafetensorError as error:
         raise ValueError(f"weights: {path} is not a safetensors file: {error}") from None
 

@@ -79,11 +79,17 @@ RECIPES = {"digits-base": digits_base, "digits": digits, "digits-full": digits_f
 
 
 def from_file(path: Path) -> Config:
-    """The config in a config.json. Raises ValueError where there is no such file; tyro exits with 2 on fields it does
-    not know."""
+    """The config in a config.json. Raises ValueError where there is no such file, and on fields that it does not
+    know."""
     tree = configs.read(path)
-    default = RECIPES.get(str(tree.get("recipe")), digits)()
+    if tree.get("recipe") not in RECIPES:
+        raise ValueError(f"config: {path}: recipe is {tree.get('recipe')!r}; expected one of {', '.join(RECIPES)}")
+    default = RECIPES[tree["recipe"]]()
     # as arguments, so that the one parser checks names, types and values
-    return tyro.cli(
-        Config, args=configs.to_arguments(tree), default=default, prog=str(path), config=(tyro.conf.FlagConversionOff,)
-    )
+    style = (tyro.conf.FlagConversionOff,)
+    try:
+        return configs.one_line(
+            tyro.cli, Config, args=configs.to_arguments(tree), default=default, prog="emf train RECIPE", config=style
+        )
+    except ValueError as error:
+        raise ValueError(f"config: {path}: {error}") from None

@@ -127,7 +127,8 @@ def _rows(file: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
         try:
-            rows.append({key: json.loads(line)[key] for key in keys})
+            rows.append(json.loads(line))
+            _ = [rows[-1][key] for key in keys]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"report: {file} line {number} is no row with {', '.join(keys)} ({error!r})") from None
     return rows
@@ -316,8 +317,12 @@ def _curve_section(
 
     last = ", ".join(f"{curve[-1]['overall'][str(n)]:.2f} in {_steps(n)}" for n in counts)
     note = f"averaged weights, {config.get('run', {}).get('eval_prompts')} prompts a task: noisier than the table above"
+    guidance = curve[-1].get("guidance")
+    note += f"; guidance {guidance:g}" if guidance is not None else ""
     if fm and model == "emf":
         note += "; dashed: the base, from that table"
+        if guidance is not None and scores and guidance != scores.get("guidance", guidance):
+            note += f", at guidance {scores['guidance']:g}"
     heading, alt = f"Score of {', '.join(map(str, counts))} steps", f"Overall score during training; at the end {last}."
     return f'{title}<div class="plots">{_plot(heading, note, alt, draw)}</div>'
 

@@ -24,9 +24,9 @@ from emf.config import Config
 from emf.data import digits
 from emf.evaluate.digits import Scorer
 from emf.flow import flow_matching_loss, meanflow_loss, times
-from emf.generate import generate
-from emf.network import build, load_weights
-from emf.zero import Engine, checkpoints, process_group
+from emf.generate import GUIDANCE, generate
+from emf.network import build, checkpoints, load_weights
+from emf.zero import Engine, process_group
 
 
 class Batch(NamedTuple):
@@ -52,7 +52,8 @@ def make_batch(config: Config, step: int, part: int, parts: int) -> Batch:
     drop = torch.rand(config.batch_size, generator=generator) < config.drop
     mine = slice(part, None, parts)
     ids, mask = digits.encode(captions[mine])
-    return Batch(x[mine], e[mine], t[mine], r[mine], len(range(part, b, parts)), ids, mask, drop[mine])
+    x, e, t, r, drop = (a[mine].contiguous() for a in (x, e, t, r, drop))
+    return Batch(x, e, t, r, len(range(part, b, parts)), ids, mask, drop)
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -97,11 +98,14 @@ class Log:
         for name in ("metrics.jsonl", "curve.jsonl"):
             file = out / name
             if file.exists():  # a kill may have torn the last line; what ends in a newline is whole
-                rows = [
-                    row
-                    for row in file.read_text().splitlines(keepends=True)
-                    if row.endswith("\n") and json.loads(row)["step"] <= start
-                ]
+                try:
+                    rows = [
+                        row
+                        for row in file.read_text().splitlines(keepends=True)
+                        if row.endswith("\n") and json.loads(row)["step"] <= start
+                    ]
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ValueError(f"resume: {file} holds a line that is no row with a step ({error!r})") from None
                 file.write_text("".join(rows))
         columns = (
             TextColumn("[bold]{task.description}"),
@@ -136,7 +140,7 @@ def validate(config: Config, state: dict[str, Tensor], scorer: Scorer) -> dict[s
     average = config.objective == "meanflow"
     overall = {}
     for steps in (1, 2, 4) if average else (1, 4, 30):
-        images = generate(network, config, [s["prompt"] for s in specs], steps, average=average, seed=0)
+        images = generate(network, config, [s["prompt"] for s in specs], steps, average=average, guidance=GUIDANCE)
         overall[str(steps)] = scorer.score(images.numpy(), specs)["overall"]
     return overall
 
@@ -149,16 +153,19 @@ def train(config: Config, out: Path, resume: bool = False) -> None:
         saved = checkpoints(folder)
         if out.exists() and not out.is_dir():
             raise ValueError(f"train: {out} is no folder; choose another --out")
-        if ((out / "config.json").exists() or saved) and not resume:
+        written = [name for name in ("config.json", "metrics.jsonl", "curve.jsonl") if (out / name).exists()]
+        if (written or saved) and not resume:
             raise ValueError(
                 f"train: {out} holds a run already; add --resume True to continue it, or choose another --out"
             )
         if resume and saved:
-            check_same_model(config, saved[-1])
+            check_same_run(config, saved[-1])
         torch.manual_seed(config.seed)
         network = build(config, from_scratch=not saved)
         engine = Engine(network, config)
         start = engine.load(saved[-1]) if resume and saved else 0
+        if start > config.steps:
+            raise ValueError(f"resume: {saved[-1]} is at step {start} already, past --steps {config.steps}")
         text = configs.to_json(config)
         log = None
         scorer = Scorer.fit() if rank == 0 and config.run.eval_every else None
@@ -175,14 +182,26 @@ def train(config: Config, out: Path, resume: bool = False) -> None:
         engine.barrier()
 
 
-def check_same_model(config: Config, checkpoint: Path) -> None:
-    """Raises ValueError if a checkpoint's network has another shape than the config's."""
+MAY_CHANGE = ("recipe", "steps", "optim", "zero", "run")  # when a run is resumed
+
+
+def check_same_run(config: Config, checkpoint: Path) -> None:
+    """Raises ValueError where a checkpoint is of another model than the config's, or of other data or randomness."""
     made, now = configs.read(checkpoint / "config.json"), json.loads(configs.to_json(config))
-    for part in ("objective", "transformer", "encoder"):
-        if made.get(part) != now[part]:
-            raise ValueError(
-                f"resume: {checkpoint} is a checkpoint of another model ({part} differs); choose another --out"
-            )
+    # a field that the checkpoint does not know was added since, with a default that changes nothing
+    differ = [key for key in now if key in made and key not in MAY_CHANGE and not _agree(made[key], now[key])]
+    if differ:
+        other = "another model" if {"objective", "transformer", "encoder"} & set(differ) else "another run"
+        raise ValueError(
+            f"resume: {checkpoint} is a checkpoint of {other} ({', '.join(differ)} differ); choose another --out"
+        )
+
+
+def _agree(made: Any, now: Any) -> bool:
+    """Whether two values of a config are the same in every field that both have."""
+    if isinstance(made, dict) and isinstance(now, dict):
+        return all(_agree(made[k], now[k]) for k in made.keys() & now.keys())
+    return bool(made == now)
 
 
 def run(
@@ -193,7 +212,7 @@ def run(
     if start:
         last = str(checkpoints(folder)[-1])
     for step in range(start, config.steps):
-        total, error, share, times_seen, finite = 0.0, 0.0, 0.0, "", True
+        total, error, share, what, times_seen, finite = 0.0, 0.0, 0.0, "loss", "", True
         for micro in range(accumulation):
             batch = make_batch(config, step, engine.rank + engine.world * micro, engine.world * accumulation)
             moved: dict[str, Any] = {
@@ -213,12 +232,15 @@ def run(
                 break
             total, error, share = (a + v / accumulation for a, v in zip((total, error, share), values, strict=True))
             engine.backward(loss.mean())
-            engine.step(learning_rate(config, step), step)
+            if not engine.step(learning_rate(config, step), step):
+                finite, what, times_seen = False, "gradient", f"of a loss of {total:.4g}"
         done = step + 1
         if not finite:
             skipped += 1
             if skipped > config.run.skip:
-                raise Diverged(f"train: loss is not finite at step {step} ({times_seen}); last good checkpoint: {last}")
+                raise Diverged(
+                    f"train: {what} is not finite at step {step} ({times_seen}); last good checkpoint: {last}"
+                )
         else:
             count += 1
         if log and finite and (done % config.run.log_every == 0 or done == config.steps):
@@ -230,9 +252,11 @@ def run(
             weights = engine.weights()
             if log and scorer:
                 paused = time.monotonic()
-                log.curve({"step": done, "overall": validate(config, weights, scorer)})
+                log.curve({"step": done, "guidance": GUIDANCE, "overall": validate(config, weights, scorer)})
                 clock += time.monotonic() - paused
         if done % config.run.save_every == 0 or done == config.steps:
+            if not engine.finite():
+                raise Diverged(f"train: the weights are not finite after step {step}; last good checkpoint: {last}")
             last = str(engine.save(folder, done, text, config.run.keep))
 
 

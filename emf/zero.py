@@ -3,8 +3,10 @@ that imports deepspeed."""
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
+import math
 import os
 import shutil
 import socket
@@ -15,10 +17,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from emf.config import Config
+from emf.network import checkpoints
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -30,7 +34,12 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # On a CPU DeepSpeed would compile a C++ all-reduce at start-up (a minute, a compiler, ninja); gloo's serves.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-PART = ".part"  # a folder so named is being written or removed, and never read
+PART, GONE = ".part", ".gone"  # a folder so named is being written, or removed, and never read
+OWN_KEYS = {  # fields of the config, from which the micro-batch is derived: no DeepSpeed JSON may say otherwise
+    "train_batch_size": "--batch-size",
+    "train_micro_batch_size_per_gpu": "--batch-size and --zero.accumulation",
+    "gradient_accumulation_steps": "--zero.accumulation",
+}
 
 
 @contextmanager
@@ -75,7 +84,7 @@ def engine_config(config: Config, world: int) -> dict[str, Any]:
                 "torch_adam": True,
             },
         },
-        "bf16": {"enabled": config.zero.dtype == "bfloat16"},
+        "bf16": {"enabled": config.zero.dtype == "bfloat16", "check_grad_overflow": True},
         # memory_efficient_linear replaces F.linear, process-wide, by a Function without a forward-mode rule
         "zero_optimization": {"stage": config.zero.stage, "memory_efficient_linear": False},
         "steps_per_print": 10**9,
@@ -85,6 +94,7 @@ def engine_config(config: Config, world: int) -> dict[str, Any]:
             own = json.loads(config.zero.json.read_text())
         except (OSError, json.JSONDecodeError) as error:
             raise ValueError(f"config: zero.json {config.zero.json} cannot be read: {error}") from None
+        check_own_json(config.zero.json, own)
         derived = _merge(derived, own)
     automatic = [name for name, value in _leaves(derived) if value == "auto"]
     if automatic:
@@ -92,6 +102,19 @@ def engine_config(config: Config, world: int) -> dict[str, Any]:
             f"config: {', '.join(automatic)} is 'auto', which DeepSpeed itself does not resolve; write the value"
         )
     return derived
+
+
+def check_own_json(path: Path, own: Any) -> None:
+    """Raises ValueError on a DeepSpeed JSON that DeepSpeed, or the training loop, would not follow."""
+    if not isinstance(own, dict):
+        raise ValueError(f"config: zero.json {path} holds {type(own).__name__}; expected an object")
+    if taken := [key for key in OWN_KEYS if key in own]:
+        raise ValueError(f"config: zero.json {path} sets {taken[0]}; use {OWN_KEYS[taken[0]]} instead")
+    known = {value for value in vars(deepspeed.runtime.constants).values() if isinstance(value, str)}
+    known |= {"zero_optimization", "activation_checkpointing", "comms_logger", "flops_profiler"}
+    for key in own.keys() - known:  # DeepSpeed takes any key, and ignores what it does not know
+        if close := difflib.get_close_matches(key, known, n=1, cutoff=0.8):
+            raise ValueError(f"config: zero.json {path} sets {key}; did you mean {close[0]}?")
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +158,11 @@ class Engine:
             if p.requires_grad:
                 (slow if name.startswith(("encoder.", "transformer.caption_")) else fast).append(p)
         groups = [{"params": g, "factor": f} for g, f in ((fast, 1.0), (slow, config.optim.condition_lr)) if g]
-        self.engine, *_ = deepspeed.initialize(model=network, model_parameters=groups, config=settings)
+        try:
+            self.engine, *_ = deepspeed.initialize(model=network, model_parameters=groups, config=settings)
+        except (AssertionError, KeyError, TypeError, ValueError) as error:
+            why = " ".join(str(error).split())
+            raise ValueError(f"config: DeepSpeed refuses its config, zero.json included: {why}") from None
         if self.stage == 3:
             for module in network.modules():
                 for name in getattr(module, "borrows", ()):
@@ -157,23 +184,37 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
 
-    def step(self, lr: float, step: int) -> None:
-        """Optimizer step at the end of the last micro-batch, then the moving average. step counts from 0."""
+    def step(self, lr: float, step: int) -> bool:
+        """Optimizer step at the end of the last micro-batch, then the moving average. step counts from 0. False where
+        the gradient is NaN or inf: weights and average are left as they were."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr * group["factor"]
         last = self.engine.is_gradient_accumulation_boundary()
+        if last and not self.stage and self.dtype == torch.float32:  # the other optimizers look for themselves
+            gradients = [p.grad for p in self.trainable.values() if p.grad is not None]
+            if not torch.nn.utils.get_total_norm(gradients).isfinite():
+                self.drop_gradients()
+                return False
         self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        if last and norm is not None and not math.isfinite(norm):
+            return False
         if last:
             decay = min(self.decay, (1 + step) / (10 + step))
             with torch.no_grad():
                 for name, p in self.trainable.items():
                     self.ema[name].lerp_(self._master(p), 1 - decay)
+        return True
 
     def drop_gradients(self) -> None:
         """Forget what this step's micro-batches have accumulated so far."""
-        if self.engine.micro_steps % self.engine.gradient_accumulation_steps():
+        if not self.stage:
             self.engine.zero_grad()
-            self.engine.micro_steps -= self.engine.micro_steps % self.engine.gradient_accumulation_steps()
+        self.engine.micro_steps -= self.engine.micro_steps % self.engine.gradient_accumulation_steps()
+
+    def finite(self) -> bool:
+        """Whether the moving average, which keeps a NaN for ever, holds none."""
+        return self.mean(float(all(bool(x.isfinite().all()) for x in self.ema.values()))) == [1.0]
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in the order of ranks."""
@@ -254,27 +295,29 @@ class Engine:
 
     def load(self, checkpoint: Path) -> int:
         """Continue from a checkpoint of the same run; returns its step. Raises ValueError where it does not fit."""
-        made = json.loads((checkpoint / "checkpoint.json").read_text())
+        try:
+            made = json.loads((checkpoint / "checkpoint.json").read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"resume: {checkpoint} is broken ({error}); delete it to resume from one before") from None
         if (made["world"], made["stage"]) != (self.world, self.stage):
             raise ValueError(
                 f"resume: {checkpoint} was saved by {made['world']} ranks at ZeRO stage {made['stage']}; "
                 f"this run has {self.world} at stage {self.stage}"
             )
-        self.engine.load_checkpoint(str(checkpoint), tag="engine")
-        saved = load_file(checkpoint / f"ema-{self.rank if self.stage == 3 else 0}.safetensors")
-        for name, value in self.ema.items():
-            value.copy_(saved[name])
+        try:
+            self.engine.load_checkpoint(str(checkpoint), tag="engine")
+            saved = load_file(checkpoint / f"ema-{self.rank if self.stage == 3 else 0}.safetensors")
+            for name, value in self.ema.items():
+                value.copy_(saved[name])
+        except (OSError, RuntimeError, KeyError, AssertionError, EOFError, SafetensorError) as error:
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"resume: {checkpoint} is broken ({why}); delete it to resume from one before") from None
         return int(made["step"])
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints in a folder, oldest first."""
-    return sorted(p for p in folder.glob("step_*") if p.suffix != PART) if folder.is_dir() else []
 
 
 def remove(checkpoint: Path) -> None:
     """Delete a checkpoint; renamed first, so that a half-deleted one is never taken for whole."""
-    part = checkpoint.with_suffix(PART)
-    shutil.rmtree(part, ignore_errors=True)
-    checkpoint.rename(part)
-    shutil.rmtree(part)
+    gone = checkpoint.with_suffix(GONE)
+    shutil.rmtree(gone, ignore_errors=True)
+    checkpoint.rename(gone)
+    shutil.rmtree(gone)

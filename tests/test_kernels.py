@@ -62,33 +62,54 @@ def test_gradients_are_the_same_every_time(op: Op, case: Case) -> None:
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
-@CASES
-def test_arguments_that_do_not_fit_are_refused(op: Op, case: Case) -> None:
+@pytest.mark.parametrize("name", ["reference", "triton"])
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [pytest.param(op, c, id=f"{op.name}-{c.name}") for op in REGISTRY.values() for c in op.cases if "test" in c.tags],
+)
+def test_arguments_that_do_not_fit_are_refused(op: Op, case: Case, name: Backend) -> None:
+    """The same by every backend."""
+    if name == "triton" and not op.triton:
+        pytest.skip("no kernel")
     args, x_dot, _ = make(op, case, torch.float32, DEVICE)
     bad: dict[str, Callable[[Tensor], Tensor]] = {
         "too narrow": lambda x: x[..., :-1],
         "one dimension more": lambda x: x[None],
         "another dtype": lambda x: x.double() if floating(x) else x.int(),
+        "integers": lambda x: x.long() if floating(x) else x.float(),
+        "a list": lambda x: x.tolist(),
+        "no elements": lambda x: x[:0],
         "last dimension strided": lambda x: torch.stack([x, x], -1)[..., 0],
     }
+    if not op.triton:
+        del bad["last dimension strided"]
+    alone = sum(isinstance(v, Tensor) for v in args.values()) == 1  # with nothing else to fit to
 
-    def still_fits(what: str, x: Tensor, alone: bool) -> bool:
-        """One column has no stride; a vector is [B] or [b], and fewer samples are right where nothing else has any."""
-        return x.shape[-1] == 1 if what == "last dimension strided" else what == "too narrow" and x.ndim == 1 and alone
+    def still_fits(k: str, what: str, x: Tensor) -> bool:
+        """One column has no stride; linear and silu take any number of dimensions; u_dot any number of samples."""
+        if what == "last dimension strided":
+            return x.shape[-1] == 1
+        if what == "one dimension more":
+            return (op.name, k) in (("linear", "x"), ("silu", "x"))
+        return (what == "no elements" and k == "u_dot") or (alone and what in ("too narrow", "another dtype"))
 
     for k, v in args.items():
-        alone = sum(isinstance(x, Tensor) for x in args.values()) == 1
         for what, change in bad.items():
-            if isinstance(v, Tensor) and not still_fits(what, v, alone):
-                with backend("triton"), pytest.raises(ValueError, match=f"^{op.name}: "):
+            if isinstance(v, Tensor) and not still_fits(k, what, v):
+                with backend(name), pytest.raises(ValueError, match=f"^{op.name}: "):
                     op(**(args | {k: change(v)}))
                     pytest.fail(f"{k}, {what}")
     for k, d in x_dot.items():
         for what, change in bad.items():
-            if not still_fits(what, d, len(x_dot) == 1):
-                with backend("triton"), pytest.raises(ValueError, match=f"^{op.name}: "):
+            fewer = what == "no elements" or (what == "too narrow" and d.ndim == 1)
+            if not (what == "last dimension strided" and d.shape[-1] == 1) and not (fewer and len(x_dot) == 1):
+                with backend(name), pytest.raises(ValueError, match=f"^{op.name}: "):
                     ours(op, case, args, x_dot | {k: change(d)})
                     pytest.fail(f"{k}_dot, {what}")
+            more = torch.cat([d, args[k][: len(args[k]) + 1 - len(d)]])
+            with backend(name), pytest.raises(ValueError, match=f"^{op.name}: "):
+                ours(op, case, args, x_dot | {k: more})
+                pytest.fail(f"{k}_dot, more samples than {k}")
 
 
 X, S = torch.zeros(3, 5, 8), torch.zeros(3, 8)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 from unittest import mock
@@ -23,6 +25,7 @@ pytestmark = [
 ]
 
 FOLDER = Path(emf_kernels.__file__).parent
+RECORD = Path(__file__).parent.parent / "profiles" / "mutations.json"
 # None may write outside an output: the interpreter would do it, to the memory of this process.
 MUTATIONS = {
     "adaln": [
@@ -191,7 +194,10 @@ def parity(op: Op) -> None:
     for case, plain, exact in wanted(op.name):
         with backend("triton"):
             got = outcome(op, case, torch.float32, ours)
-        compare(got, plain, exact, torch.float32)
+        try:
+            compare(got, plain, exact, torch.float32)
+        except AssertionError as error:
+            raise AssertionError(f"{case.name}: {error}") from None
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
@@ -204,3 +210,35 @@ def test_a_mutation_is_noticed(name: str, old: str, new: str, tmp_path: Path) ->
     op = mutant(name, old, new, tmp_path)
     with pytest.raises(AssertionError):
         parity(op)
+
+
+def test_the_record_is_of_these_mutations() -> None:
+    """`PYTHONPATH=kernels .venv/bin/python tests/test_mutations.py` renews it."""
+    rows = json.loads(RECORD.read_text())
+    assert [(row["op"], row["line"], row["broken"]) for row in rows] == [
+        (n, *m) for n, ms in MUTATIONS.items() for m in ms
+    ]
+    assert all(row["noticed_by"] for row in rows)
+    assert {row["op"] for row in rows} == {op.name for op in REGISTRY.values() if op.triton}
+    assert all(len(ms) >= 4 for ms in MUTATIONS.values())
+
+
+def record() -> None:
+    """Write what noticed each mutation first: the case, and the value, tangent or gradient that was wrong."""
+    rows = []
+    for name, mutations in MUTATIONS.items():
+        for old, new in mutations:
+            noticed = ""
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    parity(mutant(name, old, new, Path(folder)))
+                except AssertionError as error:
+                    case, what, *_ = str(error).split(":")
+                    noticed = f"{case}: {what.strip().split()[0]}"
+            rows.append(dict(op=name, line=old, broken=new, noticed_by=noticed))
+            print(*rows[-1].values(), sep=" | ", flush=True)
+    RECORD.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+
+
+if __name__ == "__main__":
+    record()

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from emf_kernels import REGISTRY
+from emf_kernels import REGISTRY, launch
 
 ROOT = Path(__file__).parent.parent
 KEYS = {"op", "kernel", "case", "arch", "registers", "spill_bytes", "shared_bytes", "hgmma", "hmma", "ldg128", "config"}
@@ -23,13 +25,27 @@ def record(arch: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, Any]]:
-    """Every kernel, compiled for sm_90 now. A process of its own: kernels are interpreted in this one."""
-    command = "import json; from bench.static import rows; print(json.dumps(list(rows('sm_90'))))"
+    """Every kernel, compiled for sm_90 now."""
+    return json.loads(python("import json; from bench.static import rows; print(json.dumps(list(rows('sm_90'))))"))
+
+
+def asked() -> list[tuple[str, str, dict[str, int]]]:
+    """(kernel, shape class, default) of everything that the bench cases ask launch.py for."""
+    command = (
+        "import json; from bench.static import configured, launches; from bench.tune import bench_cases\n"
+        "with configured('none') as asked: [launches(op, case) for op, case in bench_cases([])]\n"
+        "print(json.dumps([[*k[1:], c] for k, c in asked.items()]))"
+    )
+    return json.loads(python(command))
+
+
+def python(command: str) -> str:
+    """What a process prints in which kernels are compiled: they are interpreted in this one."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return done.stdout
 
 
 def name(row: dict[str, Any]) -> tuple[str, str, str]:
@@ -41,8 +57,8 @@ def test_records_are_of_the_kernels_that_there_are(arch: str, compiled: list[dic
     """`make static` renews them."""
     rows = record(arch)
     assert all(row.keys() >= KEYS and row["arch"] == arch for row in rows)
-    current = [(name(row), row["config"]) for row in compiled]
-    assert [(name(row), row["config"]) for row in rows] == current
+    assert [name(row) for row in rows] == [name(row) for row in compiled]
+    assert arch != "sm_90" or [row["config"] for row in rows] == [row["config"] for row in compiled]
     assert {row["op"] for row in rows} == {op.name for op in REGISTRY.values() if op.triton}
 
 
@@ -55,3 +71,29 @@ def test_what_hopper_makes_of_them(compiled: list[dict[str, Any]]) -> None:
             assert row["hgmma"] and not row["hmma"], row
         elif row["op"] not in ("time_embedding", "linear_attention"):
             assert row["ldg128"], row
+
+
+def test_configurations_answer_what_the_bench_cases_ask() -> None:
+    """`make tune` renews them: a row for each kernel and shape class, with the parameters that the kernel has."""
+    want = {(kernel, shape): default.keys() for kernel, shape, default in asked()}
+    assert {file.stem for file in launch.CONFIGS.glob("*.json")} >= {"sm_80", "sm_90", "sm_100"}
+    for file in launch.CONFIGS.glob("*.json"):
+        rows = json.loads(file.read_text())
+        found = {launch.key("", row["kernel"], row["shape"])[1:]: row["config"].keys() for row in rows}
+        assert found == want, f"{file.name} is not of these kernels"
+        assert {row["found"] for row in rows} <= {"static", "sweep"}
+
+
+def test_a_launch_is_looked_up_by_chip_then_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    default, rows = dict(num_warps=1), json.loads((launch.CONFIGS / "sm_90.json").read_text())
+    recorded = next(row for row in rows if row["kernel"] == "adaln._fwd")
+    ask = lambda x: launch.configuration("adaln._fwd", x, default, C=4096)  # noqa: E731
+    monkeypatch.setattr(launch, "chips", lambda index: ("a-chip", "sm_90"))
+    with FakeTensorMode():
+        half = torch.empty(1, device="cuda", dtype=torch.bfloat16)
+        assert ask(half) == recorded["config"]
+        assert ask(half.float()) == default  # another shape class
+        assert ask(torch.empty(1)) == default  # the interpreter
+        own = {launch.key("a-chip", "adaln._fwd", recorded["shape"]): dict(num_warps=16)}
+        monkeypatch.setattr(launch, "CONFIGURATIONS", launch.CONFIGURATIONS | own)
+        assert ask(half) == dict(num_warps=16)

@@ -364,6 +364,36 @@ def test_nan_stops_the_run_and_says_where(recipe: list[str], straight: Path, tmp
     assert metrics(tmp_path / "run") == metrics(straight)[:3]
 
 
+def _poison_gradient_4() -> None:
+    """One step's loss is finite and its gradient is not."""
+    from emf import train as module
+
+    make, losses, seen = module.make_batch, module.losses, []
+
+    def counted(config: Any, at: int, part: int, parts: int) -> Any:
+        seen.append(at)
+        return make(config, at, part, parts)
+
+    def poisoned(*args: Any) -> Any:
+        loss, error = losses(*args)
+        return (loss + (loss * 0).sqrt() if seen[-1] == 3 else loss), error
+
+    module.make_batch, module.losses = counted, poisoned
+
+
+@pytest.mark.parametrize("flags", ["", "--zero.stage 1", "--zero.stage 3", "--zero.dtype bfloat16 --zero.stage 2"])
+def test_a_gradient_that_is_not_finite_touches_nothing(recipe: list[str], flags: str, tmp_path: Path) -> None:
+    out, ranks = ["--out", str(tmp_path / "run"), *flags.split()], 2 if "bfloat16" in flags else 1
+    result = train(tmp_path, *recipe, *out, before=_poison_gradient_4, ranks=ranks)
+    assert result.code == 3 and "Traceback" not in result.text, result.text
+    assert "gradient is not finite at step 3" in result.text and "step_0000003" in result.text, result.text
+    out[1] = str(tmp_path / "skipping")
+    result = train(tmp_path, *recipe, *out, "--run.skip", "1", before=_poison_gradient_4, ranks=ranks)
+    assert result.code == 0, result.text
+    assert [row["step"] for row in metrics(tmp_path / "skipping")] == [1, 2, 3, 5, 6]
+    assert all(x.isfinite().all() for x in averaged(tmp_path / "skipping").values())
+
+
 def test_nan_on_the_other_rank_names_its_times_too(recipe: list[str], straight: Path, tmp_path: Path) -> None:
     from emf.recipes import from_file
     from emf.train import make_batch
@@ -406,6 +436,9 @@ def test_a_run_is_never_overwritten(recipe: list[str], straight: Path, tmp_path:
         "holds a run already": [],
         "another model": ["--resume", "True", "--transformer.num-layers", "2"],
         "stage": ["--resume", "True", "--zero.stage", "1"],
+        "another run (seed": ["--resume", "True", "--seed", "9"],
+        "another run (flow": ["--resume", "True", "--flow.sampler", "uniform"],
+        "step 6 already": ["--resume", "True", "--steps", "5"],
     }
     before = files(straight)
     for message, flags in cases.items():
@@ -451,6 +484,23 @@ def test_wrong_input_is_one_line_and_writes_nothing(
         "no transformer.time_embed": [*recipe, "--init", str(tmp_path / "other.safetensors")],
         "another model": [*recipe, "--init", str(tmp_path / "narrow.safetensors")],
         "is no folder": [*recipe, "--out", auto],
+        "weights: " + str(tmp_path): [*recipe, "--init", str(tmp_path)],
+        "use --zero.accumulation": [*recipe, "--zero.json", written("own.json", {"gradient_accumulation_steps": 2})],
+        "did you mean zero_optimization": [*recipe, "--zero.json", written("typo.json", {"zero_optimisation": {}})],
+        "list.json holds list": [*recipe, "--zero.json", str(tmp_path / "list.json")],
+        "DeepSpeed refuses": [*recipe, "--zero.json", written("7.json", {"zero_optimization": {"stage": 7}})],
+        "log_every 0": [*recipe, "--run.log-every", "0"],
+        "save_every 0": [*recipe, "--run.save-every", "0"],
+        "accumulation 0": [*recipe, "--zero.accumulation", "0"],
+        "flow.share": [*recipe, "--flow.share", "2", "3"],
+        "world.size 22": [*recipe, "--world.size", "22"],
+        "stepz": [written("key.json", tree | {"stepz": 1})],
+        "learning": [written("nested.json", tree | {"optim": tree["optim"] | {"learning-rate": 1}})],
+        "fast": [written("type.json", tree | {"steps": "fast"})],
+        "mean-flow": [written("choice.json", tree | {"objective": "mean-flow"})],
+        "patch_size": [*recipe, "--transformer.patch-size", "5"],
+        "dual_time": [*recipe, "--transformer.dual-time", "False"],
+        "--stepz": [*recipe, "--stepz", "3"],
     }
     for message, arguments in cases.items():
         result = train(tmp_path, *arguments, *([] if "--out" in arguments else ["--out", str(tmp_path / "run")]))
@@ -462,16 +512,14 @@ def test_wrong_input_is_one_line_and_writes_nothing(
         assert not (tmp_path / "run").exists()
     two = train(tmp_path, *recipe, "--batch-size", "7", "--out", str(tmp_path / "run"), ranks=2)
     assert two.code == 2 and two.text.count("error:") == 1 and "no multiple of 2 ranks" in two.text, two
-    # what the parser itself finds comes in its own frame
-    framed = {
-        "stepz": [written("key.json", tree | {"stepz": 1})],
-        "learning": [written("nested.json", tree | {"optim": tree["optim"] | {"learning-rate": 1}})],
-        "fast": [written("type.json", tree | {"steps": "fast"})],
-        "mean-flow": [written("choice.json", tree | {"objective": "mean-flow"})],
-        "patch_size": [*recipe, "--transformer.patch-size", "5"],
-        "dual_time": [*recipe, "--transformer.dual-time", "False"],
-    }
-    for message, arguments in framed.items():
-        result = train(tmp_path, *arguments, "--out", str(tmp_path / "run"))
-        assert result.code == 2 and message in result.text and "Traceback" not in result.text, result
-        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("file", ["checkpoint.json", "ema-0.safetensors", "engine/mp_rank_00_model_states.pt"])
+def test_a_broken_checkpoint_is_one_line(recipe: list[str], straight: Path, file: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    broken = run / "checkpoints" / "step_0000006" / file
+    broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
+    result = train(tmp_path, *recipe, "--out", str(run), "--resume", "True")
+    (line,) = (line for line in result.text.splitlines() if line.startswith("error:"))
+    assert result.code == 2 and "step_0000006 is broken" in line and "Traceback" not in result.text, result.text

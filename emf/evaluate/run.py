@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from textwrap import fill
@@ -13,14 +14,14 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from emf.config import Config
 from emf.data.digits import TAGS, prompts
 from emf.evaluate.digits import Scorer, calibrate
 from emf.generate import generate, to_uint8
 from emf.model import TextToImage
-from emf.network import build, load_weights, read_weights
+from emf.network import build, checkpoints, load_weights, read_weights
 from emf.recipes import from_file
 
 matplotlib.use("Agg")
@@ -34,7 +35,7 @@ def newest(run: Path) -> Path:
     is none."""
     if (run / "model.safetensors").is_file():
         return run
-    saved = sorted(p for p in (run / "checkpoints").glob("step_*") if p.suffix != ".part")
+    saved = checkpoints(run / "checkpoints")
     if not saved:
         raise ValueError(
             f"{run} holds no checkpoint; expected a run's folder, or a folder with model.safetensors and config.json"
@@ -63,6 +64,10 @@ def load_base(config: Config) -> TextToImage:
 
 def evaluate_run(run: Path, per_tag: int, guidance: float, seed: int) -> dict[str, Any]:
     """scores.json and samples.png in the run's folder; the same prompts and noise for every row."""
+    if per_tag < 1 or not math.isfinite(guidance):
+        raise ValueError(f"evaluate: per_tag {per_tag} and guidance {guidance}; expected at least 1, and a number")
+    if not (run / "metrics.jsonl").exists() and (run / "model.safetensors").exists():
+        raise ValueError(f"evaluate: {run} is a checkpoint; give the run's folder, in which the scores are written")
     config, network = load_run(run)
     specs = prompts(per_tag)
     rows = [("fm", n, load_base(config) if config.objective == "meanflow" else network) for n in EULER]
@@ -71,7 +76,7 @@ def evaluate_run(run: Path, per_tag: int, guidance: float, seed: int) -> dict[st
     scorer = Scorer.fit()
     scores: dict[str, Any] = {"guidance": guidance, "rows": []}
     pictures: dict[str, Any] = {}
-    shown = [i for tag in range(len(TAGS)) for i in (tag * per_tag, tag * per_tag + 1) if per_tag > 1]
+    shown = [i for tag in range(len(TAGS)) for i in range(tag * per_tag, tag * per_tag + min(per_tag, 2))]
     for model, steps, net in track(rows, description="sampling"):
         images = generate(
             net, config, [s["prompt"] for s in specs], steps, average=model == "emf", guidance=guidance, seed=seed
@@ -148,7 +153,7 @@ def release_run(run: Path, out: Path) -> int:
     if out.exists():
         raise ValueError(f"release: {out} exists; remove it first")
     checkpoint = newest(run)
-    state = {k: v.to(torch.float16) for k, v in load_file(checkpoint / "model.safetensors").items()}
+    state = {k: v.to(torch.float16) for k, v in read_weights(checkpoint / "model.safetensors").items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     save_file(state, out, metadata={"format": "pt"})
     return out.stat().st_size

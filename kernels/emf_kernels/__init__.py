@@ -1,21 +1,12 @@
 """Fused operations that carry a value and its tangent together. See op.py for the contract; one operation a file."""
 
 # isort: off
-from .op import (
-    REGISTRY,
-    Case,
-    Cost,
-    Dual,
-    Op,
-    backend,
-    each,
-    lift,
-    primal,
-)  # first: it decides whether kernels are interpreted
+from .op import REGISTRY, Case, Cost, Op, backend, lift  # first: it decides whether kernels are interpreted
 
 # isort: on
 from .adaln import adaln
 from .attention import attention
+from .dual import Dual, each, primal
 from .gated_residual import gated_residual
 from .gated_residual_adaln import gated_residual_adaln
 from .glumbconv import glumbconv

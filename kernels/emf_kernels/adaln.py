@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import launch
-from .op import Case, Cost, Dual, Op, check, forward_mode, halves, leading, strides
+from .dual import Dual, check, halves, leading
+from .op import Case, Cost, Op, forward_mode, strides
 
 
 def reference(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
@@ -158,18 +159,20 @@ class _AdaLN(torch.autograd.Function):
         return *forward_mode(ctx, fused, (*ctx.saved_tensors, ctx.eps), dots[:3]), None, None, None
 
 
+def accepts(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> None:
+    if x.ndim != 3 or x.shape[2] > 16384:
+        raise ValueError(f"adaln: x is {tuple(x.shape)}; expected [B, N, C] with C at most 16384")
+    B, N, C = x.shape
+    check("adaln", x, x=(x, (B, N, C)), scale=(scale, (B, C)), shift=(shift, (B, C)))
+
+
 def fused(x: Tensor | Dual, scale: Tensor | Dual, shift: Tensor | Dual, eps: float = 1e-6) -> Tensor | Dual:
     """adaln of Tensors, or of Duals in any of the three places: one launch for value and tangent. Shapes as above;
     float16, bfloat16 (on a GPU) or float32, the same for all; statistics in float32; last dimension contiguous, C at
     most 16384; else ValueError."""
     duals = [a for a in (x, scale, shift) if isinstance(a, Dual)]
-    b = leading(duals, "adaln") if duals else 0
+    b = leading(duals, "adaln")
     (x_, x_dot), (scale_, scale_dot), (shift_, shift_dot) = halves(x), halves(scale), halves(shift)
-    if x_.ndim != 3 or x_.shape[2] > 16384:
-        raise ValueError(f"adaln: x is {tuple(x_.shape)}; expected [B, N, C] with C at most 16384")
-    B, N, C = x_.shape
-    check("adaln", x_, x=(x_, (B, N, C)), scale=(scale_, (B, C)), shift=(shift_, (B, C)))
-    check("adaln", x_, x_dot=(x_dot, (b, N, C)), scale_dot=(scale_dot, (b, C)), shift_dot=(shift_dot, (b, C)))
     y, y_dot, *_ = _AdaLN.apply(x_, scale_, shift_, x_dot, scale_dot, shift_dot, eps, b)
     return Dual(y, y_dot) if duals else y
 
@@ -192,6 +195,7 @@ adaln = Op(
     reference,
     inputs=inputs,
     cost=cost,
+    accepts=accepts,
     batched=("x", "scale", "shift"),
     triton=fused,
     cases=[

@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import launch
-from .op import Case, Cost, Dual, Op, check, forward_mode, halves, leading, strides
+from .dual import Dual, check, halves, leading
+from .op import Case, Cost, Op, forward_mode, strides
 
 
 def reference(
@@ -201,6 +202,20 @@ def _bwd(
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 
+def accepts(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, scale: float | None = None
+) -> None:
+    if q.ndim != 4 or k.ndim != 4 or not 1 <= q.shape[3] <= 256:
+        shapes = f"q is {tuple(q.shape)}, k is {tuple(k.shape)}"
+        raise ValueError(f"attention: {shapes}; expected [B, N, H, D] with D at most 256")
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"attention: mask is {mask.dtype}; expected bool [B, Nk], True where a key is attended to")
+    (B, Nq, H, D), Nk = q.shape, k.shape[1]
+    check("attention", q, q=(q, (B, Nq, H, D)), k=(k, (B, Nk, H, D)), v=(v, (B, Nk, H, D)), mask=(mask, (B, Nk)))
+    if causal and Nq != Nk:
+        raise ValueError(f"attention: causal with {Nq} queries and {Nk} keys; expected as many")
+
+
 def fused(
     q: Tensor | Dual,
     k: Tensor | Dual,
@@ -213,19 +228,9 @@ def fused(
     float16, bfloat16 (on a GPU) or float32, the same for q, k, v; sums in float32; last dimension contiguous, D at most
     256; else ValueError."""
     duals = [a for a in (q, k, v) if isinstance(a, Dual)]
-    b = leading(duals, "attention") if duals else 0
+    b = leading(duals, "attention")
     (q_, q_dot), (k_, k_dot), (v_, v_dot) = halves(q), halves(k), halves(v)
-    if q_.ndim != 4 or k_.ndim != 4 or not 1 <= q_.shape[3] <= 256:
-        shapes = f"q is {tuple(q_.shape)}, k is {tuple(k_.shape)}"
-        raise ValueError(f"attention: {shapes}; expected [B, N, H, D] with D at most 256")
-    if mask is not None and mask.dtype != torch.bool:
-        raise ValueError(f"attention: mask is {mask.dtype}; expected bool [B, Nk], True where a key is attended to")
-    (B, Nq, H, D), Nk = q_.shape, k_.shape[1]
-    check("attention", q_, q=(q_, (B, Nq, H, D)), k=(k_, (B, Nk, H, D)), v=(v_, (B, Nk, H, D)), mask=(mask, (B, Nk)))
-    check("attention", q_, q_dot=(q_dot, (b, Nq, H, D)), k_dot=(k_dot, (b, Nk, H, D)), v_dot=(v_dot, (b, Nk, H, D)))
-    if causal and Nq != Nk:
-        raise ValueError(f"attention: causal with {Nq} queries and {Nk} keys; expected as many")
-    scale = D**-0.5 if scale is None else float(scale)
+    scale = q_.shape[3] ** -0.5 if scale is None else float(scale)
     o, o_dot, _ = _Attention.apply(q_, k_, v_, mask, q_dot, k_dot, v_dot, causal, scale, b)
     return Dual(o, o_dot) if duals else o
 
@@ -256,7 +261,9 @@ attention = Op(
     reference,
     inputs=inputs,
     cost=cost,
+    accepts=accepts,
     batched=("q", "k", "v", "mask"),
+    live=("q", "k", "v"),
     triton=fused,
     cases=[
         Case("self", dict(B=3, Nq=9, Nk=9, H=2, D=16), QKV),

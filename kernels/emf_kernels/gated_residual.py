@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import launch
-from .op import Case, Cost, Dual, Op, check, forward_mode, halves, leading, strides
+from .dual import Dual, check, halves, leading
+from .op import Case, Cost, Op, forward_mode, strides
 
 
 def reference(x: Tensor, gate: Tensor | None, h: Tensor) -> Tensor:
@@ -126,19 +127,20 @@ class _GatedResidual(torch.autograd.Function):
         return *forward_mode(ctx, fused, ctx.saved_tensors, dots[:3]), None
 
 
+def accepts(x: Tensor, gate: Tensor | None, h: Tensor) -> None:
+    if x.ndim != 3 and (x.ndim != 2 or gate is not None):
+        raise ValueError(f"gated_residual: x is {tuple(x.shape)}; expected [B, N, C], or [B, C] without a gate")
+    shape = tuple(x.shape)
+    check("gated_residual", x, x=(x, shape), gate=(gate, (shape[0], shape[-1])), h=(h, shape))
+
+
 def fused(x: Tensor | Dual, gate: Tensor | Dual | None, h: Tensor | Dual) -> Tensor | Dual:
     """gated_residual of Tensors, or of Duals in any of the three places: one launch for value and tangent. Shapes as
     above; float16, bfloat16 (on a GPU) or float32, the same for all; last dimension contiguous; else ValueError."""
     duals = [a for a in (x, gate, h) if isinstance(a, Dual)]
-    b = leading(duals, "gated_residual") if duals else 0
+    b = leading(duals, "gated_residual")
     (x_, x_dot), (gate_, gate_dot), (h_, h_dot) = halves(x), halves(gate), halves(h)
-    if x_.ndim != 3 and (x_.ndim != 2 or gate_ is not None):
-        raise ValueError(f"gated_residual: x is {tuple(x_.shape)}; expected [B, N, C], or [B, C] without a gate")
-    shape, rest = tuple(x_.shape), tuple(x_.shape[1:])
-    check("gated_residual", x_, x=(x_, shape), gate=(gate_, (shape[0], shape[-1])), h=(h_, shape))
-    check(
-        "gated_residual", x_, x_dot=(x_dot, (b, *rest)), gate_dot=(gate_dot, (b, rest[-1])), h_dot=(h_dot, (b, *rest))
-    )
+    rest = x_.shape[1:]
     if x_.ndim == 2:
         x_, h_, x_dot, h_dot = (a if a is None else a.unsqueeze(1) for a in (x_, h_, x_dot, h_dot))
     y, y_dot = (a.view(-1, *rest) for a in _GatedResidual.apply(x_, gate_, h_, x_dot, gate_dot, h_dot, b))
@@ -164,6 +166,7 @@ gated_residual = Op(
     reference,
     inputs=inputs,
     cost=cost,
+    accepts=accepts,
     batched=("x", "gate", "h"),
     triton=fused,
     cases=[

@@ -19,8 +19,9 @@ from torch.autograd.function import once_differentiable
 
 from .adaln import config, norm, norm_dot
 from .adaln import reference as adaln_reference
+from .dual import Dual, check, halves, leading
 from .gated_residual import reference as gated_residual_reference
-from .op import Case, Cost, Dual, Op, check, forward_mode, halves, leading, strides
+from .op import Case, Cost, Op, forward_mode, strides
 
 
 def reference(
@@ -167,6 +168,14 @@ class _GatedResidualAdaLN(torch.autograd.Function):
         return *forward_mode(ctx, fused, (*ctx.saved_tensors, ctx.eps), dots[:5]), None, None, None, None
 
 
+def accepts(x: Tensor, gate: Tensor | None, h: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> None:
+    op = "gated_residual_adaln"
+    if x.ndim != 3 or x.shape[2] > 16384:
+        raise ValueError(f"{op}: x is {tuple(x.shape)}; expected [B, N, C] with C at most 16384")
+    (B, N, C), vector = x.shape, (x.shape[0], x.shape[2])
+    check(op, x, x=(x, (B, N, C)), gate=(gate, vector), h=(h, (B, N, C)), scale=(scale, vector), shift=(shift, vector))
+
+
 def fused(
     x: Tensor | Dual,
     gate: Tensor | Dual | None,
@@ -178,17 +187,10 @@ def fused(
     """gated_residual_adaln of Tensors, or of Duals in any of the five places: one launch for both outputs, value and
     tangent. Shapes as above; float16, bfloat16 (on a GPU) or float32, the same for all; statistics in float32; last
     dimension contiguous, C at most 16384; else ValueError."""
-    op = "gated_residual_adaln"
-    names, args = ("x", "gate", "h", "scale", "shift"), (x, gate, h, scale, shift)
+    args = (x, gate, h, scale, shift)
     duals = [a for a in args if isinstance(a, Dual)]
-    b = leading(duals, op) if duals else 0
+    b = leading(duals, "gated_residual_adaln")
     values, dots = zip(*map(halves, args), strict=True)
-    if values[0].ndim != 3 or values[0].shape[2] > 16384:
-        raise ValueError(f"{op}: x is {tuple(values[0].shape)}; expected [B, N, C] with C at most 16384")
-    B, N, C = values[0].shape
-    shapes = ((N, C), (C,), (N, C), (C,), (C,))
-    check(op, values[0], **{k: (a, (B, *s)) for k, a, s in zip(names, values, shapes, strict=True)})
-    check(op, values[0], **{f"{k}_dot": (d, (b, *s)) for k, d, s in zip(names, dots, shapes, strict=True)})
     y, n, y_dot, n_dot, *_ = _GatedResidualAdaLN.apply(*values, *dots, eps, b)
     return (Dual(y, y_dot), Dual(n, n_dot)) if duals else (y, n)
 
@@ -212,6 +214,7 @@ gated_residual_adaln = Op(
     reference,
     inputs=inputs,
     cost=cost,
+    accepts=accepts,
     batched=("x", "gate", "h", "scale", "shift"),
     triton=fused,
     cases=[

@@ -24,7 +24,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv2d
 
 from . import launch
-from .op import Case, Cost, Dual, Op, check, forward_mode, halves, leading, strides
+from .dual import Dual, check, halves
+from .op import Case, Cost, Op, forward_mode, strides
 from .silu import reference as silu
 
 
@@ -252,19 +253,19 @@ class _GLUMBConv(torch.autograd.Function):
         return *forward_mode(ctx, fused, ctx.saved_tensors, dots[:3]), None
 
 
+def accepts(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    if x.ndim != 4 or x.shape[3] % 2:
+        raise ValueError(f"glumbconv: x is {tuple(x.shape)}; expected [B, H, W, 2 F]")
+    C = x.shape[3]
+    check("glumbconv", x, x=(x, tuple(x.shape)), weight=(weight, (C, 1, 3, 3)), bias=(bias, (C,)))
+
+
 def fused(x: Tensor | Dual, weight: Tensor, bias: Tensor) -> Tensor | Dual:
     """glumbconv of a Tensor or a Dual, one launch for value and tangent. Shapes as above; weight and bias take no
     tangent; float16, bfloat16 (on a GPU) or float32, the same for all; sums in float32; last dimension contiguous; else
     ValueError."""
     x_, x_dot = halves(x)
-    if isinstance(weight, Dual) or isinstance(bias, Dual):
-        raise ValueError("glumbconv: weight and bias take no tangent; expected a Dual for x alone")
-    if x_.ndim != 4 or x_.shape[3] % 2:
-        raise ValueError(f"glumbconv: x is {tuple(x_.shape)}; expected [B, H, W, 2 F]")
-    b, (B, H, W, C) = leading([x], "glumbconv") if isinstance(x, Dual) else 0, x_.shape
-    check("glumbconv", x_, x=(x_, (B, H, W, C)), weight=(weight, (C, 1, 3, 3)), bias=(bias, (C,)))
-    check("glumbconv", x_, x_dot=(x_dot, (b, H, W, C)))
-    y, y_dot = _GLUMBConv.apply(x_, weight, bias, x_dot, b)
+    y, y_dot = _GLUMBConv.apply(x_, weight, bias, x_dot, 0 if x_dot is None else len(x_dot))
     return Dual(y, y_dot) if isinstance(x, Dual) else y
 
 
@@ -286,6 +287,7 @@ glumbconv = Op(
     reference,
     inputs=inputs,
     cost=cost,
+    accepts=accepts,
     batched=("x",),
     triton=fused,
     cases=[

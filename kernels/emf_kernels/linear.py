@@ -16,21 +16,28 @@ from torch import Tensor
 # forward-mode rule.
 from torch.nn.functional import linear as affine
 
-from .op import Case, Cost, Dual, Op
+from .dual import Dual, check
+from .op import Case, Cost, Op
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return affine(x, weight, bias)
 
 
-def dual(x: Tensor | Dual, weight: Tensor | Dual, bias: Tensor | Dual | None = None) -> Dual:
+def dual(x: Dual, weight: Tensor, bias: Tensor | None = None) -> Dual:
     # lift(reference) is right but pays for forward-mode AD of addmm more than for the product (profiles/LOG.md).
-    # Weights are constants.
-    if not isinstance(x, Dual) or isinstance(weight, Dual) or isinstance(bias, Dual):
-        raise ValueError("linear: weight and bias take no tangent; expected a Dual for x alone")
     with torch.no_grad():
         y_dot = affine(x.tangent, weight)
     return Dual(affine(x.primal, weight, bias), y_dot)
+
+
+def accepts(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    if x.ndim < 2 or weight.ndim != 2:
+        raise ValueError(
+            f"linear: x is {tuple(x.shape)}, weight is {tuple(weight.shape)}; expected [B, ..., K] and [N, K]"
+        )
+    N, K = weight.shape
+    check("linear", x, strided=True, x=(x, (*x.shape[:-1], K)), weight=(weight, (N, K)), bias=(bias, (N,)))
 
 
 def inputs(case: Case, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, Tensor]:
@@ -51,6 +58,7 @@ linear = Op(
     dual=dual,
     inputs=inputs,
     cost=cost,
+    accepts=accepts,
     batched=("x",),
     cases=[
         Case("small", dict(B=3, N=5, K=8, O=6), ("x",)),

@@ -26,7 +26,8 @@ from torch.autograd.function import once_differentiable
 
 from . import launch
 from .adaln import config as row_config
-from .op import Case, Cost, Dual, Op, check, forward_mode, halves, leading, strides
+from .dual import Dual, check, halves, leading
+from .op import Case, Cost, Op, forward_mode, strides
 from .rmsnorm import backward as rmsnorm_backward
 from .rmsnorm import reference as rmsnorm_reference
 
@@ -323,6 +324,24 @@ class _LinearAttention(torch.autograd.Function):
         return *forward_mode(ctx, fused, (*ctx.saved_tensors, ctx.D, ctx.eps), dots[:5]), *[None] * 5
 
 
+def accepts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    head_size: int,
+    eps: float = 1e-15,
+) -> None:
+    op = "linear_attention"
+    if q.ndim != 3 or q.shape[2] > 16384:
+        raise ValueError(f"{op}: q is {tuple(q.shape)}; expected [B, N, C] with C at most 16384")
+    shape, C = tuple(q.shape), q.shape[2]
+    if not 1 <= head_size <= 128 or C % head_size:
+        raise ValueError(f"{op}: head_size {head_size}; expected at most 128 and a divisor of C, {C}")
+    check(op, q, q=(q, shape), k=(k, shape), v=(v, shape), q_weight=(q_weight, (C,)), k_weight=(k_weight, (C,)))
+
+
 def fused(
     q: Tensor | Dual,
     k: Tensor | Dual,
@@ -335,20 +354,9 @@ def fused(
     """linear_attention of Tensors, or of Duals in q, k, v. Shapes as above; the weights take no tangent; float16,
     bfloat16 (on a GPU) or float32, the same for all; states and norms in float32; last dimension contiguous, C a
     multiple of head_size and at most 16384, head_size at most 128; else ValueError."""
-    op, args = "linear_attention", (q, k, v)
-    duals = [a for a in args if isinstance(a, Dual)]
-    b = leading(duals, op) if duals else 0
-    values, dots = zip(*map(halves, args), strict=True)
-    if isinstance(q_weight, Dual) or isinstance(k_weight, Dual):
-        raise ValueError(f"{op}: q_weight and k_weight take no tangent; expected Duals for q, k, v alone")
-    if values[0].ndim != 3 or values[0].shape[2] > 16384:
-        raise ValueError(f"{op}: q is {tuple(values[0].shape)}; expected [B, N, C] with C at most 16384")
-    B, N, C = values[0].shape
-    if not 1 <= head_size <= 128 or C % head_size:
-        raise ValueError(f"{op}: head_size {head_size}; expected at most 128 and a divisor of C, {C}")
-    check(op, values[0], **{n: (a, (B, N, C)) for n, a in zip("qkv", values, strict=True)})
-    check(op, values[0], q_weight=(q_weight, (C,)), k_weight=(k_weight, (C,)))
-    check(op, values[0], **{f"{n}_dot": (d, (b, N, C)) for n, d in zip("qkv", dots, strict=True)})
+    duals = [a for a in (q, k, v) if isinstance(a, Dual)]
+    b = leading(duals, "linear_attention")
+    values, dots = zip(*map(halves, (q, k, v)), strict=True)
     o, o_dot, *_ = _LinearAttention.apply(*values, q_weight, k_weight, *dots, head_size, eps, b)
     return Dual(o, o_dot) if duals else o
 
@@ -373,6 +381,7 @@ linear_attention = Op(
     reference,
     inputs=inputs,
     cost=cost,
+    accepts=accepts,
     batched=("q", "k", "v"),
     triton=fused,
     # head sizes of 16 and more: of four features often one is positive, o does not depend on it, and dq is rounding

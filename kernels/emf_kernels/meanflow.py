@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import launch
-from .op import Case, Cost, Op, check, strides
+from .dual import check
+from .op import Case, Cost, Op, strides
 
 
 def reference(
@@ -121,12 +122,7 @@ class _MeanFlow(torch.autograd.Function):
         return du, None, None, None, None, None, None
 
 
-def fused(
-    u: Tensor, u_dot: Tensor, v: Tensor, t: Tensor, r: Tensor, p: float = 1.0, c: float = 1e-3
-) -> tuple[Tensor, Tensor]:
-    """meanflow, in one launch, backward in another. Shapes as above; u, u_dot, v float16, bfloat16 (on a GPU) or
-    float32, the same for the three; t, r of that dtype or float32; sums in float32; last dimension contiguous; else
-    ValueError."""
+def accepts(u: Tensor, u_dot: Tensor, v: Tensor, t: Tensor, r: Tensor, p: float = 1.0, c: float = 1e-3) -> None:
     if not 2 <= u.ndim <= 4:
         raise ValueError(f"meanflow: u is {tuple(u.shape)}; expected [B, ...] with one to three further dimensions")
     B, rest, b = u.shape[0], tuple(u.shape[1:]), u_dot.shape[0] if u_dot.ndim else 0
@@ -136,6 +132,14 @@ def fused(
     check("meanflow", t, t=(t, (B,)), r=(r, (B,)))
     if t.dtype not in (u.dtype, torch.float32) or t.device != u.device:
         raise ValueError(f"meanflow: t is {t.dtype} on {t.device}; expected float32 or {u.dtype} on {u.device}")
+
+
+def fused(
+    u: Tensor, u_dot: Tensor, v: Tensor, t: Tensor, r: Tensor, p: float = 1.0, c: float = 1e-3
+) -> tuple[Tensor, Tensor]:
+    """meanflow, in one launch, backward in another. Shapes as above; u, u_dot, v float16, bfloat16 (on a GPU) or
+    float32, the same for the three; t, r of that dtype or float32; sums in float32; last dimension contiguous; else
+    ValueError."""
     u, u_dot, v = (x[(slice(None), *[None] * (4 - x.ndim))] for x in (u, u_dot, v))
     loss, error, _ = _MeanFlow.apply(u, u_dot, v, t, r, p, c)
     return loss, error
@@ -160,7 +164,9 @@ meanflow = Op(
     reference,
     inputs=inputs,
     cost=cost,
+    accepts=accepts,
     batched=("u", "v", "t", "r"),
+    live=(),
     differentiable=("u",),
     triton=fused,
     cases=[

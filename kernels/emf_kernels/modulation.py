@@ -12,11 +12,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .dual import check
 from .op import Case, Cost, Op
 
 
 def reference(m: Tensor, table: Tensor) -> tuple[Tensor, ...]:
     return (m.reshape(m.shape[0], -1, table.shape[1]) + table).unbind(1)
+
+
+def accepts(m: Tensor, table: Tensor) -> None:
+    if m.ndim != 2 or table.ndim != 2 or m.shape[1] not in (table.shape[1], table.numel()):
+        raise ValueError(
+            f"modulation: m is {tuple(m.shape)}, table is {tuple(table.shape)}; expected [B, C] or [B, S C], and [S, C]"
+        )
+    check("modulation", m, strided=True, m=(m, tuple(m.shape)), table=(table, tuple(table.shape)))
 
 
 def inputs(case: Case, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, Tensor]:
@@ -37,6 +46,7 @@ modulation = Op(
     reference,
     inputs=inputs,
     cost=cost,
+    accepts=accepts,
     batched=("m",),
     cases=[
         Case("small", dict(B=3, S=6, C=5), ("m",)),

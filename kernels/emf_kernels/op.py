@@ -19,6 +19,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .dual import Dual, check_dual, leading, primal
+
 # `triton.jit` decides at decoration whether a kernel is compiled or interpreted. Without a GPU only the interpreter can
 # run one; set before
 # the first kernel file is imported, and never against the user's own choice.
@@ -26,55 +28,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 Backend = Literal["reference", "triton"]
-
-
-class Dual(NamedTuple):
-    """A value and its tangent. A NamedTuple: wrappers such as DeepSpeed and pytree rebuild those, dataclasses they
-    skip.
-
-    primal:  [B, ...]
-    tangent: [b, ...], 0 <= b <= B; belongs to the FIRST b samples. b = B is the full dual, b = 0 a plain forward.
-
-    The tangent never requires grad: gradients flow through the primal only. A constant is a plain Tensor. There is no
-    arithmetic on a Dual: a tuple's own `+` and `*` would concatenate and repeat without a word.
-    """
-
-    primal: Tensor
-    tangent: Tensor
-
-    def _refuse(self, *_: Any) -> Any:
-        raise TypeError(
-            "a Dual has no arithmetic: call an Op of emf_kernels, or each(fn, x) for a linear rearrangement"
-        )
-
-    __add__ = __radd__ = __mul__ = __rmul__ = _refuse  # type: ignore[assignment, misc]
-
-
-def each(fn: Callable[[Tensor], Tensor], x: Tensor | Dual) -> Any:
-    """Apply a linear rearrangement that keeps the batch first (reshape, permute, slice of channels) to a Tensor or to
-    both halves of a Dual."""
-    return Dual(fn(x.primal), fn(x.tangent)) if isinstance(x, Dual) else fn(x)
-
-
-def primal(x: Tensor | Dual) -> Tensor:
-    """The value: [B, ...]."""
-    return x.primal if isinstance(x, Dual) else x
-
-
-def leading(duals: Sequence[Dual], op: str) -> int:
-    """b, the number of leading samples that carry a tangent. Raises ValueError where the Duals disagree or do not
-    fit."""
-    sizes = {d.tangent.shape[0] for d in duals}
-    if len(sizes) != 1:
-        raise ValueError(
-            f"{op}: the tangents cover different numbers of leading samples {sorted(sizes)}; expected one number"
-        )
-    for d in duals:
-        if d.tangent.shape[0] > d.primal.shape[0] or d.tangent.shape[1:] != d.primal.shape[1:]:
-            raise ValueError(
-                f"{op}: tangent {tuple(d.tangent.shape)} does not fit primal {tuple(d.primal.shape)}; expected [b, ...]"
-            )
-    return sizes.pop()
 
 
 def _jvp(fn: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, Any]:
@@ -106,7 +59,12 @@ def lift(reference: Callable[..., Any], batched: Sequence[str] = ()) -> Callable
 
     def dual(*args: Any) -> Any:
         duals = [a for a in args if isinstance(a, Dual)]
-        b, total = leading(duals, getattr(reference, "__name__", "lift")), duals[0].primal.shape[0]
+        name = getattr(reference, "__name__", "lift")
+        if not duals:
+            raise ValueError(f"{name}: no Dual among the arguments; expected one")
+        for d in duals:
+            check_dual(name, "an argument", d)
+        b, total = leading(duals, name), duals[0].primal.shape[0]
         if b == total:
             y, y_dot = _jvp(reference, args)
         else:
@@ -166,36 +124,19 @@ class Cost(NamedTuple):
     bytes: float
 
 
-def check(op: str, lead: Tensor, **tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
-    """A kernel's arguments: name=(tensor or None, shape). One ValueError that names what does not fit; nothing is
-    ever copied or cast to fit."""
+def check_kernel_dtype(op: str, lead: Tensor) -> None:
+    """Raises ValueError on a dtype for which the kernels are not right."""
     if not lead.is_cuda and lead.dtype not in (torch.float16, torch.float32):
         raise ValueError(
             f"{op}: dtype {lead.dtype} on {lead.device}; Triton's interpreter is right in float32 and float16 only"
         )
     if lead.is_cuda and lead.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"{op}: dtype {lead.dtype}; expected float16, bfloat16 or float32")
-    for name, (x, shape) in tensors.items():
-        if x is None:
-            continue
-        if tuple(x.shape) != shape:
-            raise ValueError(f"{op}: {name} is {tuple(x.shape)}; expected {shape}")
-        if 0 in shape and not name.endswith("_dot"):
-            raise ValueError(f"{op}: {name} is empty {shape}; expected at least one element along every dimension")
-        if x.device != lead.device or (x.dtype != lead.dtype and x.dtype != torch.bool):
-            raise ValueError(f"{op}: {name} is {x.dtype} on {x.device}; expected {lead.dtype} on {lead.device}")
-        if x.stride(-1) != 1 and shape[-1] > 1:
-            raise ValueError(f"{op}: {name} {shape} has stride {x.stride(-1)} in its last dimension; expected 1")
 
 
 def strides(x: Tensor | None, n: int) -> list[int]:
     """The first n strides; zeros for a tensor that is not there."""
     return [0] * n if x is None else [x.stride(i) for i in range(n)]
-
-
-def halves(x: Any) -> tuple[Any, Tensor | None]:
-    """(primal, tangent or None)."""
-    return (x.primal, x.tangent) if isinstance(x, Dual) else (x, None)
 
 
 def forward_mode(
@@ -256,7 +197,10 @@ class Op:
     inputs:    (case, dtype, device, generator) -> dict of arguments by name, in the range that the model feeds.
     cases:     the named shapes.
     cost:      (case, itemsize) -> Cost of the dual at that case.
+    accepts:   of the same arguments, Duals replaced by their primals: raises ValueError on what does not fit, the same
+               for every backend. That tensors are Tensors and tangents fit their primals is seen to before.
     batched:   arguments whose first dimension is the batch (see lift).
+    live:      arguments that may be Duals (default: batched).
     differentiable: arguments with a gradient (default: every floating-point tensor).
     dual:      value and tangent in plain torch, where it beats lift(reference) on every device (the default).
     triton:    the fused function of the same arguments, Duals or Tensors alike.
@@ -270,15 +214,24 @@ class Op:
         inputs: Callable[..., dict[str, Any]],
         cases: Sequence[Case],
         cost: Callable[[Case, int], Cost],
+        accepts: Callable[..., None] = lambda *_: None,
         batched: Sequence[str] = (),
+        live: Sequence[str] | None = None,
         differentiable: Sequence[str] | None = None,
         dual: Callable[..., Any] | None = None,
         triton: Callable[..., Any] | None = None,
     ) -> None:
         self.name, self.reference, self.inputs, self.cases, self.cost = name, reference, inputs, tuple(cases), cost
         self.batched, self.differentiable, self.triton = tuple(batched), differentiable, triton
-        self.dual = dual or lift(reference, batched)
+        self.live = self.batched if live is None else tuple(live)
+        self.dual, self.accepts = dual or lift(reference, batched), accepts
         self.signature = inspect.signature(reference)
+        parameters = self.signature.parameters.values()
+        self._required = sum(p.default is p.empty for p in parameters)
+        # (name, whether None will do) of the arguments that are tensors
+        self._tensors = {
+            i: (p.name, "None" in str(p.annotation)) for i, p in enumerate(parameters) if "Tensor" in str(p.annotation)
+        }
         self.__doc__ = reference.__doc__
         REGISTRY[name] = self
 
@@ -294,15 +247,17 @@ class Op:
         return "triton" if x.is_cuda and self.triton is not None else "reference"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """With a Dual among the arguments: Duals out. Otherwise: tensors out."""
-        if kwargs:
+        """With a Dual among the arguments: Duals out. Otherwise: tensors out. Raises ValueError, naming the argument,
+        on what does not fit."""
+        if kwargs or len(args) < self._required:
             bound = self.signature.bind(*args, **kwargs)
             bound.apply_defaults()
             args = bound.args
-        duals = [a for a in args if isinstance(a, Dual)]
+        duals = self._check(args)
         lead = duals[0].primal if duals else next(a for a in args if isinstance(a, Tensor))
         if self.backend_for(lead) == "triton":
             assert self.triton is not None
+            check_kernel_dtype(self.name, lead)
             if torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
                 # torch.compile leaves out a kernel's forward derivative, in silence (pytorch #192985)
                 raise RuntimeError(
@@ -310,3 +265,20 @@ class Op:
                 )
             return self.triton(*args)
         return self.dual(*args) if duals else self.reference(*args)
+
+    def _check(self, args: Sequence[Any]) -> list[Dual]:
+        """The Duals among the arguments. Raises ValueError on an argument that does not fit."""
+        duals = []
+        for i, (name, optional) in self._tensors.items():
+            a = args[i] if i < len(args) else None
+            if isinstance(a, Dual):
+                if name not in self.live:
+                    expected = f"a Dual for {', '.join(self.live)} alone" if self.live else "a Tensor"
+                    raise ValueError(f"{self.name}: {name} takes no tangent; expected {expected}")
+                check_dual(self.name, name, a, strided=self.triton is None)
+                duals.append(a)
+            elif not isinstance(a, Tensor) and not (a is None and optional):
+                raise ValueError(f"{self.name}: {name} is {type(a).__name__}; expected a Tensor or a Dual")
+        leading(duals, self.name)
+        self.accepts(*(primal(a) if isinstance(a, Dual) else a for a in args))
+        return duals

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import launch
+from .dual import Dual, check, halves, leading
 from .meanflow import offset
-from .op import Case, Cost, Dual, Op, check, forward_mode, halves, leading, strides
+from .op import Case, Cost, Op, forward_mode, strides
 
 
 def reference(x: Tensor, e: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,20 +103,23 @@ class _Path(torch.autograd.Function):
         return *forward_mode(ctx, fused, ctx.saved_tensors, dots[:3]), None, None
 
 
+def accepts(x: Tensor, e: Tensor, t: Tensor) -> None:
+    if not 2 <= x.ndim <= 4:
+        raise ValueError(f"path: x is {tuple(x.shape)}; expected [B, ...] with one to three further dimensions")
+    check("path", x, x=(x, tuple(x.shape)), e=(e, tuple(x.shape)))
+    check("path", t, t=(t, (x.shape[0],)))
+    if t.dtype not in (x.dtype, torch.float32) or t.device != x.device:
+        raise ValueError(f"path: t is {t.dtype} on {t.device}; expected float32 or {x.dtype} on {x.device}")
+
+
 def fused(x: Tensor | Dual, e: Tensor | Dual, t: Tensor | Dual) -> tuple[Any, Any]:
     """path of Tensors, or of Duals in any of the three places: one launch for both outputs, value and tangent. Shapes
     as above; x, e float16, bfloat16 (on a GPU) or float32, the same for both; t of that dtype or float32; last
     dimension contiguous; else ValueError."""
     duals = [a for a in (x, e, t) if isinstance(a, Dual)]
-    b = leading(duals, "path") if duals else 0
+    b = leading(duals, "path")
     (x_, x_dot), (e_, e_dot), (t_, t_dot) = halves(x), halves(e), halves(t)
-    if not 2 <= x_.ndim <= 4:
-        raise ValueError(f"path: x is {tuple(x_.shape)}; expected [B, ...] with one to three further dimensions")
-    B, rest = x_.shape[0], tuple(x_.shape[1:])
-    check("path", x_, x=(x_, (B, *rest)), e=(e_, (B, *rest)), x_dot=(x_dot, (b, *rest)), e_dot=(e_dot, (b, *rest)))
-    check("path", t_, t=(t_, (B,)), t_dot=(t_dot, (b,)))
-    if t_.dtype not in (x_.dtype, torch.float32) or t_.device != x_.device:
-        raise ValueError(f"path: t is {t_.dtype} on {t_.device}; expected float32 or {x_.dtype} on {x_.device}")
+    rest = x_.shape[1:]
     four = (a if a is None else a[(slice(None), *[None] * (4 - a.ndim))] for a in (x_, e_))
     four_dot = (a if a is None else a[(slice(None), *[None] * (4 - a.ndim))] for a in (x_dot, e_dot))
     z, v, z_dot, v_dot = (a.view(-1, *rest) for a in _Path.apply(*four, t_, *four_dot, t_dot, b))
@@ -140,6 +144,7 @@ path = Op(
     reference,
     inputs=inputs,
     cost=cost,
+    accepts=accepts,
     batched=("x", "e", "t"),
     triton=fused,
     cases=[

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .adaln import config
-from .op import Case, Cost, Dual, Op, check, forward_mode, halves, leading, strides
+from .dual import Dual, check, halves
+from .op import Case, Cost, Op, forward_mode, strides
 
 
 def reference(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
@@ -112,18 +113,18 @@ class _RMSNorm(torch.autograd.Function):
         return *forward_mode(ctx, fused, (*ctx.saved_tensors, ctx.eps), dots[:2]), None, None
 
 
+def accepts(x: Tensor, weight: Tensor, eps: float = 1e-5) -> None:
+    if x.ndim != 3 or x.shape[2] > 16384:
+        raise ValueError(f"rmsnorm: x is {tuple(x.shape)}; expected [B, N, C] with C at most 16384")
+    check("rmsnorm", x, x=(x, tuple(x.shape)), weight=(weight, (x.shape[2],)))
+
+
 def fused(x: Tensor | Dual, weight: Tensor, eps: float = 1e-5) -> Tensor | Dual:
     """rmsnorm of a Tensor or a Dual, one launch for value and tangent. Shapes as above; the weight takes no tangent;
     float16, bfloat16 (on a GPU) or float32, the same for both; statistics in float32; last dimension contiguous, C at
     most 16384; else ValueError."""
     x_, x_dot = halves(x)
-    if isinstance(weight, Dual):
-        raise ValueError("rmsnorm: weight takes no tangent; expected a Dual for x alone")
-    if x_.ndim != 3 or x_.shape[2] > 16384:
-        raise ValueError(f"rmsnorm: x is {tuple(x_.shape)}; expected [B, N, C] with C at most 16384")
-    b, (B, N, C) = leading([x], "rmsnorm") if isinstance(x, Dual) else 0, x_.shape
-    check("rmsnorm", x_, x=(x_, (B, N, C)), weight=(weight, (C,)), x_dot=(x_dot, (b, N, C)))
-    y, y_dot, _ = _RMSNorm.apply(x_, weight, x_dot, eps, b)
+    y, y_dot, _ = _RMSNorm.apply(x_, weight, x_dot, eps, 0 if x_dot is None else len(x_dot))
     return Dual(y, y_dot) if isinstance(x, Dual) else y
 
 
@@ -144,6 +145,7 @@ rmsnorm = Op(
     reference,
     inputs=inputs,
     cost=cost,
+    accepts=accepts,
     batched=("x",),
     triton=fused,
     cases=[

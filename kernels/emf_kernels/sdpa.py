@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .attention import attention
-from .op import Dual, each, primal
+from .dual import Dual, each, primal
 
 
 def scaled_dot_product_attention(

@@ -12,11 +12,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .dual import check
 from .op import Case, Cost, Op
 
 
 def reference(x: Tensor) -> Tensor:
     return torch.nn.functional.silu(x)
+
+
+def accepts(x: Tensor) -> None:
+    check("silu", x, strided=True, x=(x, tuple(x.shape)))
 
 
 def inputs(case: Case, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, Tensor]:
@@ -33,6 +38,7 @@ silu = Op(
     reference,
     inputs=inputs,
     cost=cost,
+    accepts=accepts,
     batched=("x",),
     cases=[
         Case("small", dict(B=3, C=7), ("x",)),

@@ -20,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .op import Case, Cost, Dual, Op, check, forward_mode, halves, leading
+from .dual import Dual, check, halves, leading
+from .op import Case, Cost, Op, forward_mode
 
 
 def reference(t: Tensor, r: Tensor | None, scale: float = 1.0, dim: int = 256) -> Tensor | tuple[Tensor, Tensor]:
@@ -102,16 +103,18 @@ class _TimeEmbedding(torch.autograd.Function):
         return *(y_dot if ctx.two else [*y_dot, none]), None, None
 
 
+def accepts(t: Tensor, r: Tensor | None, scale: float = 1.0, dim: int = 256) -> None:
+    if t.ndim != 1 or dim < 2 or dim % 2:
+        raise ValueError(f"time_embedding: t is {tuple(t.shape)} and dim {dim}; expected [B] and an even number")
+    check("time_embedding", t, t=(t, tuple(t.shape)), r=(r, tuple(t.shape)))
+
+
 def fused(t: Tensor | Dual, r: Tensor | Dual | None, scale: float = 1.0, dim: int = 256) -> Any:
     """time_embedding of Tensors or Duals, one launch for both outputs, value and tangent. Shapes as above; float32
     inside whatever the dtype of t and r, which is the outputs'; else ValueError."""
     duals = [a for a in (t, r) if isinstance(a, Dual)]
-    b = leading(duals, "time_embedding") if duals else 0
+    b = leading(duals, "time_embedding")
     (t_, t_dot), (r_, r_dot) = halves(t), halves(r)
-    B = t_.shape[0] if t_.ndim == 1 else -1
-    if B < 0 or dim < 2:
-        raise ValueError(f"time_embedding: t is {tuple(t_.shape)} and dim {dim}; expected [B] and at least 2")
-    check("time_embedding", t_, t=(t_, (B,)), r=(r_, (B,)), t_dot=(t_dot, (b,)), r_dot=(r_dot, (b,)))
     end, interval, end_dot, interval_dot = _TimeEmbedding.apply(t_, r_, t_dot, r_dot, scale, dim // 2, b)
     if not duals:
         return end if r is None else (end, interval)
@@ -140,6 +143,7 @@ time_embedding = Op(
     reference,
     inputs=inputs,
     cost=cost,
+    accepts=accepts,
     batched=("t", "r"),
     triton=fused,
     cases=[
