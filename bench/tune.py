@@ -41,22 +41,29 @@ def bench_cases(names: list[str]) -> list[tuple[Op, Case]]:
     return [(op, case) for op in ops for case in op.cases if "bench" in case.tags]
 
 
-def clean(op: Op, case: Case, arch: str, key: launch.Key, config: Config) -> bool:
-    """Whether no launch with this configuration spills or takes more shared memory than there is."""
-    with configured(arch, {key: config}):
-        ours = launches(op, case)
-    with configured(arch, {key: config | {"num_warps": 2 * config["num_warps"]}}):
-        others = launches(op, case)
-    found = [measure(a, arch) for a, b in zip(ours, others, strict=True) if a.options != b.options]
-    return all(not row["spill_bytes"] and row["shared_bytes"] <= SHARED[arch] * 1024 for row in found)
+def figures(asking: list[tuple[Op, Case]], arch: str, key: launch.Key, config: Config) -> list[dict[str, Any]]:
+    """The compiler's, of every launch that takes this configuration."""
+    found = []
+    for op, case in asking:
+        with configured(arch, {key: config}):
+            ours = launches(op, case)
+        with configured(arch, {key: config | {"num_warps": 2 * config["num_warps"]}}):
+            others = launches(op, case)
+        found += [measure(a, arch) for a, b in zip(ours, others, strict=True) if a.options != b.options]
+    return found
 
 
-def by_figures(op: Op, case: Case, arch: str, key: launch.Key, config: Config) -> Config:
-    """The nearest clean configuration, breadth first; the given one where none is found."""
-    queue, seen = [config], [config]
-    while queue and len(seen) <= TRIES:
+def by_figures(asking: list[tuple[Op, Case]], arch: str, key: launch.Key, config: Config) -> Config:
+    """The nearest configuration, breadth first, that spills nothing, fits into shared memory, and loads 16 bytes at a
+    time where the given one does; the given one where none is found."""
+    queue, seen, wide = [config], [config], 0
+    while queue and len(seen) <= 4 * TRIES:
         candidate = queue.pop(0)
-        if clean(op, case, arch, key, candidate):
+        rows = figures(asking, arch, key, candidate)
+        if candidate is config:
+            wide = min(row["ldg128"] for row in rows)
+        loads = min(row["ldg128"] for row in rows) > 0 or not wide
+        if loads and all(not row["spill_bytes"] and row["shared_bytes"] <= SHARED[arch] * 1024 for row in rows):
             return candidate
         new = [c for c in neighbours(candidate) if c not in seen]
         queue, seen = queue + new, seen + new
@@ -138,22 +145,27 @@ def main() -> None:
         parser.error(f"no kernel {', '.join(unknown)}; there are {', '.join(names)}")
     until, gpu = time.monotonic() + options.seconds, DEVICE == "cuda"
     for chip in launch.chips(torch.cuda.current_device())[:1] if gpu else ARCHS:
-        done: set[launch.Key] = set()
+        asked: dict[launch.Key, Config] = {}
+        asking: dict[launch.Key, list[tuple[Op, Case]]] = {}
         for op, case in bench_cases(options.ops):
-            with configured(chip) as asked:
+            with configured(chip) as new:
                 call(op, case, backward=True)() if gpu else launches(op, case)
-            for key, config in asked.items():
-                if key in done or time.monotonic() > until:
-                    continue
-                done.add(key)
-                if gpu:
-                    config, gain = by_time(op, case, chip, key, config, until)
-                    found = dict(config=config, found="sweep", case=f"{op.name} {case.name}", time_ratio=round(gain, 3))
-                else:
-                    found = dict(config=by_figures(op, case, chip, key, config), found="static")
-                shape = {k: int(v) for k, v in (part.split("=") for part in key[2].split())}
-                record(chip, key, dict(kernel=key[1], shape=shape) | found)
-                print(chip, key[1], key[2], *(f"{k}={v}" for k, v in found["config"].items()), flush=True)
+            asked |= new
+            for key in new:
+                asking.setdefault(key, []).append((op, case))
+        for key, config in asked.items():
+            if time.monotonic() > until:
+                print(f"no time left for {key[1]} {key[2]}", flush=True)
+                continue
+            op, case = asking[key][0]
+            if gpu:
+                config, gain = by_time(op, case, chip, key, config, until)
+                found = dict(config=config, found="sweep", case=f"{op.name} {case.name}", time_ratio=round(gain, 3))
+            else:
+                found = dict(config=by_figures(asking[key], chip, key, config), found="static")
+            shape = {k: int(v) for k, v in (part.split("=") for part in key[2].split())}
+            record(chip, key, dict(kernel=key[1], shape=shape) | found)
+            print(chip, key[1], key[2], *(f"{k}={v}" for k, v in found["config"].items()), flush=True)
 
 
 if __name__ == "__main__":
