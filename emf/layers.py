@@ -229,6 +229,7 @@ def image(x: Value, patch: int, height: int, width: int) -> Any:
     def fold(y: Tensor) -> Tensor:
         b, channels = y.shape[0], y.shape[2] // patch**2
         y = y.reshape(b, height, width, patch, patch, channels)
-        return y.permute(0, 5, 1, 3, 2, 4).reshape(b, channels, height * patch, width * patch)
+        # contiguous: at patch 1 all of this is a view whose last dimension has a stride; the loss refuses that
+        return y.permute(0, 5, 1, 3, 2, 4).reshape(b, channels, height * patch, width * patch).contiguous()
 
     return each(fold, x)
