@@ -10,7 +10,7 @@ LAUNCH := $(BIN)/deepspeed --num_accelerators $(RANKS) --module emf.train
 DEMO_TRAIN := $(LAUNCH) digits --out runs/demo --resume True
 BASE_TRAIN := $(LAUNCH) digits-base --out runs/base --resume True
 
-.PHONY: help demo base test check static tune gpu
+.PHONY: help demo base test check static bench tune gpu
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -37,6 +37,10 @@ check: $(VENV)/installed-test ## check formatting, lint and types
 
 static: $(VENV)/installed-test ## compile every kernel ahead of time, without a GPU: profiles/static/<arch>.json
 	env -u TRITON_INTERPRET $(BIN)/python -m bench.static
+
+bench: $(VENV)/installed-test ## what a training step costs by every way to its tangent: profiles/<device>/step-cpu.json
+	env -u TRITON_INTERPRET $(BIN)/python -m pytest bench -q --benchmark-only --benchmark-columns=median,min,max \
+		--benchmark-sort=name --benchmark-storage=file://profiles/benchmarks --benchmark-autosave
 
 tune: $(VENV)/installed-test ## launch configurations, by a GPU's timings or by the compiler's figures
 	env -u TRITON_INTERPRET $(BIN)/python -m bench.tune

@@ -56,7 +56,7 @@ def _model(heads: int, cross: tuple[int, int], layers: int, caption: int, side: 
 
 SIZES = {
     "tiny": Size(_model(2, (1, 64), 2, 32, 4), batch=4, condition=6),
-    "cpu": Size(_model(28, (8, 112), 8, 1024, 16), batch=4, condition=128),
+    "cpu": Size(_model(28, (8, 112), 7, 1024, 16), batch=4, condition=128),
     "1.6b-512": Size(_model(70, (20, 112), 20, 2304, 16), batch=4, condition=300),
     "1.6b-1024": Size(_model(70, (20, 112), 20, 2304, 32), batch=4, condition=300),
 }

@@ -1,6 +1,11 @@
 """First of all: without a GPU, Triton's kernels are interpreted, which is decided before triton is first imported."""
 
+import os
 from typing import Any
+
+# workers side by side: threads of small products that wait for each other make a test ten times slower
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 import pytest
 import torch
