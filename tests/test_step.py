@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.step import SIZES, measure
+from bench.step import SIZES, measure, table
 
 pytest.importorskip("diffusers")
 EXACT = ["dual 1", "dual 0.75", "dual 0.5", "dual 0.25", "dual 1, checkpointing", "paper", "func.jvp"]
@@ -38,3 +40,16 @@ def test_what_a_tangent_costs(rows: dict[str, dict[str, Any]]) -> None:
     assert rows["no_grad jvp + forward"]["flops_ratio"] > 1.6
     for row in rows.values():
         assert row["time_low"] <= row["time"] <= row["time_high"]
+
+
+def test_the_record_and_the_table_in_the_readme() -> None:
+    """`make bench` renews the record. Of what it must show: the operations, and what is held for backward."""
+    root = Path(__file__).parent.parent
+    record = json.loads((root / "profiles" / "cpu" / "step-cpu.json").read_text())
+    text = (root / "README.md").read_text()
+    assert text.partition("<!-- step-cpu -->\n")[2].partition("\n<!-- /step-cpu -->")[0] == table(record)
+    rows = {row["provider"]: row for row in record["rows"]}
+    assert rows["dual 1"]["flops_ratio"] <= 1.36 and rows["dual 0.25"]["flops_ratio"] <= 1.10
+    assert rows["dual 0"]["flops_ratio"] == pytest.approx(1, abs=0.005)
+    assert rows["dual 1"]["saved_bytes_ratio"] <= 1.02 and rows["dual 1"]["time"] <= 1.45
+    assert all("ms" not in row for row in record["rows"])  # absolute times are a GPU's
