@@ -10,7 +10,7 @@ LAUNCH := $(BIN)/deepspeed --num_accelerators $(RANKS) --module emf.train
 DEMO_TRAIN := $(LAUNCH) digits --out runs/demo --resume True
 BASE_TRAIN := $(LAUNCH) digits-base --out runs/base --resume True
 
-.PHONY: help demo base test check static bench tune gpu
+.PHONY: help demo base test check static bench profile tune gpu
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -41,6 +41,9 @@ static: $(VENV)/installed-test ## compile every kernel ahead of time, without a 
 bench: $(VENV)/installed-test ## what a training step costs by every way to its tangent: profiles/<device>/step-cpu.json
 	env -u TRITON_INTERPRET $(BIN)/python -m pytest bench -q --benchmark-only --benchmark-columns=median,min,max \
 		--benchmark-sort=name --benchmark-storage=file://profiles/benchmarks --benchmark-autosave
+
+profile: $(VENV)/installed-test ## where a step's time goes: runs/profile/breakdown.png and a trace for Perfetto
+	env -u TRITON_INTERPRET $(BIN)/python -m bench.profile
 
 tune: $(VENV)/installed-test ## launch configurations, by a GPU's timings or by the compiler's figures
 	env -u TRITON_INTERPRET $(BIN)/python -m bench.tune
