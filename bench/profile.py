@@ -126,7 +126,7 @@ def plot(took: dict[str, dict[str, float]], title: str, file: Path) -> None:
     axes.set_title(title, fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
+    unique = {name: handles[labels.index(name)] for name in NAMES if name in labels}
     axes.legend(
         unique.values(), unique.keys(), fontsize=7, ncols=1, bbox_to_anchor=(1.01, 1), loc="upper left", frameon=False
     )
