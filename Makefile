@@ -46,7 +46,7 @@ profile: $(VENV)/installed-test ## where a step's time goes: runs/profile/breakd
 	env -u TRITON_INTERPRET $(BIN)/python -m bench.profile
 
 tune: $(VENV)/installed-test ## launch configurations, by a GPU's timings or by the compiler's figures
-	env -u TRITON_INTERPRET $(BIN)/python -m bench.tune
+	$(BIN)/python -m bench.tune
 
 # needs torch, triton, numpy and pytest of GPU_PYTHON's own
 GPU_PYTHON ?= python3

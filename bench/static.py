@@ -59,14 +59,15 @@ def caught() -> Iterator[list[Launch]]:
 
 
 @contextmanager
-def configured(chip: str, given: Rows | None = None) -> Iterator[Rows]:
-    """A chip's configurations, without the chip. given: rows that go before the recorded ones. What was asked for is
-    listed, with what it got."""
+def configured(*chips: str, given: Rows | None = None) -> Iterator[Rows]:
+    """A chip's configurations, without the chip. chips: as of launch.chips. given: rows that go before the recorded
+    ones. What was asked for is listed under chips[0], with what it got."""
     asked: Rows = {}
 
     def configuration(kernel: str, x: Tensor, default: dict[str, int], **shape: int) -> dict[str, int]:
-        key = launch.key(chip, kernel, shape | {"bytes": x.element_size()})
-        asked[key] = (given or {}).get(key) or launch.CONFIGURATIONS.get(key) or default
+        key = launch.key(chips[0], kernel, shape | {"bytes": x.element_size()})
+        recorded = (launch.CONFIGURATIONS.get((name, *key[1:])) for name in chips)
+        asked[key] = (given or {}).get(key) or next(filter(None, recorded), default)
         return asked[key]
 
     with mock.patch.object(launch, "configuration", configuration):

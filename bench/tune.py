@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"  # decided when emf_kernels is first imported
 
 import torch
 from torch import Tensor
@@ -22,6 +25,7 @@ from bench.static import ARCHS, SHARED, configured, launches, measure
 from emf_kernels import REGISTRY, Case, Dual, Op, launch
 
 Config = dict[str, int]
+Chips = tuple[str, ...]
 LEAST = {"BLOCK_Q": 16, "BLOCK_K": 16, "BLOCK_N": 16}  # a matrix product's smallest tile
 MOST = {"num_warps": 16, "num_stages": 4, "chunks": 16, "ROWS": 128}
 FASTER = 0.98  # a configuration must save 2 % to be worth a change
@@ -45,9 +49,9 @@ def figures(asking: list[tuple[Op, Case]], arch: str, key: launch.Key, config: C
     """The compiler's, of every launch that takes this configuration."""
     found = []
     for op, case in asking:
-        with configured(arch, {key: config}):
+        with configured(arch, given={key: config}):
             ours = launches(op, case)
-        with configured(arch, {key: config | {"num_warps": 2 * config["num_warps"]}}):
+        with configured(arch, given={key: config | {"num_warps": 2 * config["num_warps"]}}):
             others = launches(op, case)
         found += [measure(a, arch) for a, b in zip(ours, others, strict=True) if a.options != b.options]
     return found
@@ -89,16 +93,16 @@ def call(op: Op, case: Case, backward: bool) -> Callable[[], Any]:
     return lambda: torch.autograd.grad(values, leaves, dy, retain_graph=True, allow_unused=True)
 
 
-def by_time(op: Op, case: Case, chip: str, key: launch.Key, config: Config, until: float) -> tuple[Config, float]:
+def by_time(op: Op, case: Case, chips: Chips, key: launch.Key, config: Config, until: float) -> tuple[Config, float]:
     """(the fastest configuration found by changing one parameter at a time, its time over the given one's)."""
     backward = "_bwd" in key[1]
 
     def timed(candidate: Config) -> Callable[[], Any]:
-        with configured(chip, {key: candidate}):
+        with configured(*chips, given={key: candidate}):
             fn = call(op, case, backward)
 
         def run() -> Any:
-            with configured(chip, {key: candidate}):
+            with configured(*chips, given={key: candidate}):
                 return fn()
 
         run()  # compiles; raises where it does not fit
@@ -144,11 +148,12 @@ def main() -> None:
     if unknown:
         parser.error(f"no kernel {', '.join(unknown)}; there are {', '.join(names)}")
     until, gpu = time.monotonic() + options.seconds, DEVICE == "cuda"
-    for chip in launch.chips(torch.cuda.current_device())[:1] if gpu else ARCHS:
+    for chips in [launch.chips(torch.cuda.current_device())] if gpu else [(arch,) for arch in ARCHS]:
+        chip = chips[0]
         asked: dict[launch.Key, Config] = {}
         asking: dict[launch.Key, list[tuple[Op, Case]]] = {}
         for op, case in bench_cases(options.ops):
-            with configured(chip) as new:
+            with configured(*chips) as new:
                 call(op, case, backward=True)() if gpu else launches(op, case)
             asked |= new
             for key in new:
@@ -159,7 +164,7 @@ def main() -> None:
                 continue
             op, case = asking[key][0]
             if gpu:
-                config, gain = by_time(op, case, chip, key, config, until)
+                config, gain = by_time(op, case, chips, key, config, until)
                 found = dict(config=config, found="sweep", case=f"{op.name} {case.name}", time_ratio=round(gain, 3))
             else:
                 found = dict(config=by_figures(asking[key], chip, key, config), found="static")
