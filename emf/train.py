@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import nvtx
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -214,13 +215,15 @@ def run(
     for step in range(start, config.steps):
         total, error, share, what, times_seen, finite = 0.0, 0.0, 0.0, "loss", "", True
         for micro in range(accumulation):
-            batch = make_batch(config, step, engine.rank + engine.world * micro, engine.world * accumulation)
+            with nvtx.annotate("data"):
+                batch = make_batch(config, step, engine.rank + engine.world * micro, engine.world * accumulation)
             moved: dict[str, Any] = {
                 k: x.to(engine.device) for k, x in batch._asdict().items() if isinstance(x, Tensor)
             }
             batch = batch._replace(**moved)
             batch = batch._replace(x=batch.x.to(engine.dtype), e=batch.e.to(engine.dtype))
-            loss, squared = losses(config, engine, batch)
+            with nvtx.annotate("forward"):
+                loss, squared = losses(config, engine, batch)
             values = engine.mean(loss.mean().item(), squared.mean().item(), batch.b / len(batch.t))
             if not all(map(math.isfinite, values)):
                 finite = False
@@ -231,8 +234,11 @@ def run(
                 times_seen = f"t {t[:4]}, r {r[:4]}" if t else "its samples are finite"
                 break
             total, error, share = (a + v / accumulation for a, v in zip((total, error, share), values, strict=True))
-            engine.backward(loss.mean())
-            if not engine.step(learning_rate(config, step), step):
+            with nvtx.annotate("backward"):  # and communication
+                engine.backward(loss.mean())
+            with nvtx.annotate("optimizer"):
+                stepped = engine.step(learning_rate(config, step), step)
+            if not stepped:
                 finite, what, times_seen = False, "gradient", f"of a loss of {total:.4g}"
         done = step + 1
         if not finite:
