@@ -30,9 +30,23 @@ from .silu import reference as silu
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    c = conv2d(silu(x).permute(0, 3, 1, 2), weight, bias, padding=1, groups=weight.shape[0])
-    a, g = c.permute(0, 2, 3, 1).chunk(2, dim=-1)
+    a, g = _conv(silu(x), weight, bias).chunk(2, dim=-1)
     return a * silu(g)
+
+
+def _conv(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return conv2d(h.permute(0, 3, 1, 2), weight, bias, padding=1, groups=weight.shape[0]).permute(0, 2, 3, 1)
+
+
+def dual(x: Dual, weight: Tensor, bias: Tensor) -> Dual:
+    # lift(reference) is right, but forward-mode AD convolves with zero tangents of the weight too (profiles/LOG.md)
+    (x_, x_dot), along = x, torch.ops.aten.silu_backward  # along(d, x) = silu'(x) d
+    a, g = _conv(silu(x_), weight, bias).chunk(2, dim=-1)
+    with torch.no_grad():
+        b = len(x_dot)
+        a_dot, g_dot = _conv(along(x_dot, x_[:b]), weight, None).chunk(2, dim=-1)
+        y_dot = a_dot * silu(g[:b]) + along(a[:b] * g_dot, g[:b])
+    return Dual(a * silu(g), y_dot)
 
 
 @triton.jit
@@ -285,6 +299,7 @@ def cost(case: Case, itemsize: int) -> Cost:
 glumbconv = Op(
     "glumbconv",
     reference,
+    dual=dual,
     inputs=inputs,
     cost=cost,
     accepts=accepts,

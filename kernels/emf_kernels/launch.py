@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ CONFIGURATIONS: dict[Key, dict[str, int]] = {
 
 
 @torch.compiler.assume_constant_result
+@cache
 def chips(index: int | None) -> tuple[str, ...]:
     """The names under which a CUDA device's rows stand, the best first: ("nvidia-h100-80gb-hbm3", "sm_90")."""
     major, minor = torch.cuda.get_device_capability(index)

@@ -86,6 +86,11 @@ def config(kernel: str, u: Tensor) -> dict[str, int]:
     return launch.configuration(kernel, u, dict(BLOCK=1024, num_warps=4), n=n)
 
 
+def four(x: Tensor | None) -> Any:
+    """x [B, ...] as [B, ., ., .], whose strides the kernels take."""
+    return x if x is None else x[(slice(None), *[None] * (4 - x.ndim))]
+
+
 class _MeanFlow(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -140,8 +145,7 @@ def fused(
     """meanflow, in one launch, backward in another. Shapes as above; u, u_dot, v float16, bfloat16 (on a GPU) or
     float32, the same for the three; t, r of that dtype or float32; sums in float32; last dimension contiguous; else
     ValueError."""
-    u, u_dot, v = (x[(slice(None), *[None] * (4 - x.ndim))] for x in (u, u_dot, v))
-    loss, error, _ = _MeanFlow.apply(u, u_dot, v, t, r, p, c)
+    loss, error, _ = _MeanFlow.apply(four(u), four(u_dot), four(v), t, r, p, c)
     return loss, error
 
 

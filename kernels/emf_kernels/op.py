@@ -22,8 +22,7 @@ from torch import Tensor
 from .dual import Dual, check_dual, leading, primal
 
 # `triton.jit` decides at decoration whether a kernel is compiled or interpreted. Without a GPU only the interpreter can
-# run one; set before
-# the first kernel file is imported, and never against the user's own choice.
+# run one; set before the first kernel file is imported, and never against the user's own choice.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -79,9 +78,14 @@ def lift(reference: Callable[..., Any], batched: Sequence[str] = ()) -> Callable
             if b == 0:
                 y, y_dot = rest, _each_output(lambda o: o.detach()[:0], rest)
             else:
+                # under torch.compile forward mode refuses views of a part of a batch; the compiler drops the copies
+                own = torch.clone if torch.compiler.is_compiling() else lambda x: x
                 first, y_dot = _jvp(
                     reference,
-                    [Dual(h[0], a.tangent) if isinstance(a, Dual) else h[0] for a, h in zip(args, halves, strict=True)],
+                    [
+                        Dual(own(h[0]), a.tangent) if isinstance(a, Dual) else h[0]
+                        for a, h in zip(args, halves, strict=True)
+                    ],
                 )
                 y = tuple(map(_concatenate, first, rest)) if isinstance(rest, tuple) else _concatenate(first, rest)
         return tuple(map(Dual, y, y_dot)) if isinstance(y, tuple) else Dual(y, y_dot)

@@ -18,9 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import launch
 from .dual import Dual, check, halves, leading
-from .meanflow import offset
+from .meanflow import config, four, offset
 from .op import Case, Cost, Op, forward_mode, strides
 
 
@@ -60,16 +59,10 @@ def _fwd(
         tl.store(v_dot_ptr + at, v_dot, mask=inside)
 
 
-def config(x: Tensor) -> dict[str, int]:
-    """Elements of a program, and warps; the class is a sample's size."""
-    n = min(triton.next_power_of_2(x[0].numel()), 2**16)
-    return launch.configuration("path._fwd", x, dict(BLOCK=1024, num_warps=4), n=n)
-
-
 class _Path(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, e: Tensor, t: Tensor, x_dot: Any, e_dot: Any, t_dot: Any, b: int) -> Any:
-        B, n, (H, W), constants = x.shape[0], x[0].numel(), x.shape[2:], config(x)
+        B, n, (H, W), constants = x.shape[0], x[0].numel(), x.shape[2:], config("path._fwd", x)
         z, v, z_dot, v_dot = (
             torch.empty(samples, *x.shape[1:], dtype=x.dtype, device=x.device) for samples in (B, B, b, b)
         )
@@ -120,9 +113,8 @@ def fused(x: Tensor | Dual, e: Tensor | Dual, t: Tensor | Dual) -> tuple[Any, An
     b = leading(duals, "path")
     (x_, x_dot), (e_, e_dot), (t_, t_dot) = halves(x), halves(e), halves(t)
     rest = x_.shape[1:]
-    four = (a if a is None else a[(slice(None), *[None] * (4 - a.ndim))] for a in (x_, e_))
-    four_dot = (a if a is None else a[(slice(None), *[None] * (4 - a.ndim))] for a in (x_dot, e_dot))
-    z, v, z_dot, v_dot = (a.view(-1, *rest) for a in _Path.apply(*four, t_, *four_dot, t_dot, b))
+    halves_ = _Path.apply(four(x_), four(e_), t_, four(x_dot), four(e_dot), t_dot, b)
+    z, v, z_dot, v_dot = (a.view(-1, *rest) for a in halves_)
     return (Dual(z, z_dot), Dual(v, v_dot)) if duals else (z, v)
 
 
