@@ -2,7 +2,7 @@
 triton, numpy and pytest, and nothing installed (PYTHONPATH=kernels:.).
 
 Each part writes what it has as it goes: parity to profiles/<device>/parity.json, tune to the chip's file in
-kernels/emf_kernels/configs, ops to profiles/<device>/ops.json.
+kernels/emf_kernels/configs, ops to profiles/<device>/ops.json, step to profiles/<device>/step-*.json.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
 
 import torch
 
 from bench.ops import OUT, device_name, revision
 from emf_kernels import REGISTRY
 
-PARTS = {"parity": 0.4, "tune": 0.65, "ops": 1.0}  # each with the share of the time after which it ends
+PARTS = {"parity": 0.3, "tune": 0.5, "ops": 0.7, "step": 1.0}  # each with the share of the time after which it ends
+SWEEPS = {"step": ["sweep"]}
 TESTS = ["tests/test_ops.py", "tests/test_kernels.py"]
 
 
@@ -30,9 +32,9 @@ def parity(seconds: float) -> bool:
     until = time.monotonic() + seconds
     out = OUT / device_name() / "parity.json"
     head = dict(device=device_name(), torch=torch.__version__, commit=revision())
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
 
-    def run(name: str) -> dict[str, object]:
+    def run(name: str) -> dict[str, Any]:
         started = time.monotonic()
         command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *TESTS]
         mine = [f"[{op}-" for op in REGISTRY] + [f"[{op}]" for op in REGISTRY]  # an op's name begins its tests' ids
@@ -50,7 +52,7 @@ def parity(seconds: float) -> bool:
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
         for job in as_completed([pool.submit(run, name) for name in [*REGISTRY, ""]]):
             rows.append(job.result())
-            print(rows[-1]["op"], rows[-1]["closing"], *rows[-1]["failures"], sep="\n  ", flush=True)  # type: ignore[misc]
+            print(rows[-1]["op"], rows[-1]["closing"], *rows[-1]["failures"], sep="\n  ", flush=True)
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(dict(head=head, rows=rows), indent=1) + "\n")
     return not any(row["failures"] for row in rows)
@@ -73,7 +75,9 @@ def main() -> None:
         print(f"== {part}, {left:.0f} s", flush=True)
         if part == "parity":
             right = parity(left)
-        elif subprocess.run([sys.executable, "-m", f"bench.{part}", "--seconds", str(left)]).returncode:
+        elif subprocess.run(
+            [sys.executable, "-m", f"bench.{part}", *SWEEPS.get(part, ()), "--seconds", str(left)]
+        ).returncode:
             right = False
     sys.exit(0 if right else 1)
 

@@ -49,6 +49,18 @@ def revision() -> str:
         return ""
 
 
+def outputs(y: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """(values, tangents) of what an op returned."""
+    every = [y] if isinstance(y, (Dual, Tensor)) else list(y)
+    return [d.primal if isinstance(d, Dual) else d for d in every], [d.tangent for d in every if isinstance(d, Dual)]
+
+
+def require_grad(op: Op, args: dict[str, Any]) -> list[Tensor]:
+    """The differentiable arguments, which now require grad."""
+    names = op.differentiable or [k for k, v in args.items() if isinstance(v, Tensor) and v.is_floating_point()]
+    return [args[k].requires_grad_() for k in names]
+
+
 def milliseconds(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Milliseconds of each call, in interleaved rounds after one that warms up."""
     flush = torch.empty(2**26 if GPU else 1, dtype=torch.int32, device=DEVICE)
@@ -74,8 +86,8 @@ def milliseconds(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, 
 
 def ceilings(dtype: torch.dtype) -> dict[str, float]:
     """bytes_s of a copy and flop_s of a square matrix product on this device."""
-    n = 2**28 if GPU else 2**22
-    a, m = torch.empty(n, dtype=torch.uint8, device=DEVICE), 8192 if GPU else 512
+    n = 2**28 if GPU else 2**26  # past every cache
+    a, m = torch.empty(n, dtype=torch.uint8, device=DEVICE), 8192 if GPU else 2048
     x = torch.randn(m, m, device=DEVICE, dtype=dtype)
     took = milliseconds({"copy": lambda: a.clone(), "product": lambda: x @ x}, 20)
     return dict(
@@ -88,9 +100,8 @@ def providers(op: Op, case: Case, args: dict[str, Any], dots: dict[str, Tensor])
     """Ways to the values and tangents of the op's outputs, by name; values first."""
 
     def flat(y: Any) -> list[Tensor]:
-        duals = [y] if isinstance(y, (Dual, Tensor)) else list(y)
-        values = [d.primal if isinstance(d, Dual) else d for d in duals]
-        return values + [d.tangent for d in duals if isinstance(d, Dual)]
+        values, tangents = outputs(y)
+        return values + tangents
 
     duals = {k: Dual(v, dots[k]) if k in dots else v for k, v in args.items()}
     live = list(dots)
@@ -150,10 +161,7 @@ def measure(op: Op, case: Case, dtype: torch.dtype, ceiling: dict[str, float], r
     generator = torch.Generator().manual_seed(0)
     args = op.inputs(case, dtype, DEVICE, generator)
     dots = {k: torch.randn(args[k].shape, generator=generator).to(DEVICE, dtype)[: case.b] for k in case.live}
-    differentiable = op.differentiable or [
-        k for k, v in args.items() if isinstance(v, Tensor) and v.is_floating_point()
-    ]
-    leaves = [args[k].requires_grad_() for k in differentiable]
+    leaves = require_grad(op, args)
     ways = providers(op, case, args, dots)
     want = [y.detach().float() for y in ways["lift"]()]
     values = len(want) // 2 if dots else len(want)

@@ -157,7 +157,11 @@ def main(run: Path | None) -> None:
     jobs += [(f"trained: {run.name}", None, t) for t in TIMES] if run else []
     rows: list[dict[str, Any]] = []
     for title, layers, t in track(jobs, description="precision"):
-        network, inputs = random_network(layers) if layers else trained_network(run)  # type: ignore[arg-type]
+        if layers:
+            network, inputs = random_network(layers)
+        else:
+            assert run
+            network, inputs = trained_network(run)
         rows += [dict(network=title, layers=layers) | row for row in measure(network, inputs, t)]
     (OUT / "precision.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     plot(rows, OUT / "precision.png")

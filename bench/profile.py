@@ -1,35 +1,37 @@
-"""Where a training step's time goes: trace.json (Chrome's format, for Perfetto), breakdown.json and breakdown.png.
+"""Where a training step's time and memory go: runs/profile/trace.json (Chrome's format, for Perfetto) and figures;
+profiles/<device>/profile-<size>.json holds what they show.
 
 One dual step under torch.profiler: data, forward (block by block), backward, optimizer, each a range in the trace and,
 on a GPU, in NVTX for nsys. The breakdown sums what operators take themselves (on a GPU: their kernels) by kind and by
-phase. The step is eager plain torch on a CPU and the Triton kernels on a GPU.
+phase; the tangent's own row is the forward's beyond that of a step without one. The roofline has every named op of the
+forward. The step is eager plain torch on a CPU and the Triton kernels on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import statistics
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import nvtx
+import numpy as np
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
-from bench.ops import DEVICE, GPU, device_name, revision
-from bench.step import SIZES, Setting
+from bench import plots
+from bench.ops import DEVICE, GPU, OUT, ceilings, device_name, revision
+from bench.providers import SIZES, Setting
+from bench.roofline import roofline
 from emf.flow import meanflow_loss
-from emf_kernels import path
+from emf.ranges import mark_network, span
 
 PHASES = ("data", "forward", "backward", "optimizer")
+ROUNDS = 3
+POINTS = 400  # of the memory curve that are kept
 # the first pattern that an operator's or kernel's name holds decides; fused kernels by their file's name
 KINDS = {
+    "communication": ("nccl", "gloo", "c10d"),
     "GEMM": ("mm", "gemm", "matmul", "nvjet", "cutlass", "_linear"),
     "attention": ("softmax", "attention", "_states", "_apply", "_bwd_q", "_bwd_kv", "flash"),
     "conv": ("conv", "glumb"),
@@ -39,47 +41,20 @@ KINDS = {
     "elementwise": ("add", "mul", "div", "sub", "neg", "pow", "sum", "where", "masked", "elementwise", "reduce"),
 }
 
-NAMES = (*KINDS, "optimizer", "other")
 
-
-@contextmanager
-def span(name: str) -> Iterator[None]:
-    """A range of the trace, and of NVTX."""
-    with nvtx.annotate(name), record_function(name):
-        yield
-
-
-@contextmanager
-def spans_of(blocks: Any) -> Iterator[None]:
-    """A range for each block's forward, while inside."""
-    open_: list[ExitStack] = []
-
-    def before(i: int) -> Any:
-        def hook(*_: Any) -> None:
-            open_.append(ExitStack())
-            open_[-1].enter_context(span(f"block {i}"))
-
-        return hook
-
-    hooks = [block.register_forward_pre_hook(before(i)) for i, block in enumerate(blocks)]
-    hooks += [block.register_forward_hook(lambda *_: open_.pop().close()) for block in blocks]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+def forward(s: Setting, share: float) -> torch.Tensor:
+    """The loss."""
+    r, b = s.times(share)
+    velocity = lambda z, t, r: s.net(z, t, r, s.c)  # noqa: E731
+    return meanflow_loss(velocity, velocity, s.x, s.e, s.t, r, b, s.flow)[0].mean()
 
 
 def step(s: Setting, optimizer: torch.optim.Optimizer, share: float) -> None:
     """One step of training, its phases marked."""
     with span("data"):
-        b = round(share * len(s.z))
-        e = torch.randn_like(s.e)
-        r = torch.where(torch.arange(len(s.r), device=s.r.device) < b, s.r, s.t)
-        path(s.x, e, s.t)
-    with span("forward"), spans_of(s.net.transformer_blocks):
-        velocity = lambda z, t, r: s.net(z, t, r, s.c)  # noqa: E731
-        loss = meanflow_loss(velocity, velocity, s.x, e, s.t, r, b, s.flow)[0].mean()
+        s.e.normal_()
+    with span("forward"):
+        loss = forward(s, share)
     with span("backward"):
         loss.backward()
     with span("optimizer"):
@@ -92,46 +67,87 @@ def kind(name: str) -> str:
 
 
 def breakdown(events: Any) -> dict[str, dict[str, float]]:
-    """Microseconds by phase and kind: what each operator takes itself, on the device."""
-    took: dict[str, dict[str, float]] = {phase: {} for phase in (*PHASES, "outside")}
-    ranges = [(e.name, e.time_range.start, e.time_range.end) for e in events if e.name in PHASES]
+    """Microseconds by phase and kind: what each operator takes itself, on the device; what is left of a phase's time
+    on a CPU, Python and autograd's own, are the gaps between launches."""
+    took: dict[str, dict[str, float]] = {phase: {} for phase in PHASES}
+    ranges = [(e.name, e.time_range.start, e.time_range.end) for e in events if e.name in PHASES and not on_gpu(e)]
     for event in events:
         own = event.self_device_time_total if GPU else event.self_cpu_time_total
-        if event.name in PHASES or event.name.startswith("block ") or not own:
+        if event.name in PHASES or event.name.startswith("block ") or not own or on_gpu(event) != GPU:
             continue
-        phase = next((n for n, start, end in ranges if start <= event.time_range.start < end), "outside")
-        if GPU and event.device_type != torch.autograd.DeviceType.CUDA:
-            continue
-        what = "optimizer" if phase == "optimizer" else kind(event.name)
-        took[phase][what] = took[phase].get(what, 0.0) + own
-    return {phase: kinds for phase, kinds in took.items() if kinds}
+        phase = next((n for n, start, end in ranges if start <= event.time_range.start < end), None)
+        if phase:
+            what = "optimizer" if phase == "optimizer" else kind(event.name)
+            took[phase][what] = took[phase].get(what, 0.0) + own
+    for name, start, end in ranges:
+        took[name]["launch gaps"] = max(0.0, end - start - sum(took[name].values()))
+    return took
 
 
-def plot(took: dict[str, dict[str, float]], title: str, file: Path) -> None:
-    """A bar a phase, stacked by kind, as shares of the step."""
+def medians(runs: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    kinds = {phase: sorted({k for run in runs for k in run[phase]}) for phase in PHASES}
+    return {p: {k: statistics.median(run[p].get(k, 0.0) for run in runs) for k in names} for p, names in kinds.items()}
+
+
+def on_gpu(event: Any) -> bool:
+    return bool(event.device_type == torch.autograd.DeviceType.CUDA)
+
+
+def timeline(profiler: Any) -> tuple[list[tuple[float, float]], dict[str, float]]:
+    """(share of the step's time, bytes allocated since it began) at the highest of POINTS stretches, and where each
+    phase begins."""
+    events = profiler.profiler.kineto_results.events()
+    starts = {e.name(): e.start_ns() for e in events if e.name() in PHASES}
+    begin = min(starts.values())
+    end = max(e.start_ns() + e.duration_ns() for e in events if e.name() in PHASES)
+    wanted = torch.autograd.DeviceType.CUDA if GPU else torch.autograd.DeviceType.CPU
+    found = [e for e in events if e.name() == "[memory]" and e.device_type() == wanted and begin <= e.start_ns() <= end]
+    found.sort(key=lambda e: e.start_ns())
+    at = np.array([(e.start_ns() - begin) / (end - begin) for e in found])
+    live = np.cumsum([e.nbytes() for e in found])
+    parts = [part for part in np.array_split(np.arange(len(at)), POINTS) if len(part)]
+    highest = [part[live[part].argmax()] for part in parts]
+    shares = {name: (starts[name] - begin) / (end - begin) for name in PHASES}
+    return [(float(at[i]), float(live[i])) for i in highest], shares
+
+
+def measure(s: Setting, share: float) -> tuple[dict[str, Any], Any]:
+    """(the record without its head, the profiler)."""
+    optimizer = torch.optim.AdamW(s.net.parameters(), lr=0.0)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if GPU else [])]
+
+    def profiled(share: float) -> Any:
+        with profile(activities=activities, profile_memory=True) as profiler:
+            step(s, optimizer, share)
+            if GPU:
+                torch.cuda.synchronize()
+        return profiler
+
+    step(s, optimizer, share)  # warms up
+    pairs = [(profiled(0), profiled(share)) for _ in range(ROUNDS)]
+    profiler = pairs[-1][1]
+    plain, took = (medians([breakdown(pair[i].events()) for pair in pairs]) for i in (0, 1))
+    both = took["forward"]
+    tangent = {k: max(0.0, v - plain["forward"].get(k, 0.0)) for k, v in both.items()}
+    took["forward"] = {k: v - tangent[k] for k, v in both.items()}
+    took = {p: took.get(p, tangent) for p in ("data", "forward", "tangent", "backward", "optimizer")}
     whole = sum(sum(kinds.values()) for kinds in took.values())
-    figure, axes = plt.subplots(figsize=(8, 0.6 * len(took) + 1.6))
-    colors = dict(zip(NAMES, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
-    for row, (_, kinds) in enumerate(took.items()):
-        left = 0.0
-        for name in (k for k in NAMES if k in kinds):
-            width = 100 * kinds[name] / whole
-            axes.barh(row, width, left=left, color=colors[name], label=name)
-            if width > 4:
-                axes.text(left + width / 2, row, f"{width:.0f}", ha="center", va="center", color="white", fontsize=8)
-            left += width
-    axes.set_yticks(range(len(took)), list(took))
-    axes.invert_yaxis()
-    axes.set_xlabel("% of the step's operators")
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = axes.get_legend_handles_labels()
-    unique = {name: handles[labels.index(name)] for name in NAMES if name in labels}
-    axes.legend(
-        unique.values(), unique.keys(), fontsize=7, ncols=1, bbox_to_anchor=(1.01, 1), loc="upper left", frameon=False
-    )
-    figure.savefig(file, dpi=130, bbox_inches="tight")
-    plt.close(figure)
+    shares = {p: {k: v / whole for k, v in sorted(kinds.items(), key=lambda i: -i[1])} for p, kinds in took.items()}
+    line, phases = timeline(profiler)
+    ceiling = ceilings(s.dtype)
+    rows = roofline(lambda: forward(s, share), ceiling)
+    peak = max(value for _, value in line)
+    record = dict(shares=shares, roofline=rows, memory=line, phases=phases, peak_bytes=peak)
+    return record | dict(ceiling=ceiling), profiler
+
+
+def rounded(x: Any) -> Any:
+    """A record with floats of four figures."""
+    if isinstance(x, dict):
+        return {k: rounded(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [rounded(v) for v in x]
+    return float(f"{x:.4g}") if isinstance(x, float) else x
 
 
 def main() -> None:
@@ -143,27 +159,29 @@ def main() -> None:
     if not 0 <= options.share <= 1:
         parser.error(f"--share {options.share}; expected 0 to 1")
     s = Setting(SIZES[options.size], torch.bfloat16 if GPU else torch.float32)
-    optimizer = torch.optim.AdamW(s.net.parameters(), lr=0.0)
-    print(f"{options.size}: one step to warm up, one under the profiler", flush=True)
-    step(s, optimizer, options.share)
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if GPU else [])]
-    with profile(activities=activities, profile_memory=True) as profiler:
-        step(s, optimizer, options.share)
-        if GPU:
-            torch.cuda.synchronize()
+    mark_network(s.net)
+    print(
+        f"{options.size}: {ROUNDS} steps without tangents and {ROUNDS} with, in turn; then each op by itself",
+        flush=True,
+    )
+    record, profiler = measure(s, options.share)
+    head = dict(device=device_name(), size=options.size, share=options.share, dtype=str(s.dtype)[6:])
+    ceiling = record.pop("ceiling")
+    head |= dict(ridge=ceiling["flop_s"] / ceiling["bytes_s"], torch=torch.__version__, commit=revision())
+    head |= ceiling if GPU else {}  # absolute rates are a GPU's
+    record = dict(head=head) | record
     options.out.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(options.out / "trace.json"))
-    took = breakdown(profiler.events())
-    whole = sum(sum(kinds.values()) for kinds in took.values())
-    shares = {p: {k: v / whole for k, v in sorted(kinds.items(), key=lambda i: -i[1])} for p, kinds in took.items()}
-    head = dict(device=device_name(), size=options.size, share=options.share, dtype=str(s.dtype)[6:])
-    head |= dict(torch=torch.__version__, commit=revision())
-    (options.out / "breakdown.json").write_text(json.dumps(dict(head=head, shares=shares), indent=1) + "\n")
-    title = f"One dual step, {options.share:.0%} of the samples with a tangent ({options.size}, {DEVICE})"
-    plot(took, title, options.out / "breakdown.png")
-    for phase, kinds in shares.items():
+    if options.size != "tiny":
+        file = OUT / device_name() / f"profile-{options.size}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(rounded(record)) + "\n")
+    for name, draw in dict(breakdown=plots.shares, roofline=plots.roof, memory=plots.memory).items():
+        plots.figure(draw, record, (8, 4)).savefig(options.out / f"{name}.png", dpi=130)
+    for phase, kinds in record["shares"].items():
         print(f"{phase:10} {sum(kinds.values()):5.1%}  " + "  ".join(f"{k} {v:.1%}" for k, v in kinds.items()))
-    print(f"open {options.out}/breakdown.png; {options.out}/trace.json in ui.perfetto.dev or chrome://tracing")
+    print(f"at most {record['peak_bytes'] / 2**20:.0f} MiB beyond weights and batch ({DEVICE})")
+    print(f"open {options.out}/*.png; {options.out}/trace.json in ui.perfetto.dev or chrome://tracing")
 
 
 if __name__ == "__main__":

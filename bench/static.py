@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from bench.ops import outputs, require_grad
 from emf_kernels import REGISTRY, Case, Dual, Op, backend, launch
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
@@ -36,6 +37,7 @@ TOOL = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.bool: "*i1"}
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227}  # KiB that a block may have
+SHOWN = ("arch", "op", "kernel", "registers", "spill_bytes", "shared_bytes", "hgmma", "hmma", "ldg128", "ldg")
 Rows = dict[launch.Key, dict[str, int]]
 
 
@@ -81,15 +83,10 @@ def launches(op: Op, case: Case, dtype: torch.dtype = torch.bfloat16) -> list[La
     with caught() as every, refusals, backend("triton"):
         args = op.inputs(case, dtype, "meta", torch.Generator())
         duals = {k: Dual(v, torch.empty_like(v[: case.b])) if k in case.live else v for k, v in args.items()}
-        for k, v in args.items():
-            if isinstance(v, Tensor) and v.is_floating_point() and (not op.differentiable or k in op.differentiable):
-                v.requires_grad_()
+        leaves = require_grad(op, args)
         op(**args)
-        y = op(**duals)
-        outputs = [o.primal if isinstance(o, Dual) else o for o in ([y] if isinstance(y, (Dual, Tensor)) else y)]
-        outputs = [o for o in outputs if o.requires_grad]
-        leaves = [v for v in args.values() if isinstance(v, Tensor) and v.requires_grad]
-        torch.autograd.grad(outputs, leaves, [torch.empty_like(o) for o in outputs], allow_unused=True)
+        values = [v for v in outputs(op(**duals))[0] if v.requires_grad]
+        torch.autograd.grad(values, leaves, [torch.empty_like(v) for v in values], allow_unused=True)
     return list({repr((one.kernel.__name__, source(one)[1:])): one for one in every}.values())
 
 
@@ -128,7 +125,7 @@ def measure(one: Launch, arch: str) -> dict[str, Any]:
         Path(file.name).write_bytes(binary.asm["cubin"])
         dump = lambda what: subprocess.run([TOOL, what, file.name], capture_output=True, text=True, check=True).stdout  # noqa: E731
         usage, sass = dump("--dump-resource-usage"), dump("--dump-sass")
-    registers, stack = (int(re.search(rf"{word}:(\d+)", usage).group(1)) for word in ("REG", "STACK"))  # type: ignore[union-attr]
+    registers, stack = (int(re.findall(rf"{word}:(\d+)", usage)[0]) for word in ("REG", "STACK"))
     count = lambda pattern: len(re.findall(pattern, sass))  # noqa: E731
     return dict(
         registers=registers,
@@ -138,19 +135,22 @@ def measure(one: Launch, arch: str) -> dict[str, Any]:
         hmma=count(r"\bHMMA\b"),
         ldg128=count(r"\bLDG\.E\S*\.128\b"),
         ldg=count(r"\bLDG\b"),
-        config={k: v for k, v in constants.items() if k.isupper() or v is None or k.islower() is False} | one.options,
+        config={k: v for k, v in constants.items() if not k.islower() or v is None} | one.options,
     )
 
 
-def rows(arch: str, names: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    for op in REGISTRY.values():
-        for case in op.cases:
-            if op.triton and "bench" in case.tags and (not names or op.name in names):
-                with configured(arch):
-                    found = launches(op, case)
-                for one in found:
-                    title = dict(op=op.name, kernel=one.kernel.__name__, case=case.name, arch=arch)
-                    yield title | measure(one, arch)
+def bench_cases(names: Sequence[str]) -> list[tuple[Op, Case]]:
+    """Of the ops with a kernel; no names: of all."""
+    ops = [op for op in REGISTRY.values() if op.triton and (not names or op.name in names)]
+    return [(op, case) for op in ops for case in op.cases if "bench" in case.tags]
+
+
+def rows(arch: str, names: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    for op, case in bench_cases(names):
+        with configured(arch):
+            found = launches(op, case)
+        for one in found:
+            yield dict(op=op.name, kernel=one.kernel.__name__, case=case.name, arch=arch) | measure(one, arch)
 
 
 if __name__ == "__main__":
@@ -167,20 +167,4 @@ if __name__ == "__main__":
             OUT.mkdir(parents=True, exist_ok=True)
             (OUT / f"{arch}.json").write_text("[\n" + ",\n".join(map(json.dumps, found)) + "\n]\n")
         for row in found:
-            print(
-                *(
-                    row[k]
-                    for k in (
-                        "arch",
-                        "op",
-                        "kernel",
-                        "registers",
-                        "spill_bytes",
-                        "shared_bytes",
-                        "hgmma",
-                        "hmma",
-                        "ldg128",
-                        "ldg",
-                    )
-                )
-            )
+            print(*(row[k] for k in SHOWN))

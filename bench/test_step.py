@@ -6,14 +6,13 @@ second is one step of plain flow matching in the same round, on a GPU a second.
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
 import pytest
 
-from bench.ops import GPU, OUT, device_name
-from bench.step import measure
+from bench.ops import GPU
+from bench.step import measure, save
 
 SIZE, ROUNDS = os.environ.get("EMF_BENCH_SIZE", "cpu"), int(os.environ.get("EMF_BENCH_ROUNDS", "3"))
 NAMES = ["fm", *(f"dual {share}" for share in ("1", "0.75", "0.5", "0.25", "0"))]
@@ -42,9 +41,8 @@ def record(request: pytest.FixtureRequest) -> dict[str, Any]:
             print(line, flush=True)
 
     record = measure(SIZE, ROUNDS, compile=GPU, say=say)
-    out = OUT / device_name() / f"step-{SIZE}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({k: v for k, v in record.items() if k != "times"}, indent=1) + "\n")
+    assert {row["provider"] for row in record["rows"]} | set(record["without"]) == set(NAMES)
+    save(record)
     return record
 
 

@@ -18,11 +18,10 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "0"  # decided when emf_kernels is first imported
 
 import torch
-from torch import Tensor
 
-from bench.ops import DEVICE, milliseconds
-from bench.static import ARCHS, SHARED, configured, launches, measure
-from emf_kernels import REGISTRY, Case, Dual, Op, launch
+from bench.ops import DEVICE, GPU, milliseconds, outputs, require_grad
+from bench.static import ARCHS, SHARED, bench_cases, configured, launches, measure
+from emf_kernels import Case, Dual, Op, launch
 
 Config = dict[str, int]
 Chips = tuple[str, ...]
@@ -38,11 +37,6 @@ def neighbours(config: Config) -> Iterator[Config]:
         for other in (value // 2, value * 2) if name != "num_stages" else (value - 1, value + 1):
             if LEAST.get(name, 1) <= other <= MOST.get(name, 1024):
                 yield config | {name: other}
-
-
-def bench_cases(names: list[str]) -> list[tuple[Op, Case]]:
-    ops = [op for op in REGISTRY.values() if op.triton and (not names or op.name in names)]
-    return [(op, case) for op in ops for case in op.cases if "bench" in case.tags]
 
 
 def figures(asking: list[tuple[Op, Case]], arch: str, key: launch.Key, config: Config) -> list[dict[str, Any]]:
@@ -79,16 +73,11 @@ def call(op: Op, case: Case, backward: bool) -> Callable[[], Any]:
     generator = torch.Generator().manual_seed(0)
     args = op.inputs(case, torch.bfloat16, DEVICE, generator)
     dots = {k: torch.randn_like(args[k])[: case.b] for k in case.live}
-    leaves = [v for k, v in args.items() if isinstance(v, Tensor) and v.is_floating_point()]
-    leaves = [v for k, v in args.items() if op.differentiable and k in op.differentiable] or leaves
     duals = {k: Dual(v, dots[k]) if k in dots else v for k, v in args.items()}
     if not backward:
         return lambda: op(**duals)
-    for leaf in leaves:
-        leaf.requires_grad_()
-    y = op(**duals)
-    values = [o.primal if isinstance(o, Dual) else o for o in ([y] if isinstance(y, (Dual, Tensor)) else y)]
-    values = [v for v in values if v.requires_grad]
+    leaves = require_grad(op, args)
+    values = [v for v in outputs(op(**duals))[0] if v.requires_grad]
     dy = [torch.ones_like(v) for v in values]
     return lambda: torch.autograd.grad(values, leaves, dy, retain_graph=True, allow_unused=True)
 
@@ -147,14 +136,14 @@ def main() -> None:
     unknown = sorted(set(options.ops) - set(names))
     if unknown:
         parser.error(f"no kernel {', '.join(unknown)}; there are {', '.join(names)}")
-    until, gpu = time.monotonic() + options.seconds, DEVICE == "cuda"
-    for chips in [launch.chips(torch.cuda.current_device())] if gpu else [(arch,) for arch in ARCHS]:
+    until = time.monotonic() + options.seconds
+    for chips in [launch.chips(torch.cuda.current_device())] if GPU else [(arch,) for arch in ARCHS]:
         chip = chips[0]
         asked: dict[launch.Key, Config] = {}
         asking: dict[launch.Key, list[tuple[Op, Case]]] = {}
         for op, case in bench_cases(options.ops):
             with configured(*chips) as new:
-                call(op, case, backward=True)() if gpu else launches(op, case)
+                call(op, case, backward=True)() if GPU else launches(op, case)
             asked |= new
             for key in new:
                 asking.setdefault(key, []).append((op, case))
@@ -163,7 +152,7 @@ def main() -> None:
                 print(f"no time left for {key[1]} {key[2]}", flush=True)
                 continue
             op, case = asking[key][0]
-            if gpu:
+            if GPU:
                 config, gain = by_time(op, case, chips, key, config, until)
                 found = dict(config=config, found="sweep", case=f"{op.name} {case.name}", time_ratio=round(gain, 3))
             else:

@@ -107,7 +107,7 @@ def test_says_what_is_missing_and_what_makes_it(tmp_path):
     text = write_report(run).read_text()
     assert len(Page(text).images) == 6
     for file in ("scores.json", "samples.png"):
-        assert f"{file} is missing; <code>emf evaluate {run}</code>" in text
+        assert f"{file} is missing; <code>emf evaluate digits {run}</code>" in text
 
 
 def test_no_gap_is_no_share(tmp_path):

@@ -33,7 +33,7 @@ def compiled(request: pytest.FixtureRequest) -> tuple[str, list[dict[str, Any]]]
 def asked() -> list[tuple[str, str, dict[str, int]]]:
     """(kernel, shape class, default) of everything that the bench cases ask launch.py for."""
     command = (
-        "import json; from bench.static import configured, launches; from bench.tune import bench_cases\n"
+        "import json; from bench.static import bench_cases, configured, launches\n"
         "with configured('none') as asked: [launches(op, case) for op, case in bench_cases([])]\n"
         "print(json.dumps([[*k[1:], c] for k, c in asked.items()]))"
     )

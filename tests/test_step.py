@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from bench.step import SIZES, measure, table
+from bench.providers import SIZES
+from bench.step import measure
 
 pytest.importorskip("diffusers")
 EXACT = ["dual 1", "dual 0.75", "dual 0.5", "dual 0.25", "dual 1, checkpointing", "paper", "func.jvp"]
@@ -39,15 +40,13 @@ def test_what_a_tangent_costs(rows: dict[str, dict[str, Any]]) -> None:
     assert rows["paper"]["flops_ratio"] > 1.9 and rows["paper"]["saved_peak_bytes_ratio"] > 2
     assert rows["no_grad jvp + forward"]["flops_ratio"] > 1.6
     for row in rows.values():
-        assert row["time_low"] <= row["time"] <= row["time_high"]
+        assert row["time_low"] > 0 and (row["peak_bytes"] is None or row["peak_bytes"] > 0)
 
 
-def test_the_record_and_the_table_in_the_readme() -> None:
+def test_the_record() -> None:
     """`make bench` renews the record. Of what it must show: the operations, and what is held for backward."""
     root = Path(__file__).parent.parent
     record = json.loads((root / "profiles" / "cpu" / "step-cpu.json").read_text())
-    text = (root / "README.md").read_text()
-    assert text.partition("<!-- step-cpu -->\n")[2].partition("\n<!-- /step-cpu -->")[0] == table(record)
     rows = {row["provider"]: row for row in record["rows"]}
     assert rows["dual 1"]["flops_ratio"] <= 1.36 and rows["dual 0.25"]["flops_ratio"] <= 1.10
     assert rows["dual 0"]["flops_ratio"] == pytest.approx(1, abs=0.005)
