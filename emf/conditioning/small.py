@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen3Config, Qwen3Model
 
+from emf.conditioning.encoder import Encoder
 from emf.layers import Linear, RMSNorm
 
 
@@ -18,11 +19,15 @@ class EncoderConfig:
     hidden_size: int = 128
     intermediate_size: int = 256
     num_hidden_layers: int = 2
+    """0: a bag of words, their embeddings without order or context."""
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     head_dim: int = 32
     out_channels: int = 128
     """Channels of the condition states; the transformer's caption_channels."""
+    blurred: bool = False
+    """Words of a pair are read as one: colours two by two, left and right, above and below. For the study of what a
+    worse encoder does (emf.paper)."""
 
 
 class Connector(nn.Module):
@@ -42,11 +47,14 @@ class Connector(nn.Module):
         return self.norm(self.linear_2(nn.functional.gelu(self.linear_1(states), approximate="tanh")))
 
 
-class SmallEncoder(nn.Module):
-    """Token ids [B, M] (right-padded) and their mask -> condition states [B, M, C] and key mask [B, M]."""
+class SmallEncoder(Encoder):
+    """The digits' words -> condition states [B, M, C] and key mask [B, M]; jointly trained."""
 
     def __init__(self, config: EncoderConfig, vocabulary: int) -> None:
+        from transformers import Qwen3Config, Qwen3Model  # seconds, which `emf --help` need not take
+
         super().__init__()
+        self.channels = config.out_channels
         self.language_model = Qwen3Model(
             Qwen3Config(
                 vocab_size=vocabulary,
@@ -65,11 +73,41 @@ class SmallEncoder(nn.Module):
         # differences in a common drift.
         nn.init.normal_(self.language_model.embed_tokens.weight)
         self.connector = Connector(config.hidden_size, config.out_channels)
+        self.read_as: Tensor | None
+        self.register_buffer("read_as", _pairs(vocabulary) if config.blurred else None, persistent=False)
+
+    def tokenize(self, captions: Sequence[str], image_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Right-padded. Raises ValueError on a word that is none of the digits' world."""
+        from emf.data.digits import encode
+
+        return encode(list(captions))
+
+    def states(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        ids = ids if self.read_as is None else self.read_as[ids]
+        return self.language_model(input_ids=ids, attention_mask=mask).last_hidden_state, mask
 
     def forward(self, ids: Tensor, mask: Tensor, drop: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """drop [B] bool: samples whose states are zeroed before the connector (condition dropout, the null condition);
         they attend to all M positions, so that the length of the dropped caption does not show."""
-        states = self.language_model(input_ids=ids, attention_mask=mask).last_hidden_state
+        states, mask = self.states(ids, mask)
         if drop is not None:
             states, mask = torch.where(drop[:, None, None], 0.0, states), mask | drop[:, None]
         return self.connector(states), mask
+
+    def null(self, n: int) -> tuple[Tensor, Tensor]:
+        """Of one position: all are alike."""
+        zeros = self.connector.linear_1.weight.new_zeros(n, 1, self.connector.linear_1.in_features)
+        return self.connector(zeros), torch.ones(n, 1, dtype=torch.bool, device=zeros.device)
+
+    def text_states(self, captions: Sequence[str], template: bool = True) -> tuple[Tensor, Tensor]:
+        return self.states(*(x.to(self.device) for x in self.tokenize(captions)))
+
+
+def _pairs(vocabulary: int) -> Tensor:
+    """[vocabulary] int64: each word's id, of a pair the first one's."""
+    from emf.data.digits import COLORS, VOCAB
+
+    ids = torch.arange(vocabulary)
+    for first, second in [*zip(COLORS[::2], COLORS[1::2], strict=True), ("left", "right"), ("above", "below")]:
+        ids[VOCAB.index(second)] = VOCAB.index(first)
+    return ids

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 Split = Literal["train", "held_out"]
@@ -72,6 +71,8 @@ class World:
 @cache
 def scans(split: Split) -> tuple[np.ndarray, ...]:
     """The scans [n, 8, 8] float32 in [0, 1] of each class 0..9; every fifth of a class is held out."""
+    from sklearn.datasets import load_digits
+
     data = load_digits()
     images = (data.images / 16).astype(np.float32)
     by_class = [images[data.target == k] for k in range(10)]

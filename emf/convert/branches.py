@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,9 @@ from emf.model import SINUSOID, TransformerConfig
 from emf_kernels import time_embedding
 
 PREFIX = "transformer.time_embed"
+SECOND = ("emb.timestep_embedder.linear_2.weight", "emb.timestep_embedder.linear_2.bias")
+REFITTED = ("emb.timestep_embedder.linear_1.weight", "emb.timestep_embedder.linear_1.bias", *SECOND)
+ZEROED = (*SECOND, "linear.bias")
 
 
 def add_time_branches(state: dict[str, Tensor], config: TransformerConfig, how: str) -> dict[str, Tensor]:
@@ -28,22 +34,34 @@ def add_time_branches(state: dict[str, Tensor], config: TransformerConfig, how: 
         raise ValueError(
             f"convert: the weights have no {PREFIX}.*; expected a SANA transformer with its time embedding"
         )
-    end, interval = dict(source), dict(source)
-    if how == "preserve":
-        if config.time_scale != config.base_time_scale:
-            weight, bias = refit(source, config.base_time_scale, config.time_scale)
-            end |= {"emb.timestep_embedder.linear_2.weight": weight, "emb.timestep_embedder.linear_2.bias": bias}
-        for name in ("emb.timestep_embedder.linear_2.weight", "emb.timestep_embedder.linear_2.bias", "linear.bias"):
-            interval[name] = torch.zeros_like(source[name])
-    branches = {"t": end, "r": interval}
-    return state | {f"{PREFIX}_{b}.{k}": v.clone() for b, tree in branches.items() for k, v in tree.items()}
+    make = time_branches(source.__getitem__, config, how)
+    return state | {f"{PREFIX}_{b}.{k}": make(b, k).clone() for b in "tr" for k in source}
+
+
+def time_branches(read: Callable[[str], Tensor], config: TransformerConfig, how: str) -> Callable[[str, str], Tensor]:
+    """What makes weight `name` of branch "t" or "r" from the weights of the single embedding, which `read` gives by
+    name; one at a time, so that a checkpoint can be streamed. See add_time_branches."""
+
+    @cache
+    def fitted() -> tuple[Tensor, Tensor]:
+        return refit({name: read(name) for name in REFITTED}, config.base_time_scale, config.time_scale)
+
+    def make(branch: str, name: str) -> Tensor:
+        weight = read(name)
+        if how == "preserve" and branch == "r" and name in ZEROED:
+            return torch.zeros_like(weight)
+        if how == "preserve" and branch == "t" and name in SECOND and config.time_scale != config.base_time_scale:
+            return fitted()[SECOND.index(name)].to(weight.dtype)
+        return weight
+
+    return make
 
 
 def refit(
     source: dict[str, Tensor], old_scale: float, new_scale: float, grid: int = 2001, ridge: float = 1e-4
 ) -> tuple[Tensor, Tensor]:
-    """(weight, bias) of linear_2 with which the embedder, fed new_scale t, best gives e(t) of the embedder fed
-    old_scale t, t in [0, 1]."""
+    """(weight, bias) of linear_2, float64, with which the embedder, fed new_scale t, best gives e(t) of the embedder
+    fed old_scale t, t in [0, 1]."""
     t = torch.linspace(0, 1, grid, dtype=torch.float64)
     layer = {k.removeprefix("emb.timestep_embedder."): v.double() for k, v in source.items()}
 
@@ -56,5 +74,4 @@ def refit(
     target = features(old_scale) @ torch.cat([layer["linear_2.weight"], layer["linear_2.bias"][:, None]], 1).T
     a = features(new_scale)
     solution = torch.linalg.solve(a.T @ a + ridge * grid * torch.eye(a.shape[1], dtype=a.dtype), a.T @ target)
-    dtype = source["linear.weight"].dtype
-    return solution[:-1].T.contiguous().to(dtype), solution[-1].to(dtype)
+    return solution[:-1].T.contiguous(), solution[-1]

@@ -1,0 +1,300 @@
+"""BLIP3o-NEXT's conditioning (arXiv 2510.15857): the transformer attends to what a Qwen3 language model says of an
+image's discrete tokens.
+
+One row of ids, left-padded:
+
+    chat prompt, <im_start>, <S0>, image token x n, <im_end>, <|im_end|>, newline
+
+n = 729 tokens of TA-Tok: the image's own in training (teacher forcing), sampled by `generate` otherwise. The states are
+the language model's last hidden states, after its final norm; those of <S0> and the image tokens go through the
+connector and are attended to. Text states are not: the caption acts through the image tokens' attention to it.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from emf.conditioning.encoder import Encoder, is_frozen, set_frozen
+from emf.conditioning.sampling import Sampling, draw, uniforms
+from emf.conditioning.small import Connector
+
+SYSTEM = "You are a helpful assistant."
+REQUEST = "Please generate image based on the following caption: {}"
+Window = Literal["inference", "released"]
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Token ids under the names of BLIP3o-NEXT's config.json."""
+
+    image_start_tag_id: int
+    """<im_start>: not Qwen's <|im_start|>."""
+    image_end_tag_id: int
+    scale_start_token_id: int
+    """<S0>; <S1> and <S2> follow."""
+    image_start_token_id: int
+    """<I0>; the codebook's other entries follow."""
+    num_image_tokens: int = 65536
+    num_scale_tokens: int = 3
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], source: str = "config.json") -> SpecialTokens:
+        """From a config.json's fields. Raises ValueError where one is missing or no whole number.
+
+        The counts may be absent, or be told by the ids of the last tokens."""
+        values = dict(config)
+        for count, first, last in (
+            ("num_image_tokens", "image_start_token_id", "image_end_token_id"),
+            ("num_scale_tokens", "scale_start_token_id", "scale_end_token_id"),
+        ):
+            if values.get(count) is None and isinstance(values.get(last), int) and isinstance(values.get(first), int):
+                values[count] = values[last] - values[first] + 1
+        fields = {name: values[name] for name in cls.__dataclass_fields__ if values.get(name) is not None}
+        needed = [n for n in ("image_start_tag_id", "image_end_tag_id", "scale_start_token_id", "image_start_token_id")]
+        wrong = [n for n in needed if n not in fields] + [n for n, v in fields.items() if type(v) is not int or v < 0]
+        if wrong:
+            raise ValueError(
+                f"conditioning: {source} has no usable {wrong[0]}; expected the token ids of a BLIP3o-NEXT checkpoint"
+            )
+        return cls(**fields)
+
+
+class Blip3oNext(Encoder):
+    """Qwen3 language model and connector. State dict: language_model.*, connector.*.
+
+    language_model: transformers' Qwen3ForCausalLM, or Qwen3Model where nothing is generated and ar_loss is not asked
+              for.
+    tokenizer: of transformers, with BLIP3o-NEXT's tokens added.
+    window:   "inference": <S0> and the image tokens. "released": the last 1 + n positions of the row, as the released
+              training code selects them: its test for the right length can never hold, so <S0> and the first two image
+              tokens are lost to <im_end>, <|im_end|> and newline. Its sampler takes the other window. Applies in
+              training and sampling alike; warns.
+    scale:    TA-Tok's pooling 1, 2 or 3, named in the row by <S0>, <S1>, <S2>; n is 729, 169 or 81.
+    released_padding: attend to padding too, at unshifted positions, as the released sampler does when it runs the
+              language model again over a padded batch. At batch size 1 there is no padding and no difference.
+    freeze:   no gradient to the language model. The connector's is the caller's to freeze.
+    """
+
+    def __init__(
+        self,
+        language_model: Any,
+        tokenizer: Any,
+        tokens: SpecialTokens,
+        connector: Connector,
+        *,
+        window: Window = "inference",
+        scale: int = 1,
+        image_tokens: int | None = None,
+        released_padding: bool = False,
+        freeze: bool = True,
+    ) -> None:
+        super().__init__()
+        if window not in ("inference", "released"):
+            raise ValueError(f"conditioning: window is {window!r}; expected inference or released")
+        if not 1 <= scale <= min(3, tokens.num_scale_tokens):
+            raise ValueError(f"conditioning: scale {scale}; expected 1 to {min(3, tokens.num_scale_tokens)}")
+        if window == "released":
+            warnings.warn(
+                "conditioning: window 'released' shifts the states by 3 tokens against those that BLIP3o-NEXT samples "
+                "with; 'inference' matches them",
+                stacklevel=2,
+            )
+        self.language_model, self.connector, self.tokenizer = language_model, connector, tokenizer
+        self.tokens, self.window, self.scale, self.released_padding = tokens, window, scale, released_padding
+        self.image_tokens = (27 // scale) ** 2 if image_tokens is None else image_tokens
+        self.channels: int = connector.norm.weight.shape[0]
+        end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
+        self.head = [tokens.image_start_tag_id, tokens.scale_start_token_id + scale - 1]
+        self.tail = [tokens.image_end_tag_id, *([] if end is None else [end]), *newline]
+        if freeze:
+            set_frozen(language_model)
+
+    def train(self, mode: bool = True) -> Blip3oNext:
+        super().train(mode)
+        if is_frozen(self.language_model):
+            self.language_model.eval()
+        return self
+
+    @property
+    def length(self) -> int:
+        """States that condition the transformer."""
+        return 1 + self.image_tokens
+
+    @property
+    def decoder(self) -> Any:
+        """The language model without its output layer."""
+        return self.language_model.model if hasattr(self.language_model, "lm_head") else self.language_model
+
+    @property
+    def output_layer(self) -> nn.Module:
+        if not hasattr(self.language_model, "lm_head"):
+            raise ValueError("conditioning: a Qwen3Model has no output layer; load a Qwen3ForCausalLM to generate")
+        layer: nn.Module = self.language_model.lm_head
+        return layer
+
+    # -- text and ids ------------------------------------------------------------------------------------------------
+
+    def prompt(self, caption: str) -> str:
+        """The chat up to where the assistant's answer begins, by the tokenizer's template where it has one, else by
+        Qwen's format."""
+        turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": REQUEST.format(caption)}]
+        if getattr(self.tokenizer, "chat_template", None):
+            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        said = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
+        return said + "<|im_start|>assistant\n"
+
+    def tokenize(self, captions: Sequence[str], image_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Rows of ids and their mask, [B, L], left-padded.
+
+        image_ids [B, n] int64: the images' tokens as vocabulary ids (TA-Tok's codes through `from_codes`, or
+        `generate`'s). None: the rows end after <S0>, ready to be continued; forward has no states for them.
+        Raises ValueError where image_ids have another shape.
+        """
+        texts = self.tokenizer([self.prompt(c) for c in captions], add_special_tokens=False)["input_ids"]
+        if image_ids is None:
+            return self.pad([[*text, *self.head] for text in texts])
+        if image_ids.shape != (len(captions), self.image_tokens):
+            raise ValueError(
+                f"conditioning: image_ids is {tuple(image_ids.shape)}; expected ({len(captions)}, {self.image_tokens})"
+            )
+        images = image_ids.tolist()
+        return self.pad([[*t, *self.head, *i, *self.tail] for t, i in zip(texts, images, strict=True)])
+
+    def pad(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """ids and mask [B, L] of rows aligned at their ends."""
+        length, filler = max(map(len, rows)), getattr(self.tokenizer, "pad_token_id", None) or 0
+        ids = torch.tensor([[filler] * (length - len(row)) + row for row in rows])
+        mask = torch.tensor([[False] * (length - len(row)) + [True] * len(row) for row in rows])
+        return ids, mask
+
+    def from_codes(self, codes: Tensor) -> Tensor:
+        """Vocabulary ids of TA-Tok's codes. Raises ValueError on a code outside the codebook."""
+        n = self.tokens.num_image_tokens
+        if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= n):
+            raise ValueError(f"conditioning: codes lie in [{codes.min()}, {codes.max()}]; expected [0, {n})")
+        return codes.long() + self.tokens.image_start_token_id
+
+    # -- states ------------------------------------------------------------------------------------------------------
+
+    def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Last hidden states [B, L, hidden], after the final norm; positions count from a row's first token."""
+        kept: dict[str, Tensor] = {}
+        if not self.released_padding:
+            kept = {"attention_mask": mask.long(), "position_ids": positions(mask)}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(self.language_model)):
+            states: Tensor = self.decoder(input_ids=ids, use_cache=False, **kept).last_hidden_state
+        return states
+
+    def select(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """The 1 + n states of hidden [B, L, hidden] that condition the transformer. Raises ValueError where ids are
+        not rows of `tokenize` with image tokens."""
+        count, tail = 1 + self.image_tokens, len(self.tail)
+        start = ids.shape[1] - count - tail
+        head = torch.tensor(self.head, device=ids.device)
+        if start < 1 or not torch.equal(ids[:, start - 1 : start + 1], head.expand(len(ids), 2)):
+            raise ValueError(
+                f"conditioning: the rows of ids {tuple(ids.shape)} do not end in <im_start>, <S{self.scale - 1}>, "
+                f"{self.image_tokens} image tokens and {tail} more; make them with tokenize(captions, image_ids)"
+            )
+        return hidden[:, -count:] if self.window == "released" else hidden[:, start : start + count]
+
+    def states(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, None]:
+        return self.select(self.hidden(ids, mask), ids), None
+
+    def condition(self, states: Tensor, drop: Tensor | None = None) -> tuple[Tensor, None]:
+        """Selected states [B, 1 + n, hidden] -> condition states [B, 1 + n, C]; drop [B] bool zeroes a sample's states
+        before the connector."""
+        if drop is not None:
+            states = torch.where(drop[:, None, None], 0.0, states)
+        return self.connector(states.to(self.connector.norm.weight.dtype)), None
+
+    def forward(self, ids: Tensor, mask: Tensor, drop: Tensor | None = None) -> tuple[Tensor, None]:
+        """ids, mask [B, L] of `tokenize` -> condition states [B, 1 + n, C]; no key mask: all are attended to."""
+        return self.condition(self.states(ids, mask)[0], drop)
+
+    def null(self, n: int) -> tuple[Tensor, None]:
+        """Zeros through the connector."""
+        weight = self.connector.linear_1.weight
+        return self.condition(weight.new_zeros(n, 1 + self.image_tokens, weight.shape[1]))
+
+    def text_states(self, captions: Sequence[str], template: bool = True) -> tuple[Tensor, Tensor]:
+        """Of the chat prompt before <im_start>, or of the caption alone; see Encoder."""
+        texts = [self.prompt(c) if template else c for c in captions]
+        rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        ids, mask = (x.to(self.device) for x in self.pad(rows))
+        return self.hidden(ids, mask), mask
+
+    def save(self, folder: Path) -> None:
+        language = folder / "language_model"
+        self.language_model.save_pretrained(language)
+        self.tokenizer.save_pretrained(language)
+        tree = json.loads((language / "config.json").read_text()) | asdict(self.tokens)
+        (language / "config.json").write_text(json.dumps(tree, indent=2) + "\n")
+        save_file(self.connector.state_dict(), folder / "connector.safetensors")
+
+    # -- the language model itself -----------------------------------------------------------------------------------
+
+    def ar_loss(self, ids: Tensor, mask: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """Next-token cross entropy [B] float32 in nats, the mean over all tokens of a row, prompt included
+        (BLIP3o-NEXT's second loss).
+
+        hidden: that of `hidden(ids, mask)`, where it is there already: one pass of the language model serves both
+                losses by `condition(select(hidden, ids), drop)`.
+        Logits are made row by row and again in backward: 217,210 words times 800 positions are 0.7 GB in float32.
+        """
+        hidden = self.hidden(ids, mask) if hidden is None else hidden
+        layer, follows = self.output_layer, mask[:, 1:] & mask[:, :-1]
+
+        def row(states: Tensor, labels: Tensor, kept: Tensor) -> Tensor:
+            each = nn.functional.cross_entropy(layer(states).float(), labels, reduction="none")
+            return (each * kept).sum() / kept.sum().clamp(min=1)
+
+        rows = zip(hidden[:, :-1], ids[:, 1:], follows, strict=True)
+        return torch.stack([checkpoint(row, *r, use_reentrant=False) for r in rows])
+
+    @torch.no_grad()
+    def generate(
+        self,
+        captions: Sequence[str],
+        generator: torch.Generator | Sequence[torch.Generator],
+        sampling: Sampling | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Exactly n image tokens a caption, as vocabulary ids [B, n] for `tokenize`.
+
+        generator: one each makes a row independent of its batch; one for all draws the rows in turn.
+        As in the released code nothing but top-k and top-p restricts a token: a model that answers with words gives
+        words. Where that would end a text early it goes on: n is fixed.
+        """
+        from rich.progress import track
+
+        layer, sampling = self.output_layer, sampling or Sampling()
+        uniform = uniforms(generator, len(captions), self.image_tokens).to(self.device)
+        ids, mask = (x.to(self.device) for x in self.tokenize(captions))
+        where, past, drawn = positions(mask), None, []
+        for i in track(range(self.image_tokens), description="image tokens", disable=not progress):
+            out = self.decoder(
+                input_ids=ids, attention_mask=mask.long(), position_ids=where, past_key_values=past, use_cache=True
+            )
+            past = out.past_key_values
+            token = draw(layer(out.last_hidden_state[:, -1]), uniform[:, i], sampling)
+            drawn.append(token)
+            ids, where = token[:, None], where[:, -1:] + 1
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        return torch.stack(drawn, 1)
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Position ids [B, L] that count a row's tokens from 0; padding has 0."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0)

@@ -1,0 +1,124 @@
+"""What every pretrained text encoder offers the trainer, the sampler and the analyses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+States = tuple[Tensor, Tensor | None]
+"""States [B, M, C] and their key mask [B, M] bool; None: all M are attended to."""
+
+
+class Encoder(nn.Module):
+    """Captions -> tokenize -> (ids, mask) -> forward -> condition states [B, M, channels] and key mask."""
+
+    channels: int
+    """Channels of the states that forward returns; the transformer's caption_channels."""
+
+    def tokenize(self, captions: Sequence[str], image_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(ids [B, L] int64, mask [B, L] bool, True where a token is no padding), on the CPU.
+
+        image_ids [B, n]: the image's own tokens, for encoders that read them (BLIP3o-NEXT); the others ignore them.
+        """
+        raise NotImplementedError
+
+    def states(self, ids: Tensor, mask: Tensor) -> States:
+        """Last hidden states of the M positions that condition the transformer, before dropout and connector: what a
+        cache may keep."""
+        raise NotImplementedError
+
+    def forward(self, ids: Tensor, mask: Tensor, drop: Tensor | None = None) -> States:
+        """Condition states [B, M, channels] and key mask; drop [B] bool: samples that get the null condition."""
+        raise NotImplementedError
+
+    def null(self, n: int) -> States:
+        """The null condition of n samples, as forward gives it for dropped ones."""
+        raise NotImplementedError
+
+    def text_states(self, captions: Sequence[str], template: bool = True) -> tuple[Tensor, Tensor]:
+        """Last hidden states [B, L, hidden] of the captions' tokens, and their mask [B, L] bool.
+
+        template: read the caption inside the prompt that the encoder puts around it; else bare.
+        """
+        raise NotImplementedError
+
+    def save(self, folder: Path) -> None:
+        """Write the weights, with config and tokenizer, into a pipeline's folder, for emf.conditioning.load."""
+        raise NotImplementedError
+
+    @property
+    def parts(self) -> dict[str, list[str]]:
+        """What `save` writes, as model_index.json names it: folder -> [library, class]."""
+        return {}
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        # Rotary frequencies stay float32 when the rest is cast: bfloat16 keeps 8 bits of them, by which the angle of
+        # position 800 is off by a radian. transformers' from_pretrained leaves them alone; module.bfloat16() does not.
+        kept = {name: b for name, b in self.named_buffers() if name.endswith("inv_freq")}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            owner, _, leaf = name.rpartition(".")
+            module = self.get_submodule(owner)
+            setattr(module, leaf, buffer.to(getattr(module, leaf).device))
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+
+def set_frozen(model: nn.Module) -> None:
+    """Eval mode, no gradients."""
+    model.requires_grad_(False).eval()
+
+
+def is_frozen(model: nn.Module) -> bool:
+    return not any(p.requires_grad for p in model.parameters())
+
+
+def mean_pool(states: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over the tokens that mask [B, L] keeps, of states [B, L, C]: [B, C] float32."""
+    if mask is None:
+        return states.float().mean(1)
+    kept = mask.to(states.device)[..., None]
+    # where, not a product: what stands at padding may be anything, NaN included
+    return torch.where(kept, states.float(), 0.0).sum(1) / kept.sum(1).clamp(min=1)
+
+
+@torch.no_grad()
+def embed(
+    encoder: Encoder,
+    captions: Sequence[str],
+    image_ids: Tensor | None = None,
+    *,
+    template: bool = True,
+    batch: int = 32,
+    progress: bool = False,
+) -> Tensor:
+    """Text embeddings [n, hidden], float32 on the CPU: the mean of the last hidden states over the caption's tokens,
+    padding excluded (EMF, arXiv 2604.18168, its comparison of text encoders), before any connector.
+
+    image_ids [n, m]: pool the states that condition the transformer instead (BLIP3o-NEXT: those of the image tokens).
+    template: read captions inside the encoder's own prompt, as the transformer's condition is. The prompt's tokens are
+              in the mean then, the same in every caption; False leaves them out.
+    Raises ValueError where there are no captions.
+    """
+    if not captions:
+        raise ValueError("embed: no captions; expected at least one")
+    from rich.progress import track
+
+    parts = range(0, len(captions), batch)
+    means = []
+    for start in track(parts, description="embed", disable=not progress):
+        here = slice(start, start + batch)
+        if image_ids is None:
+            states, mask = encoder.text_states(captions[here], template)
+        else:
+            ids, keep = encoder.tokenize(captions[here], image_ids[here])
+            states, mask = encoder.states(ids.to(encoder.device), keep.to(encoder.device))  # type: ignore[assignment]
+        means.append(mean_pool(states, mask).cpu())
+    return torch.cat(means)

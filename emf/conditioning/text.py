@@ -1,0 +1,131 @@
+"""Text encoders of other systems: Gemma-2 as SANA uses it (arXiv 2410.10629), CLIP, T5."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from emf.conditioning.encoder import Encoder, is_frozen, set_frozen
+
+
+def sana_instruction() -> str:
+    """SANA's complex human instruction, which stands before every caption: the default of diffusers' SanaPipeline.
+    Raises ValueError where diffusers is not installed."""
+    try:
+        from diffusers import SanaPipeline
+    except ImportError:
+        raise ValueError(
+            "conditioning: SANA's instruction comes from diffusers, which is not installed; install it, or give an "
+            "instruction"
+        ) from None
+    return "\n".join(inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default)
+
+
+class TextEncoder(Encoder):
+    """Last hidden states of a transformers text model, padded on the right to `length` tokens. State dict: model.*.
+
+    model:       Gemma2Model, CLIPTextModel, T5EncoderModel or alike.
+    length:      M. Longer captions are cut.
+    instruction: text before every caption ("" is none). The model reads both; the first state and the last
+                 length - 1 are kept, so that of the instruction about the first token remains (SANA, section 3.1).
+    lower:       lower the caption's case and strip it, as SANA does.
+    null:        what a dropped caption becomes: "empty", the caption "" without instruction (SANA's negative prompt),
+                 or "zeros", zero states that are all attended to.
+    freeze:      no gradient to the model.
+    """
+
+    empty_ids: Tensor
+    empty_mask: Tensor
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        length: int,
+        *,
+        instruction: str = "",
+        lower: bool = False,
+        null: Literal["empty", "zeros"] = "empty",
+        freeze: bool = True,
+    ) -> None:
+        super().__init__()
+        if length < 2 or null not in ("empty", "zeros"):
+            raise ValueError(f"conditioning: length {length}, null {null!r}; expected at least 2, and empty or zeros")
+        self.model, self.tokenizer, self.length, self.null_kind = model, tokenizer, length, null
+        self.instruction, self.lower = instruction, lower
+        self.channels: int = model.config.hidden_size
+        # 2: the token that begins every text, counted in both, and one that is left for the caption's own end
+        self.row = length + (len(tokenizer.encode(instruction)) - 2 if instruction else 0)
+        limit = getattr(model.config, "max_position_embeddings", None)
+        if limit is not None and self.row > limit:
+            raise ValueError(f"conditioning: {self.row} tokens with the instruction; the model has {limit} positions")
+        ids, mask = self._tokens([""], self.row)
+        self.register_buffer("empty_ids", ids[0], persistent=False)
+        self.register_buffer("empty_mask", mask[0], persistent=False)
+        if freeze:
+            set_frozen(model)
+
+    def train(self, mode: bool = True) -> TextEncoder:
+        super().train(mode)
+        if is_frozen(self.model):
+            self.model.eval()
+        return self
+
+    def _tokens(self, texts: list[str], length: int) -> tuple[Tensor, Tensor]:
+        tokens = self.tokenizer(
+            texts,
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            padding_side="right",
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        return tokens["input_ids"], tokens["attention_mask"].bool()
+
+    def _clean(self, captions: Sequence[str]) -> list[str]:
+        return [c.lower().strip() if self.lower else c for c in captions]
+
+    def tokenize(self, captions: Sequence[str], image_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._tokens([self.instruction + c for c in self._clean(captions)], self.row)
+
+    def states(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(self.model)):
+            states = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        if ids.shape[1] <= self.length:
+            return states, mask
+        last = ids.shape[1] - self.length + 1
+        return torch.cat([states[:, :1], states[:, last:]], 1), torch.cat([mask[:, :1], mask[:, last:]], 1)
+
+    def forward(self, ids: Tensor, mask: Tensor, drop: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """ids, mask [B, L] of `tokenize` -> states [B, M, C] and key mask [B, M]."""
+        if drop is None:
+            return self.states(ids, mask)
+        if self.null_kind == "zeros":
+            states, mask = self.states(ids, mask)
+            return torch.where(drop[:, None, None], 0.0, states), mask | drop[:, None]
+        dropped = drop[:, None]
+        return self.states(torch.where(dropped, self.empty_ids, ids), torch.where(dropped, self.empty_mask, mask))
+
+    def null(self, n: int) -> tuple[Tensor, Tensor]:
+        ids, mask = (x.expand(n, -1) for x in (self.empty_ids, self.empty_mask))
+        return self.forward(ids, mask, torch.ones(n, dtype=torch.bool, device=ids.device))
+
+    def text_states(self, captions: Sequence[str], template: bool = True) -> tuple[Tensor, Tensor]:
+        """See Encoder; the template is the instruction."""
+        tokens = self.tokenize(captions) if template else self._tokens(self._clean(captions), self.length)
+        return self.states(*(x.to(self.device) for x in tokens))
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder / "text_encoder")
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+
+    @property
+    def parts(self) -> dict[str, list[str]]:
+        named = {"text_encoder": self.model, "tokenizer": self.tokenizer}
+        return {name: ["transformers", type(part).__name__] for name, part in named.items()}

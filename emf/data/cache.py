@@ -1,0 +1,344 @@
+"""Encoded once, trained on often: latents and image-token ids of a data set as shards.
+
+A cache is a folder of `settings.json` and `shard-00000.safetensors`, ... Shard k belongs to samples k n .. (k + 1) n of
+all sources in turn, the unusable among them, so that a cache gives the batches that its images give. Safetensors and
+not tars: all of a shard's latents have one shape, a row is one seek in a file that stays mapped, bfloat16 is kept as it
+is, and a torn file is known by its header. A shard holds
+    mean  [m, C, h, w]  the latents, in the dtype that the caller chose
+    std   [m, C, h, w]  only of an autoencoder with a posterior: its noise is drawn at training (emf.latent.draw)
+    ids   [m, N] int32  only with a tokenizer
+    row   [n] int32     row of each sample, -1 where it was dropped
+    text  [bytes] uint8 JSON: keys and captions of the m rows; (key, source, reason, detail) of the others
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from emf.data.drops import Dropped, Drops
+from emf.data.images import Images, Sample, fetch
+
+Encode = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
+"""Images [B, 3, size, size] in [-1, 1] -> latents [B, C, h, w], or (mean, std) of a posterior, of that shape each."""
+Tokenize = Callable[[Tensor], Tensor]
+"""Images [B, 3, token_size, token_size] in [-1, 1] -> ids [B, N]."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+VERSION = 1
+
+
+def encode_samples(
+    samples: Sequence[Sample],
+    encode: Encode,
+    tokenize: Tokenize | None = None,
+    dtype: torch.dtype = torch.float32,
+    batch: int = 1,
+) -> list[Sample]:
+    """Samples with pixels -> samples with mean, std and ids (on the CPU) in their place: what a cache stores, and what
+    training without a cache does.
+
+    batch: images an encoder gets at once. With 1 a latent is a function of its image alone; a larger batch may round
+    otherwise, by the company an image is in. Raises ValueError on samples without pixels, on a tokenizer without small
+    crops, and on a latent that is not finite.
+    """
+    done: list[Sample] = []
+    for start in range(0, len(samples), batch):
+        part = samples[start : start + batch]
+        images, small = [s.image for s in part], [s.small for s in part]
+        if any(x is None for x in images) or (tokenize and any(x is None for x in small)):
+            raise ValueError("cache: samples without pixels to encode; an image tokenizer needs Images(token_size=...)")
+        latents = encode(torch.stack([x for x in images if x is not None]))
+        mean, std = latents if isinstance(latents, tuple) else (latents, None)
+        ids = tokenize(torch.stack([x for x in small if x is not None])) if tokenize else None
+        for i, sample in enumerate(part):
+            if not torch.isfinite(mean[i]).all():
+                raise ValueError(f"cache: the latent of {sample.key} is not finite; run the encoder in float32")
+            done.append(
+                replace(
+                    sample,
+                    image=None,
+                    small=None,
+                    mean=mean[i].to("cpu", dtype),
+                    std=None if std is None else std[i].to("cpu", dtype),
+                    ids=None if ids is None else ids[i].to("cpu", torch.int32),
+                )
+            )
+    return done
+
+
+def places(counts: Sequence[int]) -> list[tuple[int, int]]:
+    """(source, index) of every sample, source by source: the order of the shards."""
+    return [(source, index) for source, count in enumerate(counts) for index in range(count)]
+
+
+def shard_file(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:05d}.safetensors"
+
+
+def is_whole(file: Path) -> bool:
+    """Whether a shard is there and as long as its header says."""
+    try:
+        with safe_open(file, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
+def write_shard(file: Path, samples: Iterable[Sample | Dropped]) -> None:
+    """One shard of encoded samples in order, renamed into place when it is whole and on the disk. Raises ValueError
+    where it cannot be written."""
+    kept: list[Sample] = []
+    row, drops = [], []
+    for sample in samples:
+        if isinstance(sample, Dropped):
+            drops.append((sample.key, sample.source, sample.reason, sample.detail))
+            row.append(-1)
+        else:
+            row.append(len(kept))
+            kept.append(sample)
+    text = {"keys": [s.key for s in kept], "captions": [s.caption for s in kept], "drops": drops}
+    tensors = {"row": torch.tensor(row, dtype=torch.int32)}
+    tensors["text"] = torch.from_numpy(np.frombuffer(json.dumps(text).encode(), np.uint8).copy())
+    for name in ("mean", "std", "ids"):
+        values = [value for s in kept if (value := getattr(s, name)) is not None]
+        if values:
+            tensors[name] = torch.stack(values)
+    part = file.with_suffix(".part")
+    try:
+        save_file(tensors, part)
+        with part.open("rb") as written:
+            os.fsync(written.fileno())
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cache: {part} cannot be written ({error}); whole shards are kept") from None
+    part.replace(file)
+
+
+def first_usable(images: Images, workers: int) -> Sample:
+    """The first sample that can be decoded. Raises ValueError where there is none."""
+    for sample in fetch(images, places(images.counts), workers):
+        if not isinstance(sample, Dropped):
+            return sample
+    raise ValueError(f"cache: none of {sum(images.counts)} samples of {', '.join(images.names)} can be used")
+
+
+def digest(images: Images) -> str:
+    """Of the keys of all samples, in order: other data has another one."""
+    text = "\0".join(key for index in images.indices for key in index.keys)
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def read_settings(out: Path) -> dict[str, Any] | None:
+    """settings.json; None where there is no such folder, or an empty one. Raises ValueError on a folder of something
+    else."""
+    file = out / "settings.json"
+    if not file.is_file():
+        if out.exists() and (not out.is_dir() or any(f.suffix != ".part" for f in out.iterdir())):
+            raise ValueError(f"cache: {out} exists and is no cache (no settings.json in it); choose another --out")
+        return None
+    try:
+        settings = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"cache: {file} is not JSON: {error}") from None
+    if not isinstance(settings, dict) or settings.get("version") != VERSION:
+        raise ValueError(f"cache: {file} is not of version {VERSION} of the cache; choose another --out")
+    return settings
+
+
+def check_same_settings(out: Path, settings: dict[str, Any]) -> None:
+    """Raises ValueError where out holds a cache that was begun with others."""
+    found = read_settings(out)
+    if found is not None and (differ := [k for k in settings if found.get(k) != settings[k]]):
+        told = ", ".join(f"{k} was {str(found.get(k))[:40]}, is {str(settings[k])[:40]}" for k in differ)
+        raise ValueError(f"cache: {out} was begun with other settings ({told}); choose another --out")
+
+
+def check_same_encoder(out: Path, shards: Iterable[int], probe: Sample) -> None:
+    """Raises ValueError where a whole shard holds another latent of the probed sample than the encoder gives now: a
+    name in the settings does not tell one encoder's weights from another's."""
+    for shard in shards:
+        opened = Shard(shard_file(out, shard))
+        if probe.key not in opened.keys:
+            continue
+        there = opened.sample(opened.keys.index(probe.key), probe.source)
+        assert there.mean is not None and probe.mean is not None
+        # another device or batch rounds otherwise; other weights are far beyond 10 %
+        error = float((there.mean.float() - probe.mean.float()).norm() / probe.mean.float().norm().clamp(min=1e-12))
+        swapped = (
+            there.ids is not None and probe.ids is not None and float((there.ids != probe.ids).float().mean()) > 0.1
+        )
+        if error > 0.1 or swapped:
+            what = f"latent (relative error {error:.2g})" if error > 0.1 else "set of image tokens"
+            raise ValueError(f"cache: {out} holds another {what} of {probe.key} than is computed now; same weights?")
+        return
+
+
+def write_cache(
+    images: Images,
+    encode: Encode,
+    out: Path,
+    *,
+    encoder: str,
+    tokenize: Tokenize | None = None,
+    tokenizer: str | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    shard: int = 512,
+    batch: int = 1,
+    workers: int = 4,
+    part: int = 0,
+    parts: int = 1,
+) -> None:
+    """Encode every sample of images into folder out. Called again it goes on: whole shards are kept.
+
+    encoder, tokenizer: what they are, for settings.json (emf.latent's `name`). shard: samples a file; a kill loses one
+    shard's work. batch: see encode_samples. part of parts: this process writes shards part, part + parts, ..., so that
+    several can share the work. Prints what it will write before it starts, and what was dropped.
+    Raises ValueError where out holds something else or a cache of other settings, and where the disk is too small.
+    """
+    if shard < 1 or batch < 1 or not 0 <= part < parts:
+        raise ValueError(
+            f"cache: shard {shard}, batch {batch}, part {part} of {parts}; expected at least 1, part < parts"
+        )
+    total = sum(images.counts)
+    settings: dict[str, Any] = dict(version=VERSION, encoder=encoder, tokenizer=tokenizer, dtype=dtype, shard=shard)
+    settings |= dict(size=images.size, token_size=images.token_size if tokenize else None, keys=digest(images))
+    settings |= dict(names=images.names, counts=images.counts, weights=images.weights)
+    check_same_settings(out, settings)
+    probe = encode_samples([first_usable(images, workers)], encode, tokenize, DTYPES[dtype])[0]
+    shards = range(part, -(-total // shard), parts)
+    whole = [k for k in shards if is_whole(shard_file(out, k))]
+    check_same_encoder(out, whole, probe)
+    todo = [k for k in shards if k not in set(whole)]
+    remaining = sum(min(shard, total - k * shard) for k in todo)
+    each = sum(x.numel() * x.element_size() for x in (probe.mean, probe.std, probe.ids) if x is not None)
+    captions = int(sum(index.caption[:, 2].sum() for index in images.indices) * remaining / total)
+    check_room(out, remaining, each, captions, len(todo), len(whole))
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / f"settings.{part}.part"
+    file.write_text(json.dumps(settings, indent=2) + "\n")
+    file.replace(out / "settings.json")
+    every, console, begun = places(images.counts), Console(), time.monotonic()
+    columns = TextColumn("[bold]cache"), BarColumn(), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn()
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("cache", total=remaining)
+
+        def encoded(where: list[tuple[int, int]]) -> Iterator[Sample | Dropped]:
+            waiting: list[Sample] = []
+            for sample in fetch(images, where, workers):
+                progress.advance(task)
+                if isinstance(sample, Dropped):
+                    images.drops.add(sample.key, sample.source, sample.reason, sample.detail)
+                    yield from encode_samples(waiting, encode, tokenize, DTYPES[dtype], batch)
+                    waiting = []
+                    yield sample
+                    continue
+                waiting.append(sample)
+                if len(waiting) == batch:
+                    yield from encode_samples(waiting, encode, tokenize, DTYPES[dtype], batch)
+                    waiting = []
+            yield from encode_samples(waiting, encode, tokenize, DTYPES[dtype], batch)
+
+        for k in whole:
+            for drop in Shard(shard_file(out, k)).drops:
+                images.drops.add(*drop)
+        for done, k in enumerate(todo, 1):
+            write_shard(shard_file(out, k), encoded(every[k * shard : (k + 1) * shard]))
+            if not console.is_terminal:
+                left = (time.monotonic() - begun) / done * (len(todo) - done)
+                print(f"cache: shard {done}/{len(todo)}  ETA {left / 60:.1f} min", flush=True)
+    for line in images.drops.lines():
+        print(f"cache: {line}", flush=True)
+
+
+def check_room(out: Path, samples: int, each: int, captions: int, todo: int, whole: int) -> None:
+    """Say what will be written. Raises ValueError where the disk has less room."""
+    needed = samples * (each + 12) + captions
+    place = next(p for p in (out, *out.absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    kept = f"; {whole} shards are there" if whole else ""
+    print(
+        f"cache: {samples:,} samples x {each:,} bytes + captions = {decimal(needed)} in {todo} shards to {out} "
+        f"({decimal(free)} free{kept})",
+        flush=True,
+    )
+    if needed > free:
+        raise ValueError(
+            f"cache: {decimal(needed)} do not fit into the {decimal(free)} free at {place}; choose another --out, "
+            "--dtype bfloat16, or fewer samples"
+        )
+
+
+class Shard:
+    """A shard opened for reading: rows at random. Raises ValueError on a torn one."""
+
+    def __init__(self, file: Path) -> None:
+        try:
+            self._file = safe_open(file, "pt")
+            self._names = set(self._file.keys())
+            self.rows: list[int] = self._file.get_tensor("row").tolist()
+            text = json.loads(bytes(self._file.get_tensor("text").numpy()))
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"cache: {file} is torn or missing ({error}); run emf cache again to complete it"
+            ) from None
+        self.keys: list[str] = text["keys"]
+        self.captions: list[str] = text["captions"]
+        self.drops: list[list[str]] = text["drops"]
+
+    def sample(self, row: int, source: str) -> Sample:
+        def tensor(name: str) -> Tensor | None:
+            return self._file.get_slice(name)[row : row + 1][0] if name in self._names else None
+
+        return Sample(
+            self.keys[row], source, self.captions[row], mean=tensor("mean"), std=tensor("std"), ids=tensor("ids")
+        )
+
+
+class Cache:
+    """A whole cache as a store of samples, for emf.data.mixture.Dataset. Raises ValueError on one that is not whole."""
+
+    def __init__(self, folder: Path, weights: Sequence[float] | None = None) -> None:
+        """weights: of the sources, where they are to be others than at caching."""
+        settings = read_settings(folder)
+        if settings is None:
+            raise ValueError(f"cache: {folder} holds no cache; expected a folder that emf cache wrote")
+        self.settings, self.folder, self.drops = settings, folder, Drops()
+        self.names: list[str] = settings["names"]
+        self.counts: list[int] = settings["counts"]
+        self.weights = list(settings["weights"] if weights is None else weights)
+        if len(self.weights) != len(self.counts) or min(self.weights) <= 0:
+            raise ValueError(f"cache: weights {self.weights}; {folder} has {len(self.counts)} sources")
+        self._first = np.concatenate([[0], np.cumsum(self.counts)])
+        files = [shard_file(folder, k) for k in range(-(-sum(self.counts) // settings["shard"]))]
+        if missing := [f.name for f in files if not f.exists()]:
+            raise ValueError(
+                f"cache: {folder} holds {len(files) - len(missing)} of {len(files)} shards; run emf cache again to "
+                "complete it"
+            )
+        self._shards = [Shard(f) for f in files]
+        for opened in self._shards:
+            for drop in opened.drops:
+                self.drops.add(*drop)
+
+    def get(self, source: int, index: int) -> Sample:
+        shard, place = divmod(int(self._first[source]) + index, self.settings["shard"])
+        opened = self._shards[shard]
+        row = opened.rows[place]
+        if row >= 0:
+            return opened.sample(row, self.names[source])
+        raise Dropped(*opened.drops[sum(r < 0 for r in opened.rows[:place])])

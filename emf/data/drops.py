@@ -1,0 +1,53 @@
+"""What could not be used of some data: counted and named, never fatal and never silent."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+NAMES_KEPT = 5  # of each reason
+
+
+class Dropped(Exception):
+    """A sample that cannot be used. `reason` is one of a few, `detail` what this one's trouble is."""
+
+    def __init__(self, key: str, source: str, reason: str, detail: str = "") -> None:
+        super().__init__(f"{source}: {key}: {reason}{f' ({detail})' if detail else ''}")
+        self.key, self.source, self.reason, self.detail = key, source, reason, detail
+
+
+class Drops:
+    """What was dropped, by source and reason, the first few by name. A sample met again is not counted again."""
+
+    def __init__(self) -> None:
+        self.counts: dict[tuple[str, str], int] = {}
+        self.names: dict[tuple[str, str], list[str]] = {}
+        self._seen: set[tuple[str, str, str]] = set()
+        self._lock = threading.Lock()
+
+    def add(self, key: str, source: str, reason: str, detail: str = "") -> None:
+        with self._lock:
+            if (key, source, reason) in self._seen:
+                return
+            self._seen.add((key, source, reason))
+            kind = source, reason
+            self.counts[kind] = self.counts.get(kind, 0) + 1
+            names = self.names.setdefault(kind, [])
+            if len(names) < NAMES_KEPT:
+                names.append(f"{key} ({detail})" if detail else key)
+
+    def __len__(self) -> int:
+        return sum(self.counts.values())
+
+    def by_reason(self) -> dict[str, int]:
+        """Over all sources."""
+        total: dict[str, int] = {}
+        for (_, reason), count in self.counts.items():
+            total[reason] = total.get(reason, 0) + count
+        return total
+
+    def lines(self) -> Iterator[str]:
+        """One for each source and reason."""
+        for (source, reason), count in self.counts.items():
+            more = ", ..." if count > NAMES_KEPT else ""
+            yield f"{source}: {count} dropped: {reason}: {', '.join(self.names[source, reason])}{more}"

@@ -1,0 +1,188 @@
+"""An index of image-text samples -> decoded samples: captions as text, images as centre crops.
+
+Images are cropped as EMF's data are (arXiv 2604.18168, released code): the short side resized, the centre cut out, to
+[-1, 1].
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from emf.data.drops import Dropped, Drops
+from emf.data.sources import Index, Source, scan
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+JSON_KEYS = ("caption", "text")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image with its caption: pixels, or what an encoder made of them, or both."""
+
+    key: str
+    source: str
+    caption: str
+    image: Tensor | None = None
+    """[3, size, size] float32 in [-1, 1]."""
+    small: Tensor | None = None
+    """[3, token_size, token_size] float32 in [-1, 1]: the same crop, for an image tokenizer."""
+    width: int = 0
+    """Of the image before the crop, upright; 0 where unknown (a cached sample)."""
+    height: int = 0
+    mean: Tensor | None = None
+    """[C, h, w]: the latent; of an autoencoder with a posterior, its mean."""
+    std: Tensor | None = None
+    """[C, h, w]: the posterior's standard deviation; none where the autoencoder is deterministic."""
+    ids: Tensor | None = None
+    """[n] int32: image tokens."""
+
+
+class Store(Protocol):
+    """Samples by (source, index): decoded from images (Images) or read from a cache (emf.data.cache.Cache)."""
+
+    names: list[str]
+    counts: list[int]
+    weights: list[float]
+    drops: Drops
+
+    def get(self, source: int, index: int) -> Sample:
+        """Raises Dropped on a sample that cannot be used."""
+        ...
+
+
+def decode(data: bytes) -> Image.Image:
+    """An encoded image as upright RGB: EXIF orientation obeyed, transparency on white, greyscale, palettes, CMYK and 16
+    bits converted; of an animation the first frame. Colour profiles are not applied.
+
+    Raises whatever Pillow raises on what it cannot read."""
+    image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit greyscale, which convert() would clip to white
+        image = Image.fromarray((np.asarray(image).astype(np.int64) // 257).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def centre_crop(image: Image.Image, size: int) -> Tensor:
+    """An RGB image -> [3, size, size] float32 in [-1, 1]: short side resized to size (bicubic, antialiased; a smaller
+    image is enlarged), the centre cut out, to a fraction of a pixel."""
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    box = left, top, left + side, top + side
+    pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    return torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1)
+
+
+def read_caption(data: bytes, is_json: bool, key: str | None) -> str:
+    """A caption file's text, stripped. Raises ValueError("reason: detail"), its reason one of a few, where there is
+    none."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"caption not UTF-8: byte {error.start}") from None
+    if is_json:
+        try:
+            tree = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"caption not JSON: {error}") from None
+        keys = JSON_KEYS if key is None else (key,)
+        found = [tree[k] for k in keys if k in tree] if isinstance(tree, dict) else []
+        if not found or not isinstance(found[0], str):
+            raise ValueError(f"no caption in JSON: no text under {' or '.join(map(repr, keys))}")
+        text = found[0]
+    if not text.strip():
+        raise ValueError("empty caption:")
+    return text.strip()
+
+
+class Images:
+    """Sources as samples with pixels. Raises ValueError on sources without samples (emf.data.sources.scan)."""
+
+    def __init__(
+        self, sources: Iterable[Source], size: int, token_size: int | None = None, listings: Path | None = None
+    ) -> None:
+        """size: pixels along a side of the crop; token_size: of the second, small crop, or none; listings: see scan."""
+        if min(size, token_size or 1) < 1:
+            raise ValueError(f"data: crops of {size} and {token_size} pixels; expected at least 1")
+        self.size, self.token_size, self.drops = size, token_size, Drops()
+        self.indices: list[Index] = scan(sources, self.drops, listings)
+        self.names = [index.source.path for index in self.indices]
+        self.counts = [len(index) for index in self.indices]
+        self.weights = [index.source.weight for index in self.indices]
+        self.upscaled = [np.zeros(n, bool) for n in self.counts]
+        """Which of the samples read so far were smaller than the crop."""
+
+    def key(self, source: int, index: int) -> str:
+        return self.indices[source].keys[index]
+
+    def get(self, source: int, index: int) -> Sample:
+        """The decoded sample. Raises Dropped."""
+        where = self.indices[source]
+        key, name = where.keys[index], where.source.path
+
+        def read(entry: np.ndarray) -> bytes:
+            number, offset, size = entry.tolist()
+            try:
+                with open(where.files[number], "rb") as file:
+                    file.seek(offset)
+                    data = file.read(size)
+            except OSError as error:
+                raise Dropped(key, name, "file cannot be read", str(error.strerror)) from None
+            if len(data) < size:
+                raise Dropped(key, name, "file cannot be read", "it became shorter since it was scanned")
+            return data
+
+        try:
+            caption = read_caption(read(where.caption[index]), bool(where.is_json[index]), where.source.caption)
+        except ValueError as error:
+            reason, _, detail = str(error).partition(":")
+            raise Dropped(key, name, reason, detail.strip()) from None
+        data = read(where.image[index])
+        if not data:
+            raise Dropped(key, name, "empty image file")
+        try:
+            image = decode(data)
+        except UnidentifiedImageError:
+            raise Dropped(key, name, "corrupt image", f"no {', '.join(FORMATS)}") from None
+        except Image.DecompressionBombError as error:
+            raise Dropped(key, name, "image too large", str(error)) from None
+        except Exception as error:  # Pillow's readers meet broken bytes with many kinds, struct.error to SyntaxError
+            raise Dropped(key, name, "corrupt image", f"{type(error).__name__}: {str(error)[:80]}") from None
+        self.upscaled[source][index] = min(image.size) < self.size
+        small = centre_crop(image, self.token_size) if self.token_size else None
+        return Sample(key, name, caption, centre_crop(image, self.size), small, image.width, image.height)
+
+
+def fetch(store: Store, places: Iterable[tuple[int, int]], workers: int = 4) -> Iterator[Sample | Dropped]:
+    """The samples at places (source, index), in their order, decoded by threads that are at most 2 x workers ahead."""
+
+    def get(place: tuple[int, int]) -> Sample | Dropped:
+        try:
+            return store.get(*place)
+        except Dropped as drop:
+            return drop
+
+    with ThreadPoolExecutor(workers) as pool:
+        ahead: deque[Future[Sample | Dropped]] = deque()
+        for place in places:
+            ahead.append(pool.submit(get, place))
+            if len(ahead) > 2 * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()

@@ -1,0 +1,115 @@
+"""Which samples are in the batch of a step: a function of (seed, step, batch size) alone, for any number of ranks.
+
+Position p = step x batch size + row. Its source is drawn by weight; of a source the samples come in a new permutation
+every epoch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
+import numpy as np
+
+from emf.data.drops import Dropped
+from emf.data.images import Sample, Store
+
+BLOCK = 1 << 16  # positions whose sources are drawn together
+
+
+def _random(n: int, *seed: int) -> np.ndarray:
+    """n uint64 of a stream of their own. Raw, because NumPy may change what permutation() makes of a seed."""
+    return np.random.PCG64(np.random.SeedSequence(seed)).random_raw(n)
+
+
+class Mixture:
+    """Positions to (source, index)."""
+
+    def __init__(self, counts: Sequence[int], weights: Sequence[float], seed: int) -> None:
+        """counts: samples of each source; weights: positive, of any sum. Raises ValueError on a negative seed."""
+        if seed < 0:
+            raise ValueError(f"data: seed {seed} must be at least 0")
+        self.counts, self.seed = list(counts), seed
+        self._edges = np.cumsum(weights) / np.sum(weights)
+        self._before: list[np.ndarray] = [np.zeros(len(self.counts), np.int64)]  # of each source, by block
+        self._lock = threading.Lock()
+        self._block = lru_cache(maxsize=4)(self._draw)
+        self.permutation = lru_cache(maxsize=2 * len(self.counts))(self._permute)
+
+    def _draw(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """(source of each position of the block, how many of that source came before it in the block)."""
+        share = _random(BLOCK, self.seed, 0, block) / 2.0**64
+        source = np.searchsorted(self._edges[:-1], share, side="right")
+        rank = np.empty(BLOCK, np.int64)
+        for s in range(len(self.counts)):
+            rank[source == s] = np.arange(np.count_nonzero(source == s))
+        return source, rank
+
+    def _permute(self, source: int, epoch: int) -> np.ndarray:
+        return np.argsort(_random(self.counts[source], self.seed, 1, source, epoch), kind="stable")
+
+    def __getitem__(self, position: int) -> tuple[int, int]:
+        """(source, index) of a position, 0 and up."""
+        block, row = divmod(position, BLOCK)
+        with self._lock:
+            while len(self._before) <= block:  # half a second for the 13 million positions of 100,000 steps of 128
+                drawn = np.bincount(self._draw(len(self._before) - 1)[0], minlength=len(self.counts))
+                self._before.append(self._before[-1] + drawn)
+        sources, ranks = self._block(block)
+        source = int(sources[row])
+        epoch, place = divmod(int(self._before[block][source] + ranks[row]), self.counts[source])
+        return source, int(self.permutation(source, epoch)[place])
+
+
+class Dataset:
+    """Batches of a store's samples by weight.
+
+    A sample that cannot be used is replaced by the next index of its source that can, and counted in `drops`: the same
+    for every rank, and for a cache of the same data.
+    """
+
+    def __init__(self, store: Store, seed: int = 0, workers: int = 4) -> None:
+        """workers: threads that read and decode. Raises ValueError on a negative seed."""
+        self.store, self.drops, self.workers = store, store.drops, workers
+        self.order = Mixture(store.counts, store.weights, seed)
+        self._bad = [np.zeros(n, bool) for n in store.counts]
+        self._pool = ThreadPoolExecutor(workers)
+
+    def __len__(self) -> int:
+        """Samples, over all sources, the unusable among them."""
+        return sum(self.store.counts)
+
+    def _take(self, place: tuple[int, int]) -> Sample:
+        source, index = place
+        bad, n = self._bad[source], self.store.counts[source]
+        for i in ((index + k) % n for k in range(n)):
+            if not bad[i]:
+                try:
+                    return self.store.get(source, i)
+                except Dropped as drop:
+                    bad[i] = True
+                    self.drops.add(drop.key, drop.source, drop.reason, drop.detail)
+        name = self.store.names[source]
+        why = ", ".join(f"{n} {reason}" for (of, reason), n in self.drops.counts.items() if of == name)
+        raise ValueError(f"data: {name}: none of {n} samples can be used ({why}); emf data inspect names them")
+
+    def batch(self, step: int, batch_size: int, part: int = 0, parts: int = 1) -> list[Sample]:
+        """Rows part, part + parts, ... of step's batch of batch_size. Raises ValueError on a source of which nothing
+        can be used."""
+        places = [self.order[step * batch_size + row] for row in range(part, batch_size, parts)]
+        return list(self._pool.map(self._take, places))
+
+    def batches(
+        self, start: int, stop: int, batch_size: int, part: int = 0, parts: int = 1
+    ) -> Iterator[tuple[int, list[Sample]]]:
+        """(step, its batch) of steps start .. stop, the next one read while this one is used."""
+        with ThreadPoolExecutor(1) as ahead:
+            coming = ahead.submit(self.batch, start, batch_size, part, parts) if start < stop else None
+            for step in range(start, stop):
+                assert coming is not None
+                now = coming.result()
+                if step + 1 < stop:
+                    coming = ahead.submit(self.batch, step + 1, batch_size, part, parts)
+                yield step, now

@@ -1,0 +1,298 @@
+"""Where image-text samples lie: webdataset tars and folders, scanned once into an index of bytes.
+
+A scan opens no image: it lists what a sample's image and caption are in (file, offset, size), so that any sample is one
+seek away, in tars too. What cannot become a sample is dropped, named and counted (Drops).
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import math
+import os
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from emf.data.drops import Drops
+
+IMAGES = ("jpg", "jpeg", "png", "webp")
+CAPTIONS = ("txt", "json")
+
+Entry = tuple[int, int, int]
+"""(number of the file, offset, size), in bytes."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One part of a mixture. Raises ValueError on a weight that is no positive number."""
+
+    path: str
+    """A tar, a pattern of tars (`{000..063}`, `*`), a folder of tars, or a folder of images with a caption file of the
+    same name beside each."""
+    weight: float = 1.0
+    """Share of the samples drawn from here, relative to the other sources'; the size of a source plays no part."""
+    caption: str | None = None
+    """The caption's key in a json file; none: "caption", else "text", and a txt file goes before a json."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise ValueError(f"data: weight {self.weight} of {self.path} must be a positive number")
+
+
+def parse_source(text: str) -> Source:
+    """`PATH`, `PATH@WEIGHT` or `PATH@WEIGHT@KEY`, as on a command line or in a config; a path that ends in an @ and a
+    number of its own needs its weight said. Raises ValueError on a weight that is not positive."""
+    head, at, key = text.rpartition("@")
+    path, second, weight = head.rpartition("@")
+    try:
+        if second:
+            return Source(path, float(weight), key)
+    except ValueError as error:
+        if str(error).startswith("data:"):
+            raise
+    try:
+        return Source(head, float(key)) if at else Source(text)
+    except ValueError as error:
+        if str(error).startswith("data:"):
+            raise
+        return Source(text)  # an @ of the path's own
+
+
+@dataclass(frozen=True)
+class Index:
+    """The samples of one source, in a fixed order."""
+
+    source: Source
+    files: list[str]
+    keys: list[str]
+    """Names a person can find: path under the source's root, in a tar followed by `:` and the member's key."""
+    image: np.ndarray
+    """[n, 3] int64: an Entry for each sample."""
+    caption: np.ndarray
+    """[n, 3] int64."""
+    is_json: np.ndarray
+    """[n] bool: the caption's file is json."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def read_tar(path: str) -> tuple[list[tuple[str, int, int]], str]:
+    """(whole members as (name, offset of the data, size), what is wrong with the tar or "").
+
+    A tar that ends early, or has an unreadable header, gives the members before that place.
+    """
+    members: list[tuple[str, int, int]] = []
+    length = os.path.getsize(path)
+    if not length:
+        return members, "empty file"
+    try:
+        with tarfile.open(path, "r:") as tar:
+            # not `for member in tar`: it takes an unreadable header in the middle for the end
+            while (member := tar.next()) is not None:
+                if member.isreg() and member.offset_data + member.size <= length:
+                    members.append((member.name, member.offset_data, member.size))
+            end = tar.offset
+    except (tarfile.TarError, ValueError, EOFError) as error:
+        return members, str(error) or type(error).__name__
+    with open(path, "rb") as file:
+        file.seek(end)
+        block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        return members, f"no end mark at byte {end}"
+    return members, f"unreadable header at byte {end}" if any(block) else ""
+
+
+class TarListings:
+    """Members of tars, kept in a JSON file between runs where one is named: a tar is read again when its size or time
+    changed. Raises ValueError where that file exists and is not of this kind."""
+
+    KIND = "emf tar listings 1"
+
+    def __init__(self, file: Path | None) -> None:
+        self.file, self.changed = file, False
+        self.tars: dict[str, list[Any]] = {}
+        if file and file.exists():
+            try:
+                kept = json.loads(file.read_text())
+                self.tars = kept["tars"]
+                known = kept["kind"] == self.KIND
+            except (OSError, ValueError, KeyError, TypeError):
+                known = False
+            if not known:
+                raise ValueError(f"data: {file} exists and is no index of tars; name another file")
+
+    def read(self, path: str) -> tuple[list[tuple[str, int, int]], str]:
+        stat, name = os.stat(path), os.path.abspath(path)
+        found = self.tars.get(name)
+        if found is None or found[:2] != [stat.st_size, stat.st_mtime_ns]:
+            members, problem = read_tar(path)
+            found = self.tars[name] = [stat.st_size, stat.st_mtime_ns, problem, members]
+            self.changed = True
+        return [(n, o, s) for n, o, s in found[3]], found[2]
+
+    def save(self) -> None:
+        if self.file and self.changed:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            part = self.file.with_name(self.file.name + f".{os.getpid()}.part")
+            part.write_text(json.dumps({"kind": self.KIND, "tars": self.tars}))
+            part.replace(self.file)
+
+
+def walk(root: str, drops: Drops) -> list[str]:
+    """Every file under root, sorted; links to folders are followed, each folder is read once."""
+
+    def unreadable(error: OSError) -> None:
+        drops.add(os.path.relpath(error.filename, root), root, "folder cannot be read", str(error.strerror))
+
+    files, seen = [], set()
+    for folder, below, names in os.walk(root, followlinks=True, onerror=unreadable):
+        if (real := os.path.realpath(folder)) in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        files += [os.path.join(folder, name) for name in names]
+    return sorted(files)
+
+
+def find_files(path: str, drops: Drops) -> tuple[bool, str, list[str]]:
+    """(whether they are tars, their root, the files of a source in a fixed order). Raises ValueError where there is
+    nothing, and on what is not on a disk."""
+    if "://" in path or path.startswith("pipe:"):
+        raise ValueError(f"data: {path} is no path; copy the tars to a disk first (any sample must be one seek away)")
+    if os.path.isdir(path):
+        files = walk(path, drops)
+        tars = [f for f in files if f.endswith(".tar")]
+        if tars and any(extension(f) in IMAGES for f in files):
+            raise ValueError(
+                f"data: {path} holds tars and images; name one of them, e.g. {os.path.join(path, '*.tar')}"
+            )
+        return bool(tars), path, tars or files
+    if os.path.exists(path):
+        found = [path]
+    else:
+        from braceexpand import braceexpand
+
+        try:
+            expanded = list(braceexpand(path))
+        except ValueError as error:
+            raise ValueError(f"data: {path}: {error}") from None
+        # what a range of braces names must be there, or be missed; a * names what there is
+        found = [f for p in expanded for f in (sorted(glob.glob(p)) if any(c in p for c in "*?[") else [p])]
+    if not any(map(os.path.exists, found)):
+        raise ValueError(f"data: {path}: no such file or folder; expected a tar, a pattern of tars or a folder")
+    return True, os.path.commonpath([os.path.dirname(f) or "." for f in found]), found
+
+
+def printable(name: str) -> str:
+    """A file's name with bytes that are no UTF-8 written out."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def extension(name: str) -> str:
+    return os.path.splitext(name)[1][1:].lower()
+
+
+Member = tuple[str, str, str, Entry]
+"""(key that a sample's parts share, what is said of the part when it is dropped, extension, where it is)."""
+
+
+def _tar_members(
+    files: list[str], root: str, source: Source, drops: Drops, listings: TarListings
+) -> Iterator[tuple[int, list[Member]]]:
+    for number, path in enumerate(files):
+        name = os.path.relpath(path, root)
+        try:
+            members, problem = listings.read(path)
+        except FileNotFoundError:
+            drops.add(name, source.path, "missing tar")
+            continue
+        except OSError as error:
+            drops.add(name, source.path, "unreadable tar", str(error.strerror))
+            continue
+        if problem:
+            detail = f"{problem}; {len(members)} whole members before it"
+            drops.add(name, source.path, "truncated or broken tar" if members else "unreadable tar", detail)
+        found: list[Member] = []
+        for member, offset, size in members:
+            # webdataset's rule: the key ends at the first dot of the last part of the name
+            folder, _, base = member.rpartition("/")
+            stem, _, ending = base.partition(".")
+            key = f"{name}:{folder}/{stem}" if folder else f"{name}:{stem}"
+            found.append((printable(key), printable(f"{name}:{member}"), ending.lower(), (number, offset, size)))
+        yield number, found
+
+
+def _folder_members(
+    files: list[str], root: str, source: Source, drops: Drops, _: TarListings
+) -> Iterator[tuple[int, list[Member]]]:
+    found: list[Member] = []
+    for number, path in enumerate(files):
+        name = printable(os.path.relpath(path, root))
+        try:
+            found.append((os.path.splitext(name)[0], name, extension(name), (number, 0, os.path.getsize(path))))
+        except OSError as error:  # a link to nothing
+            drops.add(name, source.path, "file cannot be read", str(error.strerror))
+    yield 0, found
+
+
+def _pair(members: Iterable[Member], source: Source, drops: Drops) -> Iterator[tuple[str, Entry, Entry, bool]]:
+    """Parts of one tar or folder -> (key, image, caption, caption is json)."""
+    parts: dict[str, dict[str, Entry]] = {}
+    for key, name, ending, entry in members:
+        kinds = parts.setdefault(key, {})
+        image = ending in IMAGES
+        taken = "image" if image else ending
+        if taken in kinds and (image or ending in CAPTIONS):
+            drops.add(name, source.path, "second image" if image else "second caption")
+            continue
+        kinds[taken] = entry
+    for key, kinds in parts.items():
+        captions = [kind for kind in CAPTIONS if kind in kinds]
+        if source.caption is not None:
+            captions = captions[::-1]
+        if "image" in kinds and captions:
+            yield key, kinds["image"], kinds[captions[0]], captions[0] == "json"
+        else:
+            missing = "no caption" if "image" in kinds else "no image" if captions else "neither image nor caption"
+            drops.add(key, source.path, missing)
+
+
+def scan(sources: Iterable[Source], drops: Drops, listings: Path | None = None) -> list[Index]:
+    """The index of every source, in order; drops takes what is no sample.
+
+    listings: a JSON file to keep the tars' members in; tars that did not change are not read again.
+    Raises ValueError on a source without a sample.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    kept, indices = TarListings(listings), []
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        for source in sources:
+            tars, root, files = find_files(source.path, drops)
+            task = progress.add_task(f"scan {source.path}", total=len(files) if tars else 1)
+            rows: list[tuple[str, Entry, Entry, bool]] = []
+            members_of = _tar_members if tars else _folder_members
+            for number, members in members_of(files, root, source, drops, kept):
+                rows += _pair(members, source, drops)
+                progress.update(task, completed=number + 1)
+            if not rows:
+                why = "; ".join(line.partition(": ")[2] for line in drops.lines() if line.startswith(source.path))
+                raise ValueError(
+                    f"data: {source.path} holds no image with a caption; expected tars or a folder of "
+                    f"{'/'.join(IMAGES)} with {' or '.join(CAPTIONS)} of the same name{f' ({why})' if why else ''}"
+                )
+            keys, image, caption, is_json = zip(*rows, strict=True)
+            entries = np.array(image, np.int64), np.array(caption, np.int64)
+            indices.append(Index(source, files, list(keys), *entries, np.array(is_json, bool)))
+    kept.save()
+    if not indices:
+        raise ValueError("data: no source; name at least one tar, pattern of tars or folder")
+    return indices

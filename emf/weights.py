@@ -1,0 +1,264 @@
+"""Weights on disk, streamed: read tensor by tensor from safetensors (single or sharded) or a .pth, written piece by
+piece, so that no more than the input file that is being read is ever in memory.
+
+safetensors' own writer needs all tensors of a file at once; the format (8 bytes of length, a JSON header, the data) is
+written here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The format's names."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PIECE = 2**20  # elements cast and written at a time
+MARKER = ".emf-part"  # says that an unfinished folder is ours to replace
+PICKLES = (".pth", ".pt", ".bin")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a file."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path
+
+
+class Weights:
+    """The tensors of a file or of a sharded folder by name; one file is open at a time."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self.files, self.entries = files, dict[str, Entry]()
+        self._file: Path | None = None
+        self._tensor: Callable[[str], Tensor] = lambda key: torch.empty(0)
+        for file in files:
+            self.entries |= _entries(file)
+
+    def read(self, key: str) -> Tensor:
+        """A view of the file, not to be written to. Raises ValueError where the file is broken."""
+        file = self.entries[key].file
+        if file != self._file:
+            self._tensor = lambda key: torch.empty(0)  # the former file is unmapped before the next is mapped
+            self._file, self._tensor = file, _reader(file)
+        return self._tensor(key)
+
+    @property
+    def bytes(self) -> int:
+        return sum(math.prod(e.shape) * e.dtype.itemsize for e in self.entries.values())
+
+
+def find(path: Path) -> list[Path]:
+    """The files of the weights in a folder (sharded by an index, a single safetensors, else a single .pth), or the
+    file itself; [] where a folder holds none.
+
+    Raises ValueError where there are several to choose from, or a shard is missing.
+    """
+    if not path.exists():
+        raise ValueError(f"weights: no file or folder {path}")
+    if path.is_file():
+        if path.suffix != ".safetensors" and path.suffix not in PICKLES:
+            raise ValueError(f"weights: {path} is of no known kind; expected .safetensors or one of {PICKLES}")
+        return [path]
+    indices, single = sorted(path.glob("*.safetensors.index.json")), sorted(path.glob("*.safetensors"))
+    if len(indices) == 1:
+        try:
+            names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"weights: {indices[0]} is no index of shards") from None
+        if lost := [name for name in names if not (path / name).is_file()]:
+            raise ValueError(f"weights: {indices[0]} names {len(lost)} files that are not there; first {lost[0]}")
+        return [path / name for name in names]
+    usual = [p for p in single if p.name in ("diffusion_pytorch_model.safetensors", "model.safetensors")]
+    if not (several := indices or single):
+        several = sorted(p for kind in PICKLES for p in path.glob(f"*{kind}"))
+    found = usual if len(usual) == 1 and not indices else several
+    if len(found) > 1:
+        raise ValueError(f"weights: {path} holds {len(found)} sets of weights; name one file: {found[0].name}, ...")
+    return found
+
+
+def _entries(file: Path) -> dict[str, Entry]:
+    if file.suffix in PICKLES:
+        return {k: Entry(tuple(v.shape), v.dtype, file) for k, v in _unpickle(file).items()}
+    with _opened(file) as handle:
+        entries = {}
+        for key in handle.keys():  # noqa: SIM118 - it is no dict
+            part = handle.get_slice(key)
+            if part.get_dtype() not in DTYPES:
+                raise ValueError(f"weights: {key} in {file} is {part.get_dtype()}; expected one of {', '.join(DTYPES)}")
+            entries[key] = Entry(tuple(part.get_shape()), DTYPES[part.get_dtype()], file)
+        return entries
+
+
+def _reader(file: Path) -> Callable[[str], Tensor]:
+    return _unpickle(file).__getitem__ if file.suffix in PICKLES else _opened(file).get_tensor
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"weights: {file} is not a whole safetensors file: {error}") from None
+    except OSError as error:
+        raise ValueError(f"weights: {file} cannot be read: {error.strerror or error}") from None
+
+
+def _unpickle(file: Path) -> dict[str, Tensor]:
+    """The state dict in a .pth, mapped; one of the format before torch 1.6 cannot be and is read whole."""
+    try:
+        with open(file, "rb") as head:
+            mapped = head.read(2) == b"PK"
+        tree = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"weights: {file} cannot be read as tensors: {first}") from None
+    tree = tree.get("state_dict", tree) if isinstance(tree, dict) else tree
+    if not isinstance(tree, dict) or not all(isinstance(v, Tensor) and v.dtype in NAMES for v in tree.values()):
+        raise ValueError(f"weights: {file} holds no state dict; expected real tensors by name")
+    return tree
+
+
+@dataclass(frozen=True)
+class Item:
+    """A tensor to be written: what the header says of it, and how it is made when its turn comes."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def items(state: dict[str, Tensor], dtype: torch.dtype | None = None) -> list[Item]:
+    """Tensors in memory as Items."""
+    return [Item(k, tuple(v.shape), dtype or v.dtype, lambda v=v: v) for k, v in state.items()]  # type: ignore[misc]
+
+
+def write(
+    folder: Path,
+    stem: str,
+    items: Iterable[Item],
+    advance: Callable[[int], Any] = lambda n: None,
+    shard_bytes: int = 5 * 10**9,
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """`stem`.safetensors in the folder, or numbered shards of at most shard_bytes (a larger tensor has its own) with
+    Hugging Face's index, in the order of the items.
+
+    advance: told of the bytes written. Raises ValueError where a tensor is not as announced or the disk is full.
+    """
+    shards: list[list[Item]] = [[]]
+    for item in items:
+        if shards[-1] and sum(i.bytes for i in shards[-1]) + item.bytes > shard_bytes:
+            shards.append([])
+        shards[-1].append(item)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"{stem}.safetensors"]
+    if len(shards) > 1:
+        names = [f"{stem}-{k + 1:05d}-of-{len(shards):05d}.safetensors" for k in range(len(shards))]
+        index = {
+            "metadata": {"total_size": sum(i.bytes for shard in shards for i in shard)},
+            "weight_map": {i.key: name for shard, name in zip(shards, names, strict=True) for i in shard},
+        }
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    for shard, name in zip(shards, names, strict=True):
+        try:
+            _write_file(folder / name, shard, advance, metadata)
+        except OSError as error:
+            raise ValueError(f"weights: {folder / name} cannot be written: {error.strerror or error}") from None
+
+
+def _write_file(file: Path, shard: list[Item], advance: Callable[[int], Any], metadata: dict[str, str] | None) -> None:
+    shard = sorted(shard, key=lambda i: -i.dtype.itemsize)  # wide dtypes first keeps every tensor aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for item in shard:
+        start, end = end, end + item.bytes
+        header[item.key] = {"dtype": NAMES[item.dtype], "shape": list(item.shape), "data_offsets": [start, end]}
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with open(file, "wb") as out:
+        out.write(len(head).to_bytes(8, "little") + head)
+        for item in shard:
+            tensor = item.make()
+            if tuple(tensor.shape) != item.shape:
+                raise ValueError(f"weights: {item.key} is {tuple(tensor.shape)}; announced as {item.shape}")
+            for piece in tensor.detach().flatten().split(PIECE):
+                data = piece.to("cpu", item.dtype).contiguous().view(torch.uint8).numpy()
+                out.write(data.data)
+                advance(data.nbytes)
+
+
+def refuse_existing(out: Path) -> None:
+    """Raises ValueError where `out` is taken."""
+    if os.path.lexists(out):
+        raise ValueError(f"weights: {out} exists; name a folder that does not")
+
+
+@contextmanager
+def whole(out: Path) -> Iterator[Path]:
+    """A folder `out`.part to write into, renamed to `out` when whole and removed on an error. What a kill left of an
+    earlier one is replaced.
+
+    Raises ValueError where `out` exists, or the .part folder is not one of ours.
+    """
+    refuse_existing(out)
+    part = out.with_name(out.name + ".part")
+    if os.path.lexists(part):
+        if not (part / MARKER).is_file():
+            raise ValueError(f"weights: {part} is in the way and not ours; move it")
+        shutil.rmtree(part)
+    part.mkdir(parents=True)
+    (part / MARKER).touch()
+    try:
+        yield part
+        refuse_existing(out)
+        (part / MARKER).unlink()
+        part.rename(out)
+    except Exception:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], Any]]:
+    """A bar over bytes on stderr, where that is a terminal; yields what is told of bytes done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda n: bar.advance(task, n)
