@@ -18,19 +18,16 @@ except ImportError:
         "error: the emf commands need more than the kernels do: pip install 'emf-meanflow[train]'"
     ) from None
 
+from emf import commands
+from emf.analyze import commands as analyzing
 from emf.config import Config, one_line
-from emf.generate import GUIDANCE
+from emf.data import commands as on_data
+from emf.evaluate import commands as evaluating
 from emf.recipes import RECIPES, from_file
-
-# every field takes a value (`--resume True`), as config.json's fields do
-_STYLE = (tyro.conf.FlagConversionOff,)
 
 
 class Diverged(RuntimeError):
     """A run's loss is NaN or inf."""
-
-
-RunFolder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
 
 
 @contextmanager
@@ -71,7 +68,7 @@ def parse_train(arguments: list[str]) -> tuple[Config, Path, bool]:
             "Trains in this process; `deepspeed --module emf.train ...` takes the same arguments, for several ranks.\n"
         )
         for name, recipe in RECIPES.items():
-            print(f"  {name:14} {(recipe.__doc__ or '').splitlines()[0]}")
+            print(f"  {name:20} {(recipe.__doc__ or '').splitlines()[0]}")
         print("\n`emf train RECIPE --help` lists every field with its default.")
         raise SystemExit(0)
     if first in RECIPES:
@@ -80,84 +77,12 @@ def parse_train(arguments: list[str]) -> tuple[Config, Path, bool]:
         config = from_file(Path(first))
     else:
         raise ValueError(f"train: no recipe {first!r}; recipes are {names}, or give a config.json")
-    parsed = one_line(
-        tyro.cli, _Run, args=arguments[1:], default=_Run(config), prog=f"emf train {first}", config=_STYLE
-    )
+    # every field takes a value (`--resume True`), as config.json's fields do
+    style = (tyro.conf.FlagConversionOff,)
+    parsed = one_line(tyro.cli, _Run, args=arguments[1:], default=_Run(config), prog=f"emf train {first}", config=style)
     if parsed.out is None:
         raise ValueError("train: say where to write: --out DIR")
     return parsed.config, parsed.out, parsed.resume
-
-
-def generate(
-    captions: Annotated[tyro.conf.Positional[list[str]], tyro.conf.arg(metavar="CAPTIONS")],
-    run: Path,
-    out: Path,
-    steps: int = 1,
-    guidance: float = GUIDANCE,
-    seed: int = 0,
-    n: int = 1,
-    flow_matching: bool = False,
-) -> None:
-    """Captions to images with a trained run.
-
-    Args:
-        captions: for example "a red seven" "two blue threes"
-        run: a run's folder, or one of its checkpoints
-        out: folder for the PNG files; files of the same name are not overwritten
-        steps: of the sampler; two network evaluations each, one where the run was trained at this guidance
-        guidance: classifier-free guidance; 1 is none
-        seed: of the noise
-        n: images of each caption
-        flow_matching: sample the instantaneous velocity with Euler's method instead
-    """
-    from emf.evaluate.run import load_run
-    from emf.generate import generate as to_images
-    from emf.generate import write_images
-
-    config, network = load_run(run)
-    average = config.objective == "meanflow" and not flow_matching
-    every = [c for c in captions for _ in range(n)]
-    images = to_images(network, config, every, steps, average=average, guidance=guidance, seed=seed)
-    for path in write_images(images, every, out, dict(steps=steps, guidance=guidance, seed=seed, run=str(run))):
-        print(path)
-
-
-def evaluate(run: RunFolder, per_tag: int = 50, guidance: float = GUIDANCE, seed: int = 0) -> None:
-    """Score a run: scores.json and samples.png in its folder, few-step EMF beside flow matching by the base it
-    started from.
-
-    Args:
-        run: a run's folder
-        per_tag: prompts of each of the six tasks
-        guidance: classifier-free guidance of every sampler
-        seed: of the noise
-    """
-    from emf.evaluate.run import evaluate_run
-
-    evaluate_run(run, per_tag, guidance, seed)
-
-
-def report(run: RunFolder) -> None:
-    """A run's figures, curves and samples as one page: report.html in its folder.
-
-    Args:
-        run: a run's folder, evaluated
-    """
-    from emf.report import write_report
-
-    print(f"open {write_report(run)}")
-
-
-def release(run: RunFolder, out: Path) -> None:
-    """A run's averaged weights in half precision as one safetensors file, to start other runs from (--init).
-
-    Args:
-        run: a run's folder, or one of its checkpoints
-        out: the file; must not exist
-    """
-    from emf.evaluate.run import release_run
-
-    print(f"{out}: {release_run(run, out) / 1e6:.2f} MB")
 
 
 def _deferred(command: Callable[..., None]) -> Callable[..., Any]:
@@ -181,17 +106,46 @@ def main() -> None:
     def train_help() -> None:
         """Train a recipe, or a config.json again (`emf train --help`)."""
 
-    commands: dict[str, Any] = {
+    def evaluate_help() -> None:
+        """Score: digits (a run of the small world), geneval, dpg or hps (a folder of images)."""
+
+    def analyze_help() -> None:
+        """Compare text encoders: discriminability, disentanglement; flow matching at few steps: steps."""
+
+    def data_help() -> None:
+        """Look at image-text data: inspect."""
+
+    c, e, a = commands, evaluating, analyzing
+    groups: dict[str, dict[str, Any]] = {
+        "evaluate": {"digits": e.on_digits, "geneval": e.geneval, "dpg": e.dpg, "hps": e.hps},
+        "analyze": {
+            "discriminability": a.discriminability,
+            "disentanglement": a.disentanglement,
+            "steps": a.steps,
+        },
+        "data": {"inspect": on_data.inspect},
+    }
+    chosen: dict[str, Any] = {
         "train": train_help,
-        "generate": generate,
-        "evaluate": evaluate,
-        "report": report,
-        "release": release,
+        "generate": c.generate,
+        "evaluate": evaluate_help,
+        "analyze": analyze_help,
+        "report": c.report,
+        "plan": c.plan,
+        "convert": c.convert,
+        "data": data_help,
+        "cache": on_data.cache,
+        "export": c.export,
+        "release": c.release,
+        "paper": c.paper,
     }
     with report_errors():
         parser = tyro.extras.subcommand_cli_from_dict
-        later = {name: _deferred(command) for name, command in commands.items()}
-        one_line(parser, later, args=arguments or ["--help"], prog="emf", config=_STYLE)()
+        prog = "emf"
+        if arguments and arguments[0] in groups:
+            prog, chosen, arguments = f"emf {arguments[0]}", groups[arguments[0]], arguments[1:]
+        later = {name: _deferred(command) for name, command in chosen.items()}
+        one_line(parser, later, args=arguments or ["--help"], prog=prog)()
 
 
 if __name__ == "__main__":

@@ -40,7 +40,9 @@ class OptimConfig:
     """Largest norm of the whole gradient; 0 does not clip."""
     ema: float = 0.999
     """Decay of the exponential moving average of the weights; early steps use (1 + step) / (10 + step) where that is
-    smaller."""
+    smaller. 0: no average is kept, and what is saved and sampled are the weights themselves."""
+    ema_cpu: bool = False
+    """Keep the moving average in the host's memory."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,57 @@ class ZeroConfig:
     """bfloat16 keeps float32 master weights."""
     accumulation: int = 1
     """Micro-batches a step."""
+    offload: bool = False
+    """Keep the optimizer's states and float32 weights in the host's memory, and step there."""
     json: Path | None = None
     """A DeepSpeed JSON merged over the derived config."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters in the transformer, trained in the place of its weights (peft's settings and names)."""
+
+    rank: int = 0
+    """0: no adapters."""
+    alpha: int = 16
+    """The adapters' product is scaled by alpha / rank."""
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Ends of the names of the linear layers that get one."""
+
+
+@dataclass(frozen=True)
+class ConditionConfig:
+    """A pretrained text encoder from a folder on disk; frozen, unless `trained` names weights of it."""
+
+    kind: Literal["small", "blip3o", "gemma", "clip", "t5"] = "small"
+    """small: the digits' own, trained here (the encoder fields); else one of transformers'."""
+    folder: Path | None = None
+    """blip3o: a folder from emf convert or emf export, by default that of `init`; for the others an encoder's or a
+    diffusers pipeline's."""
+    scale: Literal[1, 2, 3] = 1
+    """BLIP3o-NEXT: image tokens pooled s x s into one; 729, 169 or 81 of them."""
+    window: Literal["inference", "released"] = "inference"
+    """BLIP3o-NEXT: the 730 positions that condition the transformer are those of inference, or the last 730 of the
+    padded sequence, as the released training code takes them."""
+    ar_weight: float = 0.0
+    """BLIP3o-NEXT: weight of the language model's own loss, next-token cross entropy, beside the transformer's."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Images with captions; without sources the digits."""
+
+    sources: tuple[str, ...] = ()
+    """Tars of webdataset, folders of images and texts: PATH, PATH@WEIGHT or PATH@WEIGHT@CAPTION-KEY
+    (emf.data.sources); or the one folder that emf cache wrote."""
+    size: int = 1024
+    """Pixels along a side of the centre crop."""
+    vae: Path | None = None
+    """A diffusers folder with the autoencoder (DC-AE); none: the flow works on pixels."""
+    ta_tok: Path | None = None
+    """BLIP3o-NEXT: ta_tok.pth, for images whose tokens no cache holds."""
+    listings: Path | None = None
+    """A file that keeps what is in the tars, so that the next start need not read them."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +121,11 @@ class RunConfig:
     """Checkpoints kept."""
     skip: int = 0
     """Steps with a NaN or inf loss that are skipped before the run stops."""
+    prompts: tuple[str, ...] = ()
+    """With eval_every: captions of a grid of samples, by the moving average and by the raw weights, at 1, 2 and 4
+    steps."""
+    monitor: tuple[Literal["tensorboard", "wandb", "csv"], ...] = ()
+    """DeepSpeed's monitors, beside metrics.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +133,15 @@ class Config:
     recipe: str
     objective: Literal["flow_matching", "meanflow"] = "meanflow"
     init: Path | None = None
-    """Weights to start from (model.safetensors of a checkpoint, or the name of weights in emf/assets); none: random."""
+    """Weights to start from: model.safetensors of a checkpoint, a folder from emf convert, or the name of weights in
+    emf/assets; none: random."""
     embedder_init: Literal["duplicate", "preserve"] = "duplicate"
     """MeanFlow's two time embedders from the pretrained one: `duplicate` copies it into both (the paper); `preserve`
     keeps the pretrained function at r = t: the end-time branch is fitted to it at the new time scale, the interval
     branch starts at zero."""
     freeze_encoder: bool = False
+    trained: tuple[str, ...] = ()
+    """Beginnings of the names of the weights that are trained; none: all that the objective trains."""
     seed: int = 0
     steps: int = 1000
     batch_size: int = 64
@@ -90,8 +149,11 @@ class Config:
     drop: float = 0.1
     """Probability of dropping a sample's condition."""
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    condition: ConditionConfig = field(default_factory=ConditionConfig)
     world: World = field(default_factory=World)
+    data: DataConfig = field(default_factory=DataConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
@@ -107,35 +169,42 @@ class Config:
             value = getattr(getattr(self, part), leaf)
             if value < smallest:
                 raise ValueError(f"config: {name} {value} must be at least {smallest}")
-        if not all(0 <= share <= 1 for share in self.flow.share) or min(self.flow.spread) < 0:
-            raise ValueError(
-                f"config: flow.share {self.flow.share} and flow.spread {self.flow.spread}; expected probabilities, "
-                "and at least 0"
-            )
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"config: seed {self.seed} must lie in [0, 2^31)")
+        if self.lora.rank < 0 or (self.lora.rank and self.trained):
+            raise ValueError(f"config: lora.rank {self.lora.rank}, trained {self.trained}; expected a rank, or weights")
         if not (math.isfinite(self.optim.lr) and self.optim.lr > 0):
             raise ValueError(f"config: optim.lr {self.optim.lr} must be a positive number")
         if not 0 <= self.optim.ema < 1:
             raise ValueError(f"config: optim.ema {self.optim.ema} must lie in [0, 1)")
-        if self.world.size != self.transformer.sample_size:
+        if self.condition.ar_weight and self.condition.kind != "blip3o":
+            raise ValueError(
+                f"config: condition.ar_weight {self.condition.ar_weight} needs condition.kind blip3o; the others have "
+                "no loss of their own"
+            )
+        if self.condition.kind == "small" and self.data.sources:
+            raise ValueError("config: the small encoder knows the digits' words alone; choose a --condition.kind")
+        if self.condition.kind == "small" and self.world.size != self.transformer.sample_size:
             raise ValueError(
                 f"config: world.size {self.world.size} is not transformer.sample_size {self.transformer.sample_size}; "
                 "make them equal"
             )
+        if self.run.prompts and not self.run.eval_every:
+            raise ValueError("config: run.prompts needs run.eval_every, the steps between two grids of samples")
+        if self.run.prompts and self.transformer.in_channels != 3 and self.data.vae is None:
+            raise ValueError("config: run.prompts needs data.vae, which makes images of the latents")
         if self.batch_size % self.zero.accumulation:
             raise ValueError(
                 f"config: batch_size {self.batch_size} is no multiple of zero.accumulation {self.zero.accumulation}"
             )
-        if self.encoder.out_channels != self.transformer.caption_channels:
+        if self.condition.kind == "small" and self.encoder.out_channels != self.transformer.caption_channels:
             raise ValueError(
                 f"config: encoder.out_channels {self.encoder.out_channels} is not transformer.caption_channels "
                 f"{self.transformer.caption_channels}; make them equal"
             )
         if self.objective == "meanflow" and not self.transformer.dual_time:
             raise ValueError("config: objective meanflow needs transformer.dual_time True")
-        if not (math.isfinite(self.flow.guidance) and self.flow.guidance > 0):
-            raise ValueError(f"config: flow.guidance {self.flow.guidance} must be positive; 1 is none")
+        self.flow.check()
         if not 0 <= self.drop < 1:
             raise ValueError(f"config: drop {self.drop} must lie in [0, 1)")
 

@@ -37,9 +37,56 @@ class FlowConfig:
     """Adaptive weight 1 / (L + c)^p of a sample with summed squared error L; 0 switches it off."""
     weight_c: float = 1e-3
     guidance: float = 1.0
-    """Guidance w inside the target, so that a step of the sampler needs one evaluation and no extrapolation: v becomes
-    w v + (1 - w) u(z, t, t | no condition), at one more forward without gradient a step (MeanFlow, arXiv 2505.13447,
-    eq. 13 and 19). 1: none, as in EMF."""
+    """Guidance omega inside the target, so that a step of the sampler needs one evaluation and no extrapolation: v
+    becomes omega v + kappa u(z, t, t) + (1 - omega - kappa) u(z, t, t | no condition), at one or two more forwards
+    without gradient a step (MeanFlow, arXiv 2505.13447, eq. 13, 19 and 21). 1: none, as in EMF."""
+    kappa: float = 0.0
+    """The share of the network's own conditional velocity in it; the guidance that results is omega / (1 - kappa)."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Times t at which there is guidance inside the target."""
+    along: Literal["data", "network"] = "data"
+    """What the tangent runs along: e - x (MeanFlow, EMF), or the network's own u(z, t, t), at one more forward without
+    gradient (improved MeanFlow's v-loss, arXiv 2512.02012: || u + (t - r) stopgrad(du/dt) - v ||^2)."""
+    derivative: Literal["jvp", "difference", "alpha"] = "jvp"
+    """du/dt by one dual pass; by a central difference along the path (TiM, arXiv 2509.04394), for networks that know no
+    Duals, at two more forwards; or alpha-Flow's target without a derivative (arXiv 2510.20771), at one."""
+    difference_step: float = 0.005
+    """Distance in t of the central difference to either side."""
+    alpha: tuple[float, float] = (1.0, 0.05)
+    """alpha-Flow's alpha at progress 0 and 1: at 1 trajectory flow matching, towards 0 MeanFlow."""
+    zero_share: float = 0.0
+    """Share of the samples with r < t whose r is 0 (TiM: 0.2, a tenth of all): pairs for the one-step sampler."""
+
+    @property
+    def built_in(self) -> float:
+        """The guidance that a network trained so has already."""
+        return self.guidance / (1 - self.kappa)
+
+    def check(self) -> None:
+        """Raises ValueError on a setting out of its range."""
+        low, high = self.guidance_interval
+        ranges = {
+            "share": (min(self.share) >= 0 and max(self.share) <= 1, "probabilities"),
+            "spread": (min(self.spread) >= 0, "at least 0"),
+            "zero_share": (0 <= self.zero_share <= 1, "a probability"),
+            "guidance": (math.isfinite(self.guidance) and self.guidance > 0, "a positive number; 1 is none"),
+            "kappa": (0 <= self.kappa < 1, "at least 0 and below 1"),
+            "guidance_interval": (0 <= low <= high <= 1, "two times in [0, 1], the smaller first"),
+            "difference_step": (0 < self.difference_step < 0.5, "above 0 and below 0.5"),
+            "alpha": (min(self.alpha) > 0 and max(self.alpha) <= 1, "above 0 and at most 1"),
+            "weight_p": (math.isfinite(self.weight_p) and self.weight_p >= 0, "at least 0"),
+            "weight_c": (math.isfinite(self.weight_c) and self.weight_c > 0, "positive"),
+        }
+        for name, (holds, expected) in ranges.items():
+            if not holds:
+                raise ValueError(f"config: flow.{name} {getattr(self, name)}; expected {expected}")
+
+
+def scheduled(pair: tuple[float, float], progress: float, flow: FlowConfig) -> float:
+    """A setting at a training progress in [0, 1]."""
+    s = min(max(progress, 0.0), 1.0)
+    s = s if flow.schedule == "linear" else (1 - math.cos(math.pi * s)) / 2
+    return (1 - s) * pair[0] + s * pair[1]
 
 
 def times(progress: float, n: int, flow: FlowConfig, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
@@ -48,13 +95,13 @@ def times(progress: float, n: int, flow: FlowConfig, generator: torch.Generator)
     b is n x share rounded at random to a whole number: the paper draws each sample's r = t by itself, which has the
     same mean and more spread.
     """
-    s = min(max(progress, 0.0), 1.0)
-    s = s if flow.schedule == "linear" else (1 - math.cos(math.pi * s)) / 2
-    mean, spread, share = ((1 - s) * a + s * b for a, b in (flow.mean, flow.spread, flow.share))
+    mean, spread, share = (scheduled(pair, progress, flow) for pair in (flow.mean, flow.spread, flow.share))
     draws = torch.randn(2, n, generator=generator) * spread + mean
     draws = draws.sigmoid() if flow.sampler == "logit_normal" else torch.rand(2, n, generator=generator)
     t, r = draws.max(0).values, draws.min(0).values
     b = int(n * share + torch.rand((), generator=generator).item())
+    if flow.zero_share:
+        r = torch.where(torch.rand(n, generator=generator) < flow.zero_share, 0.0, r)
     return t, torch.cat([r[:b], t[b:]]), b
 
 
@@ -66,7 +113,15 @@ def flow_matching_loss(network: Network, x: Tensor, e: Tensor, t: Tensor) -> tup
 
 
 def meanflow_loss(
-    network: Network, null: Network, x: Tensor, e: Tensor, t: Tensor, r: Tensor, b: int, flow: FlowConfig
+    network: Network,
+    null: Network,
+    x: Tensor,
+    e: Tensor,
+    t: Tensor,
+    r: Tensor,
+    b: int,
+    flow: FlowConfig,
+    progress: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """(weighted loss, mean squared error), both [B]: u_theta against v - (t - r) stopgrad(du/dt), by one dual pass.
 
@@ -75,11 +130,62 @@ def meanflow_loss(
     whose condition was dropped have the same optimum with it as without.
     """
     z, v = path(x, e, t)
-    if flow.guidance != 1:
-        with torch.no_grad():
-            v = flow.guidance * v + (1 - flow.guidance) * null(z, t, t)
-    u = network(Dual(z, v[:b]), Dual(t, torch.ones_like(t[:b])), r)
-    return meanflow(u.primal, u.tangent, v, t, r, flow.weight_p, flow.weight_c)
+    v = target_velocity(network, null, z, v, t, flow)
+    along = v if flow.along == "data" else instantaneous(network, z, t)
+    scale = torch.ones_like(t)
+    if flow.derivative == "jvp":
+        dual = network(Dual(z, along[:b]), Dual(t, torch.ones_like(t[:b])), r)
+        u, u_dot = dual.primal, dual.tangent
+    else:
+        u = network(z, t, r)
+        if flow.derivative == "difference":
+            u_dot = difference(network, z, t, r, along, flow.difference_step)
+        else:
+            alpha = scheduled(flow.alpha, progress, flow)
+            u_dot = alpha_derivative(network, z, t, r, v, alpha)
+            # its loss is divided by alpha, and so is the L in the weight; at r = t the target is v at any alpha
+            scale = torch.where(r < t, alpha ** (flow.weight_p - 1), scale)
+    loss, error = meanflow(u, u_dot, v, t, r, flow.weight_p, flow.weight_c)
+    return scale * loss, error
+
+
+@torch.no_grad()
+def instantaneous(network: Network, z: Tensor, t: Tensor) -> Tensor:
+    """v(z, t) = u(z, t, t)."""
+    return network(z, t, t)
+
+
+@torch.no_grad()
+def target_velocity(network: Network, null: Network, z: Tensor, v: Tensor, t: Tensor, flow: FlowConfig) -> Tensor:
+    """v with guidance inside the target (FlowConfig.guidance), where t lies in its interval."""
+    omega, kappa, (low, high) = flow.guidance, flow.kappa, flow.guidance_interval
+    if omega == 1 and kappa == 0:
+        return v
+    guided = omega * v + (1 - omega - kappa) * null(z, t, t)
+    if kappa:
+        guided = guided + kappa * network(z, t, t)
+    inside = ((low <= t) & (t <= high)).reshape(-1, *[1] * (v.ndim - 1))
+    return torch.where(inside, guided, v)
+
+
+@torch.no_grad()
+def difference(network: Network, z: Tensor, t: Tensor, r: Tensor, along: Tensor, step: float) -> Tensor:
+    """du/dt [B, ...] by a central difference along (along, 0, 1), one network evaluation to either side."""
+    shift = step * along
+    ends = [network(z + sign * shift, t + sign * step, r) for sign in (1, -1)]
+    return (ends[0] - ends[1]) / (2 * step)
+
+
+@torch.no_grad()
+def alpha_derivative(network: Network, z: Tensor, t: Tensor, r: Tensor, v: Tensor, alpha: float) -> Tensor:
+    """The du/dt [B, ...] with which MeanFlow's target is alpha-Flow's: alpha v + (1 - alpha) u(z_s, r, s), s = alpha r
+    + (1 - alpha) t, z_s = z - (t - s) v (arXiv 2510.20771; reconstructed from its limits: alpha 1 is trajectory flow
+    matching, 1/2 a shortcut model, towards 0 MeanFlow)."""
+    s = alpha * r + (1 - alpha) * t
+    shape = (-1, *[1] * (z.ndim - 1))
+    near = network(z - (t - s).reshape(shape).to(z.dtype) * v, s, r)
+    gap = (t - r).reshape(shape).to(z.dtype)
+    return torch.where(gap > 0, (1 - alpha) * (v - near) / gap.clamp_min(1e-6), 0.0)
 
 
 def guided(network: Network, null: Network, w: float) -> Network:

@@ -3,7 +3,7 @@ network and its JVP.
 
 Parameter names and shapes are those of diffusers' SanaTransformer2DModel, so its state dicts load and save unchanged. A
 module computes with its own weights only, or with those of children that it names in `borrows` (ZeRO-3 gathers weights
-by owner; zero.py registers the borrowed ones).
+by owner; emf.zero registers the borrowed ones).
 """
 
 from __future__ import annotations

@@ -159,13 +159,26 @@ def positions(height: int, width: int, channels: int, base: int, scale: float) -
 class TextToImage(nn.Module):
     """What is trained, saved and sampled: a text encoder (ids, mask, drop -> states, mask) and the transformer."""
 
-    def __init__(self, encoder: nn.Module, transformer: Transformer) -> None:
+    def __init__(self, encoder: Any, transformer: Transformer) -> None:
         super().__init__()
         self.encoder, self.transformer = encoder, transformer
+        self.own_encoder: set[str] = set()
+        """Names of a pretrained encoder's weights that are no longer those of its folder."""
 
     def forward(
-        self, z: Value, t: Value, r: Tensor | None, ids: Tensor, mask: Tensor, drop: Tensor | None = None
+        self,
+        z: Value,
+        t: Value,
+        r: Tensor | None,
+        ids: Tensor,
+        mask: Tensor,
+        drop: Tensor | None = None,
+        own_loss: bool = False,
     ) -> Any:
         """u or v at (z, r, t) for token ids [B, M] with mask [B, M]; drop [B] bool marks samples without their
-        condition. See Transformer."""
-        return self.transformer(z, t, r, *self.encoder(ids, mask, drop))
+        condition. See Transformer. own_loss: (that, the language model's own loss [B]), from one pass of it."""
+        if not own_loss:
+            return self.transformer(z, t, r, *self.encoder(ids, mask, drop))
+        hidden = self.encoder.hidden(ids, mask)
+        condition = self.encoder.condition(self.encoder.select(hidden, ids), drop)
+        return self.transformer(z, t, r, *condition), self.encoder.ar_loss(ids, mask, hidden)

@@ -8,7 +8,7 @@ from pathlib import Path
 import tyro
 
 from emf import config as configs
-from emf.config import Config, OptimConfig, RunConfig
+from emf.config import ConditionConfig, Config, OptimConfig, RunConfig, ZeroConfig
 from emf.flow import FlowConfig
 from emf.model import TransformerConfig
 
@@ -75,7 +75,66 @@ def digits_full() -> Config:
     )
 
 
-RECIPES = {"digits-base": digits_base, "digits": digits, "digits-full": digits_full}
+EMF_TRAINS = ("transformer.transformer_blocks.", "transformer.time_embed_", "transformer.scale_shift_table")
+SAMPLES = 170_000  # of EMF's training set
+
+
+def sana_1600m() -> Config:
+    """EMF: SANA-1.5 1.6B on a frozen BLIP3o-NEXT, with the released script's hyper-parameters; needs --init."""
+    steps = 30 * SAMPLES // 128
+    return Config(
+        recipe="sana-1.5-1.6b",
+        trained=EMF_TRAINS,
+        steps=steps,
+        batch_size=128,  # 8 GPUs x 1 x 16
+        transformer=TransformerConfig(dual_time=True),
+        condition=ConditionConfig(kind="blip3o"),
+        # the release averages no weights
+        optim=OptimConfig(lr=5e-5, warmup=int(0.03 * steps), ema=0.0),
+        zero=ZeroConfig(stage=2, dtype="bfloat16", accumulation=16),
+        run=RunConfig(save_every=1000),
+    )
+
+
+def sana_1600m_paper() -> Config:
+    """The same with what is told of the paper: learning rate 1e-5, 150 epochs."""
+    config, steps = sana_1600m(), 150 * SAMPLES // 128
+    optim = replace(config.optim, lr=1e-5, warmup=int(0.03 * steps))
+    return replace(config, recipe="sana-1.5-1.6b-paper", steps=steps, optim=optim)
+
+
+def blip3o_next_3b() -> Config:
+    """The language model and connector of BLIP3o-NEXT tuned with the transformer, its own loss beside; needs --init."""
+    config = sana_1600m()
+    return replace(
+        config,
+        recipe="blip3o-next-3b",
+        trained=(*EMF_TRAINS, "encoder."),
+        condition=ConditionConfig(kind="blip3o", ar_weight=1.0),
+        optim=replace(config.optim, condition_lr=0.1),
+        zero=replace(config.zero, stage=3),
+    )
+
+
+def sana_gemma() -> Config:
+    """SANA-1.5 with its own Gemma-2, frozen (the paper's Table 5); needs --init and --condition.folder.
+
+    Table 5's rows: `--objective flow_matching --transformer.dual-time False --trained transformer.` fine-tunes the
+    base on the same data; with `--trained transformer. encoder.` Gemma too. From the weights of either
+    (--init .../model.safetensors) this recipe then adapts to MeanFlow, Gemma frozen.
+    """
+    return replace(sana_1600m(), recipe="sana-1.5-gemma", condition=ConditionConfig(kind="gemma"))
+
+
+RECIPES = {
+    "digits-base": digits_base,
+    "digits": digits,
+    "digits-full": digits_full,
+    "sana-1.5-1.6b": sana_1600m,
+    "sana-1.5-1.6b-paper": sana_1600m_paper,
+    "blip3o-next-3b": blip3o_next_3b,
+    "sana-1.5-gemma": sana_gemma,
+}
 
 
 def from_file(path: Path) -> Config:

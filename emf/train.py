@@ -7,26 +7,30 @@ from __future__ import annotations
 
 import json
 import math
-import resource
+import signal
 import sys
 import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import nvtx
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from emf import config as configs
 from emf.cli import Diverged, parse_train, report_errors
 from emf.config import Config
-from emf.data import digits
+from emf.data.feed import Feed, feed
 from emf.evaluate.digits import Scorer
 from emf.flow import flow_matching_loss, meanflow_loss, times
-from emf.generate import GUIDANCE, generate
-from emf.network import build, checkpoints, load_weights
+from emf.generate import GUIDANCE
+from emf.log import Log, memory_mib, speed
+from emf.network import build, checkpoints
+from emf.ranges import mark_network, span
+from emf.validate import validate
 from emf.zero import Engine, process_group
 
 
@@ -43,18 +47,32 @@ class Batch(NamedTuple):
     drop: Tensor
 
 
-def make_batch(config: Config, step: int, part: int, parts: int) -> Batch:
+def make_batch(config: Config, feed: Feed, step: int, part: int, parts: int) -> Batch:
     """Part `part` of `parts` of step's batch. Every part has the same share of r < t (to one sample): the sorted
     batch is dealt out in turn."""
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    x, captions = digits.make_batch(config.seed * 1_000_003 + step, config.batch_size, "train", config.world)
-    t, r, b = times(step / config.steps, config.batch_size, config.flow, generator)
-    e = torch.randn(x.shape, generator=generator)
-    drop = torch.rand(config.batch_size, generator=generator) < config.drop
-    mine = slice(part, None, parts)
-    ids, mask = digits.encode(captions[mine])
-    x, e, t, r, drop = (a[mine].contiguous() for a in (x, e, t, r, drop))
+    x, ids, mask = feed(step, part, parts)
+    n, mine = config.batch_size, slice(part, None, parts)
+    t, r, b = times(step / config.steps, n, config.flow, generator)
+    e = torch.randn((n, *x.shape[1:]), generator=generator)
+    drop = torch.rand(n, generator=generator) < config.drop
+    e, t, r, drop = (a[mine].contiguous() for a in (e, t, r, drop))
     return Batch(x, e, t, r, len(range(part, b, parts)), ids, mask, drop)
+
+
+def batches(config: Config, feed: Feed, start: int, rank: int, world: int) -> Iterator[tuple[tuple[int, int], Batch]]:
+    """((step, micro-batch), this rank's samples) from step start on; the next is made while this one is used."""
+    accumulation = config.zero.accumulation
+    places = [(step, micro) for step in range(start, config.steps) for micro in range(accumulation)]
+
+    def make(step: int, micro: int) -> Batch:
+        return make_batch(config, feed, step, rank + world * micro, world * accumulation)
+
+    with ThreadPoolExecutor(1) as ahead:
+        coming = deque(ahead.submit(make, *place) for place in places[:1])
+        for i, place in enumerate(places):
+            coming.extend(ahead.submit(make, *later) for later in places[i + 1 : i + 2])
+            yield place, coming.popleft().result()
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -67,83 +85,26 @@ def learning_rate(config: Config, step: int) -> float:
     return o.lr * (1 + math.cos(math.pi * (step - o.warmup) / max(1, config.steps - o.warmup))) / 2
 
 
-def losses(config: Config, network: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(loss, mean squared error), both [B]."""
-
+def losses(config: Config, network: Any, batch: Batch, progress: float) -> tuple[Tensor, Tensor]:
+    """(loss, mean squared error), both [B], at a training progress in [0, 1]."""
     x, e, t, r, b, ids, mask, drop = batch
+    weight, own = config.condition.ar_weight, []
 
     def velocity(z: Any, t: Any, r: Tensor | None) -> Any:
-        return network(z, t, r, ids, mask, drop)
+        if not weight or not torch.is_grad_enabled():
+            return network(z, t, r, ids, mask, drop)
+        u, loss = network(z, t, r, ids, mask, drop, True)
+        own.append(loss)
+        return u
 
     def null(z: Any, t: Any, r: Tensor | None) -> Any:
         return network(z, t, r, ids, mask, torch.ones_like(drop))
 
     if config.objective == "flow_matching":
-        return flow_matching_loss(velocity, x, e, t)
-    return meanflow_loss(velocity, null, x, e, t, r, b, config.flow)
-
-
-def memory_mib() -> float:
-    """Peak memory so far: CUDA's allocator, or the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-class Log:
-    """metrics.jsonl, curve.jsonl and the progress display; rank 0 only. Rows past the step that a run resumes from
-    are dropped."""
-
-    def __init__(self, out: Path, start: int, total: int) -> None:
-        self.out, self.console = out, Console()
-        for name in ("metrics.jsonl", "curve.jsonl"):
-            file = out / name
-            if file.exists():  # a kill may have torn the last line; what ends in a newline is whole
-                try:
-                    rows = [
-                        row
-                        for row in file.read_text().splitlines(keepends=True)
-                        if row.endswith("\n") and json.loads(row)["step"] <= start
-                    ]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(f"resume: {file} holds a line that is no row with a step ({error!r})") from None
-                file.write_text("".join(rows))
-        columns = (
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        self.progress = Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=self.console)
-        self.task = self.progress.add_task("train", total=total, completed=start, note="")
-
-    def metrics(self, row: dict[str, Any], total: int) -> None:
-        with (self.out / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        eta = (total - row["step"]) / max(row["it_s"], 1e-9)
-        note = f"loss {row['loss']:.4f}  error {row['error']:.4f}  {row['it_s']:.2f} it/s"
-        self.progress.update(self.task, completed=row["step"], note=note)
-        if not self.console.is_terminal:
-            print(f"step {row['step']}/{total}  {note}  ETA {eta / 60:.1f} min", flush=True)
-
-    def curve(self, row: dict[str, Any]) -> None:
-        with (self.out / "curve.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        scores = "  ".join(f"{steps}-step {score:.3f}" for steps, score in row["overall"].items())
-        self.progress.console.print(f"step {row['step']}: {scores}")
-
-
-def validate(config: Config, state: dict[str, Tensor], scorer: Scorer) -> dict[str, float]:
-    """Overall score of few-step samples of the averaged weights, by number of steps."""
-    network = build(config)
-    load_weights(network, state, "the running average")
-    specs = digits.prompts(config.run.eval_prompts)
-    average = config.objective == "meanflow"
-    overall = {}
-    for steps in (1, 2, 4) if average else (1, 4, 30):
-        images = generate(network, config, [s["prompt"] for s in specs], steps, average=average, guidance=GUIDANCE)
-        overall[str(steps)] = scorer.score(images.numpy(), specs)["overall"]
-    return overall
+        loss, squared = flow_matching_loss(velocity, x, e, t)
+    else:
+        loss, squared = meanflow_loss(velocity, null, x, e, t, r, b, config.flow, progress)
+    return (loss + weight * own[-1] if own else loss), squared
 
 
 def train(config: Config, out: Path, resume: bool = False) -> None:
@@ -162,25 +123,38 @@ def train(config: Config, out: Path, resume: bool = False) -> None:
         if resume and saved:
             check_same_run(config, saved[-1])
         torch.manual_seed(config.seed)
-        network = build(config, from_scratch=not saved)
-        engine = Engine(network, config)
-        start = engine.load(saved[-1]) if resume and saved else 0
+        network = build(config, from_scratch=True, weights=saved[-1] / "model.safetensors" if saved else None)
+        mark_network(network)
+        engine = Engine(network, config, out)
+        start = engine.load(saved[-1]) if saved else 0
         if start > config.steps:
             raise ValueError(f"resume: {saved[-1]} is at step {start} already, past --steps {config.steps}")
-        text = configs.to_json(config)
+        source = feed(config, network.encoder, engine.device)
+        scorer = Scorer.fit() if rank == 0 and config.run.eval_every and not config.data.sources else None
         log = None
-        scorer = Scorer.fit() if rank == 0 and config.run.eval_every else None
         if rank == 0:
             out.mkdir(parents=True, exist_ok=True)
-            (out / "config.json").write_text(text)
+            (out / "config.json").write_text(configs.to_json(config))
             log = Log(out, start, config.steps)
             log.progress.start()
         try:
-            run(config, engine, start, folder, text, log, scorer)
+            with asked_to_stop() as stop:
+                run(config, engine, source, start, out, log, scorer, stop)
         finally:
             if log:
                 log.progress.stop()
         engine.barrier()
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM has come, which then no longer ends the process: the step is finished and saved first."""
+    asked: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 MAY_CHANGE = ("recipe", "steps", "optim", "zero", "run")  # when a run is resumed
@@ -206,25 +180,39 @@ def _agree(made: Any, now: Any) -> bool:
 
 
 def run(
-    config: Config, engine: Engine, start: int, folder: Path, text: str, log: Log | None, scorer: Scorer | None
+    config: Config,
+    engine: Engine,
+    feed: Feed,
+    start: int,
+    out: Path,
+    log: Log | None,
+    scorer: Scorer | None,
+    stop: Callable[[], bool],
 ) -> None:
-    """The steps start .. config.steps."""
+    """The steps start .. config.steps, or up to the one in which a rank is asked to stop."""
     accumulation, skipped, last, clock, count = config.zero.accumulation, 0, "none", time.monotonic(), 0
+    folder, text, condition, stopping = out / "checkpoints", configs.to_json(config), 0, False
+    coming = batches(config, feed, start, engine.rank, engine.world)
     if start:
         last = str(checkpoints(folder)[-1])
     for step in range(start, config.steps):
         total, error, share, what, times_seen, finite = 0.0, 0.0, 0.0, "loss", "", True
         for micro in range(accumulation):
-            with nvtx.annotate("data"):
-                batch = make_batch(config, step, engine.rank + engine.world * micro, engine.world * accumulation)
+            with span("data"):
+                # a step that ended early has left some of its own
+                batch = next(batch for place, batch in coming if place == (step, micro))
             moved: dict[str, Any] = {
                 k: x.to(engine.device) for k, x in batch._asdict().items() if isinstance(x, Tensor)
             }
             batch = batch._replace(**moved)
             batch = batch._replace(x=batch.x.to(engine.dtype), e=batch.e.to(engine.dtype))
-            with nvtx.annotate("forward"):
-                loss, squared = losses(config, engine, batch)
-            values = engine.mean(loss.mean().item(), squared.mean().item(), batch.b / len(batch.t))
+            condition = getattr(engine.engine.module.encoder, "length", batch.ids.shape[1])
+            with span("forward"):
+                loss, squared = losses(config, engine, batch, step / config.steps)
+            *values, asked = engine.mean(
+                loss.mean().item(), squared.mean().item(), batch.b / len(batch.t), float(stop())
+            )
+            stopping |= asked > 0  # on every rank alike
             if not all(map(math.isfinite, values)):
                 finite = False
                 engine.drop_gradients()
@@ -234,9 +222,9 @@ def run(
                 times_seen = f"t {t[:4]}, r {r[:4]}" if t else "its samples are finite"
                 break
             total, error, share = (a + v / accumulation for a, v in zip((total, error, share), values, strict=True))
-            with nvtx.annotate("backward"):  # and communication
+            with span("backward"):  # and what DeepSpeed communicates in it
                 engine.backward(loss.mean())
-            with nvtx.annotate("optimizer"):
+            with span("optimizer"):
                 stepped = engine.step(learning_rate(config, step), step)
             if not stepped:
                 finite, what, times_seen = False, "gradient", f"of a loss of {total:.4g}"
@@ -249,21 +237,30 @@ def run(
                 )
         else:
             count += 1
-        if log and finite and (done % config.run.log_every == 0 or done == config.steps):
+        ends = done == config.steps or stopping
+        if finite and (done % config.run.log_every == 0 or ends):
             now = time.monotonic()
-            row = dict(step=done, loss=total, error=error, lr=learning_rate(config, step), it_s=count / (now - clock))
-            log.metrics(row | dict(share=share, memory_mib=memory_mib(), skipped=skipped), config.steps)
+            rate = count / (now - clock)
+            row = dict(step=done, loss=total, error=error, lr=learning_rate(config, step), it_s=rate, share=share)
+            row |= dict(memory_mib=memory_mib(), skipped=skipped) | speed(config, condition, rate, engine.world)
+            engine.monitor(row)
+            if log:
+                log.metrics(row)
             clock, count = now, 0
         if config.run.eval_every and (done % config.run.eval_every == 0 or done == config.steps):
-            weights = engine.weights()
-            if log and scorer:
-                paused = time.monotonic()
-                log.curve({"step": done, "guidance": GUIDANCE, "overall": validate(config, weights, scorer)})
-                clock += time.monotonic() - paused
-        if done % config.run.save_every == 0 or done == config.steps:
+            paused = time.monotonic()
+            overall = validate(config, engine, done, out, scorer)
+            if log and overall:
+                log.curve({"step": done, "guidance": GUIDANCE, "overall": overall})
+            clock += time.monotonic() - paused
+        if done % config.run.save_every == 0 or ends:
             if not engine.finite():
                 raise Diverged(f"train: the weights are not finite after step {step}; last good checkpoint: {last}")
             last = str(engine.save(folder, done, text, config.run.keep))
+        if stopping:
+            if log and done < config.steps:
+                print(f"asked to stop: saved {last}; --resume True continues from it", flush=True)
+            return
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 """First of all: without a GPU, Triton's kernels are interpreted, which is decided before triton is first imported."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 # workers side by side: threads of small products that wait for each other make a test ten times slower
@@ -24,3 +25,33 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         return x.fill_(float("nan")) if x.is_floating_point() else x
 
     monkeypatch.setattr(torch, "empty", filled)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A flow-matching run's weights."""
+    from training import TINY, train
+
+    folder = tmp_path_factory.mktemp("base")
+    result = train(folder, "digits-base", "--out", str(folder / "run"), *TINY)
+    assert result.code == 0, result.text
+    return folder / "run" / "checkpoints" / "step_0000006" / "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def recipe(base: Path) -> list[str]:
+    """What a tiny MeanFlow run is called with."""
+    from training import TINY
+
+    return ["digits", "--init", str(base), *TINY]
+
+
+@pytest.fixture(scope="module")
+def straight(recipe: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run to compare with: one rank, no ZeRO, six steps without a stop."""
+    from training import train
+
+    folder = tmp_path_factory.mktemp("straight")
+    result = train(folder, *recipe, "--out", str(folder / "run"))
+    assert result.code == 0, result.text
+    return folder / "run"

@@ -59,16 +59,21 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", ["", "train", "generate", "evaluate", "report", "release"])
+@pytest.mark.parametrize(
+    "command", ["", "train", "generate", "evaluate digits", "evaluate geneval", "evaluate", "report", "release", "plan"]
+)
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert emf(*command.split(), "--help") == 0
     text = capsys.readouterr()
     assert text.err == "" and "Traceback" not in text.out and len(text.out.split()) > 25
     wanted = {
-        "": ["train", "generate", "evaluate", "report", "release", "Score a run"],
+        "": ["train", "generate", "evaluate", "report", "release", "plan", "Score: digits"],
         "train": ["usage: emf train", *RECIPES, "--out", "--resume"],
         "generate": ["a red seven", "--run", "--out", "--steps", "--guidance", "--flow-matching"],
-        "evaluate": ["a run's folder", "--per-tag"],
+        "evaluate": ["digits", "geneval", "dpg", "hps"],
+        "evaluate digits": ["a run's folder", "--per-tag"],
+        "evaluate geneval": ["metadata.jsonl", "--detections", "results.md", "--checkpoint", "--steps"],
+        "plan": ["MODEL", "--gpus", "--micro-batch", "--mfu"],
         "report": ["a run's folder", "report.html"],
         "release": ["a run's folder", "--out", "must not exist"],
     }
@@ -97,7 +102,7 @@ def test_help_without_arguments_and_of_a_recipe(capsys: pytest.CaptureFixture[st
 def test_as_a_program() -> None:
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-m", "emf.cli", "evaluate", "no/such/run"],
+        [sys.executable, "-m", "emf.cli", "evaluate", "digits", "no/such/run"],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
@@ -113,7 +118,9 @@ def test_as_a_program() -> None:
         ("train {}/none.json --out {}/x", "no file"),
         ("train digits", "--out DIR"),
         ("generate --run {}/none --out {}/x -- a", "holds no checkpoint"),
-        ("evaluate {}/none", "holds no checkpoint"),
+        ("evaluate digits {}/none", "holds no checkpoint"),
+        ("evaluate geneval {}/none --out {}/x", "no folder"),
+        ("plan abacus", "no model"),
         ("report {}/none", "none"),
         ("release {}/none --out {}/x", "holds no checkpoint"),
     ],
@@ -128,7 +135,8 @@ def test_wrong_input_is_one_line(
 
 
 @pytest.mark.parametrize(
-    "arguments", ["fly", "generate", "evaluate", "release x --out y --speed 3", "train digits --stepz 3"]
+    "arguments",
+    ["fly", "generate", "evaluate digits", "evaluate fly", "release x --out y --speed 3", "train digits --stepz 3"],
 )
 def test_unknown_commands_and_options(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("deepspeed")
@@ -196,3 +204,11 @@ def test_a_config_file_is_its_config(recipe: str, tmp_path: Path) -> None:
         file.write_text(configs.to_json(c))
         assert from_file(file) == c
         assert set(json.loads(file.read_text())) == set(c.__dataclass_fields__)
+
+
+def test_export_of_the_digits_is_the_transformer_alone(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert emf("export", str(run), "--out", str(tmp_path / "out")) == 0
+    assert "stays with the run" in capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["model_index.json", "scheduler", "transformer"]

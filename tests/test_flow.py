@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from emf.flow import FlowConfig, guided, meanflow_loss, path, sample, times
+from emf.flow import (
+    FlowConfig,
+    alpha_derivative,
+    difference,
+    guided,
+    meanflow_loss,
+    path,
+    sample,
+    target_velocity,
+    times,
+)
 from emf.model import Transformer, TransformerConfig
 from emf_kernels import Dual
 
@@ -143,3 +153,95 @@ def test_a_dual_network_gets_a_tangent_for_the_first_samples_only() -> None:
     meanflow_loss(network, network, x, e, t, torch.cat([t[:1] / 2, t[1:]]), 1, FlowConfig())
     z, t = seen[0]
     assert z.tangent.shape == (1, 2) and t.tangent.tolist() == [1.0]
+
+
+@pytest.fixture(scope="module")
+def toy() -> Any:
+    """(network, null, x, e, t, r) on the real transformer in float64; every r < t but the last."""
+    torch.manual_seed(0)
+    net = Transformer(TransformerConfig(3, 3, 2, 8, 1, 1, 16, 12, 2.5, 2, 4, dual_time=True)).double()
+    x, e, c = torch.randn(4, 3, 4, 4).double(), torch.randn(4, 3, 4, 4).double(), torch.randn(4, 3, 12).double()
+    t, r = torch.tensor([0.9, 0.5, 0.7, 0.3]).double(), torch.tensor([0.1, 0.2, 0.6, 0.3]).double()
+    network, null = (lambda z, t, r, c=c: net(z, t, r, c) for c in (c, torch.zeros_like(c)))
+    return network, null, x, e, t, r
+
+
+def broadcast(t: Tensor) -> Tensor:
+    return t[:, None, None, None]
+
+
+def test_guidance_with_kappa_in_its_interval(toy: Any) -> None:
+    """MeanFlow's equation 21, outside the interval the plain velocity."""
+    network, null, x, e, t, r = toy
+    z, v = path(x, e, t)
+    flow = FlowConfig(guidance=0.6, kappa=0.5, guidance_interval=(0.4, 0.8))
+    got = target_velocity(network, null, z, v, t, flow)
+    want = 0.6 * v + 0.5 * network(z, t, t) - 0.1 * null(z, t, t)
+    torch.testing.assert_close(got[1:3], want[1:3].detach())
+    assert torch.equal(got[[0, 3]], v[[0, 3]]) and flow.built_in == pytest.approx(1.2)
+
+
+def test_v_loss_is_improved_meanflow(toy: Any) -> None:
+    """|| u + (t - r) sg(du/dt) - v ||^2 with du/dt along the network's own velocity, its gradient too."""
+    network, null, x, e, t, r = toy
+    flow = FlowConfig(along="network", weight_p=0.0)
+    loss, _ = meanflow_loss(network, null, x, e, t, r, 3, flow)
+    z, v = path(x, e, t)
+    own = network(z, t, t).detach()
+    u, u_dot = torch.func.jvp(lambda z, t: network(z, t, r), (z, t), (own, torch.ones_like(t)))
+    want = (u + broadcast(t - r) * u_dot.detach() - v).square().sum((1, 2, 3))
+    torch.testing.assert_close(loss, want)
+    plain, _ = meanflow_loss(network, null, x, e, t, r, 3, FlowConfig(weight_p=0.0))
+    assert (plain[:3] != loss[:3]).all() and plain[3] == loss[3]
+
+
+def test_a_difference_is_the_derivative_to_second_order(toy: Any) -> None:
+    network, null, x, e, t, r = toy
+    z, v = path(x, e, t)
+    want = torch.func.jvp(lambda z, t: network(z, t, r), (z, t), (v, torch.ones_like(t)))[1].detach()
+    # not of the first sample, which has a kink (a ReLU's) within the step
+    far, near = ((difference(network, z, t, r, v, h) - want)[1:].norm() for h in (1e-3, 5e-4))
+    assert near < 1e-3 * want.norm() and far / near == pytest.approx(4, rel=0.05)
+    exact, _ = meanflow_loss(network, null, x, e, t, r, 4, FlowConfig())
+    close, _ = meanflow_loss(network, null, x, e, t, r, 4, FlowConfig(derivative="difference", difference_step=1e-5))
+    torch.testing.assert_close(close, exact, rtol=1e-6, atol=1e-6)
+
+
+def test_alpha_flow_goes_from_flow_matching_to_meanflow(toy: Any) -> None:
+    network, null, x, e, t, r = toy
+    z, v = path(x, e, t)
+
+    def gradient(flow: FlowConfig, progress: float) -> Tensor:
+        w = torch.zeros(3, 4, 4, dtype=torch.float64, requires_grad=True)  # added to the network's output
+        moved = lambda z, t, r: _plus(network(z, t, r), w)  # noqa: E731
+        return torch.autograd.grad(meanflow_loss(moved, null, x, e, t, r, 4, flow, progress)[0].sum(), w)[0]
+
+    alpha = FlowConfig(derivative="alpha", alpha=(1.0, 1e-4), weight_p=0.0)
+    u = network(z, t, r)
+    torch.testing.assert_close(gradient(alpha, 0.0), 2 * (u - v).sum(0).detach())
+    torch.testing.assert_close(gradient(alpha, 1.0), gradient(FlowConfig(weight_p=0.0), 1.0), rtol=1e-2, atol=1e-2)
+    half = alpha_derivative(network, z, t, r, v, 0.5)  # a shortcut: half a step by v, the rest by the network
+    s = (t + r) / 2
+    want = 0.5 * v + 0.5 * network(z - broadcast(t - s) * v, s, r).detach()
+    torch.testing.assert_close((v - broadcast(t - r) * half)[:3], want[:3])
+
+
+def _plus(u: Any, w: Tensor) -> Any:
+    return Dual(u.primal + w, u.tangent) if isinstance(u, Dual) else u + w
+
+
+def test_a_share_of_pairs_ends_at_zero() -> None:
+    g = torch.Generator().manual_seed(0)
+    t, r, b = times(1.0, 4000, FlowConfig(zero_share=0.2), g)
+    assert (r[:b] == 0).double().mean() == pytest.approx(0.2, abs=0.03) and (r[b:] == t[b:]).all()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [dict(share=(0.1, 1.1)), dict(spread=(-1.0, 1.0)), dict(guidance=0.0), dict(kappa=1.0), dict(alpha=(1.0, 0.0)),
+     dict(guidance_interval=(0.8, 0.2)), dict(difference_step=0.0), dict(weight_c=0.0), dict(zero_share=2.0)],
+)  # fmt: skip
+def test_settings_out_of_range_are_named(wrong: Any) -> None:
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"flow.{name} .*; expected"):
+        FlowConfig(**wrong).check()

@@ -1,164 +1,21 @@
-"""Training as a user runs it: ranks and ZeRO stages agree, a killed run continues, what is wrong ends it with one line.
-
-The runs are processes of their own, forked from one that has imported emf.train (start-up is most of a short run); one
-goes through the launcher.
-"""
+"""Training as a user runs it: a killed run continues, what is wrong ends it with one line, what is asked for is so."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from training import assert_same_training, averaged, files, kill_in_second_save, metrics, train
 
 pytest.importorskip("deepspeed")
-ROOT = Path(__file__).parent.parent
-FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["emf.train", "pytest"])
-TINY = [
-    "--batch-size",
-    "8",
-    "--steps",
-    "6",
-    "--transformer.num-layers",
-    "1",
-    "--transformer.num-attention-heads",
-    "2",
-    "--transformer.num-cross-attention-heads",
-    "1",
-    "--transformer.caption-channels",
-    "32",
-    "--encoder.hidden-size",
-    "32",
-    "--encoder.intermediate-size",
-    "32",
-    "--encoder.num-hidden-layers",
-    "1",
-    "--encoder.num-attention-heads",
-    "2",
-    "--encoder.num-key-value-heads",
-    "1",
-    "--encoder.head-dim",
-    "16",
-    "--encoder.out-channels",
-    "32",
-    "--run.log-every",
-    "1",
-    "--run.save-every",
-    "3",
-    "--run.eval-every",
-    "0",
-    "--optim.warmup",
-    "2",
-    "--optim.ema",
-    "0.5",
-]
-
-
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
-
-
-def _child(arguments: list[str], environment: dict[str, str], output: Path, before: Callable[[], None] | None) -> None:
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.environ |= environment
-    from emf.train import main
-
-    if before:
-        before()
-    main(arguments)
-
-
-class Result(NamedTuple):
-    code: int
-    text: str
-
-
-def train(
-    folder: Path, *arguments: str, ranks: int = 1, before: Callable[[], None] | None = None, name: str = "out"
-) -> Result:
-    """`emf train ...` on some ranks; `before` runs in each of them first. The code is the first that is not 0."""
-    output, port, processes = folder / f"{name}.txt", free_port(), []
-    output.unlink(missing_ok=True)
-    for rank in range(ranks):
-        shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
-        environment = shared | dict(RANK=str(rank), LOCAL_RANK=str(rank)) if ranks > 1 else {}
-        process = FORKED.Process(target=_child, args=([*arguments], environment, output, before))
-        process.start()
-        processes.append(process)
-    for process in processes:
-        process.join(600)
-        if process.is_alive():
-            process.kill()
-            raise AssertionError(f"{arguments} hangs: {output.read_text()}")
-    return Result(next((p.exitcode for p in processes if p.exitcode), 0) or 0, output.read_text())
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what the clock and the machine say."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("it_s", "memory_mib")} for row in rows]
-
-
-def averaged(run: Path, step: int = 6) -> dict[str, Tensor]:
-    return load_file(run / "checkpoints" / f"step_{step:07d}" / "model.safetensors")
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A flow-matching run's weights."""
-    folder = tmp_path_factory.mktemp("base")
-    result = train(folder, "digits-base", "--out", str(folder / "run"), *TINY)
-    assert result.code == 0, result.text
-    return folder / "run" / "checkpoints" / "step_0000006" / "model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def recipe(base: Path) -> list[str]:
-    """What every MeanFlow run here is called with."""
-    return ["digits", "--init", str(base), *TINY]
-
-
-@pytest.fixture(scope="module")
-def straight(recipe: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run to compare with: one rank, no ZeRO, six steps without a stop."""
-    folder = tmp_path_factory.mktemp("straight")
-    result = train(folder, *recipe, "--out", str(folder / "run"))
-    assert result.code == 0, result.text
-    return folder / "run"
-
-
-def assert_same_training(run: Path, want: Path, base: Path) -> None:
-    """Errors to 1e-4, averaged weights to 1 % of how far training moved them (Adam turns rounding into steps)."""
-    got, expected = metrics(run), metrics(want)
-    assert [row["step"] for row in got] == [1, 2, 3, 4, 5, 6]
-    for key in ("loss", "error", "lr"):
-        assert [row[key] for row in got] == pytest.approx([row[key] for row in expected], rel=1e-4), key
-    start, a, b = load_file(base), averaged(run), averaged(want)
-    assert a.keys() == b.keys()
-    moved = torch.cat([(b[k] - start[k]).flatten() for k in start]).norm()
-    apart = torch.cat([(a[k] - b[k]).flatten() for k in a]).norm()
-    assert 0 < apart < 0.01 * moved or apart == 0 < moved, (apart, moved)
 
 
 def test_what_a_run_writes(straight: Path, base: Path) -> None:
@@ -183,67 +40,6 @@ def test_what_a_run_writes(straight: Path, base: Path) -> None:
     # the average lies between start and end, by the weights of a decay of 0.1, 2/11, 0.25 ... up to 0.5
     name = "transformer.proj_out.weight"
     assert (end[name] - raw[name]).norm() < (raw[name] - start[name]).norm()
-
-
-@pytest.mark.parametrize(
-    ("stage", "ranks", "accumulation"),
-    [(0, 1, 2), (3, 1, 1), (0, 2, 1), (1, 2, 1), (1, 2, 2), (2, 2, 1), (2, 2, 2), (3, 2, 1), (3, 2, 2)],
-)
-def test_ranks_stages_and_accumulation_agree(
-    stage: int, ranks: int, accumulation: int, recipe: list[str], straight: Path, base: Path, tmp_path: Path
-) -> None:
-    flags = ["--zero.stage", str(stage), "--zero.accumulation", str(accumulation)]
-    result = train(tmp_path, *recipe, "--out", str(tmp_path / "run"), *flags, ranks=ranks)
-    assert result.code == 0, result.text
-    assert_same_training(tmp_path / "run", straight, base)
-
-
-def test_share_is_of_the_whole_batch(recipe: list[str], straight: Path, tmp_path: Path) -> None:
-    """Not of one rank's last micro-batch."""
-    result = train(tmp_path, *recipe, "--out", str(tmp_path / "run"), "--zero.accumulation", "2", ranks=2)
-    assert result.code == 0, result.text
-    assert [row["share"] for row in metrics(tmp_path / "run")] == [row["share"] for row in metrics(straight)]
-
-
-def test_checkpointing_of_activations_under_zero_3(
-    recipe: list[str], straight: Path, base: Path, tmp_path: Path
-) -> None:
-    flags = ["--zero.stage", "3", "--transformer.checkpointing", "True"]
-    result = train(tmp_path, *recipe, "--out", str(tmp_path / "run"), *flags, ranks=2)
-    assert result.code == 0, result.text
-    assert_same_training(tmp_path / "run", straight, base)
-
-
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_bfloat16_keeps_float32_weights(
-    stage: int, recipe: list[str], straight: Path, base: Path, tmp_path: Path
-) -> None:
-    flags = ["--zero.stage", str(stage), "--zero.dtype", "bfloat16"]
-    result = train(tmp_path, *recipe, "--out", str(tmp_path / "run"), *flags, ranks=2 if stage else 1)
-    assert result.code == 0, result.text
-    got, want = ([row["error"] for row in metrics(run)] for run in (tmp_path / "run", straight))
-    assert got == pytest.approx(want, rel=0.03) and got != want
-    start, a, b = load_file(base), averaged(tmp_path / "run"), averaged(straight)
-    frozen = {k for k in start if k.startswith(("encoder.", "transformer.time_embed."))}
-    moved = {k: w for k, w in a.items() if k not in frozen}
-    assert all(w.dtype == torch.float32 for w in a.values())
-    assert any(not torch.equal(w, w.bfloat16().float()) for w in moved.values())
-    apart = torch.cat([(w - b[k]).flatten() for k, w in moved.items()]).norm()
-    assert apart < 0.5 * torch.cat([(b[k] - start[k]).flatten() for k in moved if k in start]).norm()
-
-
-def kill_in_second_save() -> None:
-    """SIGKILL on every rank while step 6 is being written."""
-    from emf import zero
-
-    save = zero.save_file
-
-    def torn(weights: dict[str, Tensor], file: Path) -> None:
-        save(weights, file)
-        if "0000006" in str(file):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    zero.save_file = torn
 
 
 def test_killed_run_continues_bitwise(recipe: list[str], straight: Path, tmp_path: Path) -> None:
@@ -279,42 +75,76 @@ def test_killed_before_the_first_checkpoint_starts_again(recipe: list[str], stra
     assert metrics(run) == metrics(straight)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_killed_sharded_run_continues(
-    stage: int, recipe: list[str], straight: Path, base: Path, tmp_path: Path
-) -> None:
-    run, flags = tmp_path / "run", ["--zero.stage", str(stage)]
-    assert train(tmp_path, *recipe, "--out", str(run), *flags, ranks=2, before=kill_in_second_save).code
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_0000003", "step_0000006.part"]
-    result = train(tmp_path, *recipe, "--out", str(run), *flags, "--resume", "True", ranks=2)
-    assert result.code == 0 and "step 3/6" not in result.text, result.text
-    assert_same_training(run, straight, base)
+def ask_to_stop() -> None:
+    """SIGTERM to the second rank, in the middle of step 4."""
+    from emf import train as module
+
+    losses = module.losses
+
+    def asked(config: Any, network: Any, batch: Any, progress: float) -> Any:
+        if round(progress * config.steps) == 3 and os.environ.get("RANK") == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return losses(config, network, batch, progress)
+
+    module.losses = asked
 
 
-def test_the_launcher(recipe: list[str], straight: Path, base: Path, tmp_path: Path) -> None:
-    launch = [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        "--num_accelerators",
-        "2",
-        "--master_port",
-        free_port(),
-        "--module",
-        "emf.train",
-    ]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | dict(PYTHONPATH=path, DS_ACCELERATOR="cpu")
-    arguments = [*recipe, "--out", str(tmp_path / "run"), "--zero.stage", "3"]
-    done = subprocess.run([*launch, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_sigterm_saves_and_ends_well(recipe: list[str], straight: Path, base: Path, tmp_path: Path) -> None:
+    arguments = [*recipe, "--out", str(tmp_path / "run"), "--zero.stage", "2"]
+    result = train(tmp_path, *arguments, ranks=2, before=ask_to_stop)
+    assert result.code == 0 and result.text.count("asked to stop: saved") == 1, result.text
+    assert [p.name for p in sorted((tmp_path / "run/checkpoints").iterdir())] == ["step_0000003", "step_0000004"]
+    result = train(tmp_path, *arguments, "--resume", "True", ranks=2)
+    assert result.code == 0, result.text
     assert_same_training(tmp_path / "run", straight, base)
-    again = subprocess.run(
-        [*launch, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert again.returncode == 2 and again.stderr.count("error: train:") == 1 and "Traceback" not in again.stderr, (
-        again.stderr
-    )
+
+
+def test_without_an_average_the_weights_are_saved(recipe: list[str], straight: Path, tmp_path: Path) -> None:
+    result = train(tmp_path, *recipe, "--out", str(tmp_path / "run"), "--optim.ema", "0")
+    assert result.code == 0, result.text
+    raw = torch.load(straight / "checkpoints/step_0000006/engine/mp_rank_00_model_states.pt", weights_only=False)
+    got = averaged(tmp_path / "run")
+    assert got.keys() == raw["module"].keys() and all(torch.equal(w, got[k]) for k, w in raw["module"].items())
+
+
+def test_monitors_and_grids(recipe: list[str], tmp_path: Path) -> None:
+    from PIL import Image
+
+    run, prompts = tmp_path / "run", ["a red seven", "two blue threes"]
+    flags = ["--steps", "2", "--run.eval-every", "2", "--run.eval-prompts", "1", "--run.prompts", *prompts]
+    result = train(tmp_path, *recipe, "--out", str(run), *flags, "--run.monitor", "csv")
+    assert result.code == 0, result.text
+    sheet = Image.open(run / "samples" / "step_0000002.png")
+    assert sheet.width > 3 * sheet.height  # two captions down, three samplers of average and weights across
+    losses = next((run / "csv").glob("train_error*.csv")).read_text().splitlines()
+    assert [float(line.split(",")[1]) for line in losses[1:]] == [row["error"] for row in metrics(run)]
+    assert json.loads((run / "curve.jsonl").read_text())["overall"].keys() == {"1", "2", "4"}
+
+
+def test_low_rank_adapters(recipe: list[str], base: Path, tmp_path: Path) -> None:
+    """They alone are trained, by the same numbers at any stage, and merge into plain weights."""
+    from emf.lora import merged
+    from emf.pretrained import load_run
+
+    for stage, ranks in ((0, 1), (3, 2)):
+        flags = ["--lora.rank", "2", "--zero.stage", str(stage), "--lora.targets", "to_q", "to_v", "to_out.0"]
+        result = train(tmp_path, *recipe, "--out", str(tmp_path / f"run{stage}"), *flags, ranks=ranks)
+        assert result.code == 0, result.text
+    one, two = (metrics(tmp_path / name) for name in ("run0", "run3"))
+    assert [row["error"] for row in one] == pytest.approx([row["error"] for row in two], rel=1e-4)
+    start, end = load_file(base), averaged(tmp_path / "run0")
+    adapters = {k for k in end if ".lora_" in k}
+    assert len(adapters) == 2 * 6 and all(end[k].norm() > 0 for k in adapters)
+    same = {k.replace(".base_layer.", "."): v for k, v in end.items() if k not in adapters}
+    assert all(torch.equal(same[k], v) for k, v in start.items())
+    _, network = load_run(tmp_path / "run0")
+    z, t, c = torch.randn(2, 3, 18, 18), torch.tensor([0.3, 0.9]), torch.randn(2, 4, 32)
+    want = network.transformer(z, t, t / 2, c)
+    plain = type(network.transformer)(network.transformer.config)
+    plain.load_state_dict(merged(network.transformer))
+    assert torch.allclose(plain(z, t, t / 2, c), want, atol=1e-5)
+    moved = plain.state_dict()["transformer_blocks.0.attn1.to_q.weight"]
+    assert not torch.equal(moved, start["transformer.transformer_blocks.0.attn1.to_q.weight"])
 
 
 def test_config_json_runs_again(straight: Path, tmp_path: Path) -> None:
@@ -330,8 +160,8 @@ def _poison(step: int, micro: int) -> None:
 
     make = module.make_batch
 
-    def poisoned(config: Any, at: int, part: int, parts: int) -> Any:
-        batch = make(config, at, part, parts)
+    def poisoned(config: Any, feed: Any, at: int, part: int, parts: int) -> Any:
+        batch = make(config, feed, at, part, parts)
         if (at, part) == (step, micro):
             batch.e[1] = float("nan")
         return batch
@@ -351,14 +181,20 @@ def _poison_last() -> None:
     _poison(5, 0)
 
 
-def test_nan_stops_the_run_and_says_where(recipe: list[str], straight: Path, tmp_path: Path) -> None:
+def batch_of(run: Path, step: int, part: int, parts: int) -> Any:
+    from emf.data.feed import Digits
     from emf.recipes import from_file
     from emf.train import make_batch
 
+    config = from_file(run / "config.json")
+    return make_batch(config, Digits(config), step, part, parts)
+
+
+def test_nan_stops_the_run_and_says_where(recipe: list[str], straight: Path, tmp_path: Path) -> None:
     result = train(tmp_path, *recipe, "--out", str(tmp_path / "run"), before=_poison_4)
     assert result.code == 3 and "Traceback" not in result.text, result.text
     (line,) = (line for line in result.text.splitlines() if line.startswith("error:"))
-    batch = make_batch(from_file(straight / "config.json"), 3, 0, 1)
+    batch = batch_of(straight, 3, 0, 1)
     for part in ("step 3", str(batch.t[1].item()), str(batch.r[1].item()), "step_0000003"):
         assert part in line, line
     assert metrics(tmp_path / "run") == metrics(straight)[:3]
@@ -368,17 +204,13 @@ def _poison_gradient_4() -> None:
     """One step's loss is finite and its gradient is not."""
     from emf import train as module
 
-    make, losses, seen = module.make_batch, module.losses, []
+    losses = module.losses
 
-    def counted(config: Any, at: int, part: int, parts: int) -> Any:
-        seen.append(at)
-        return make(config, at, part, parts)
+    def poisoned(config: Any, network: Any, batch: Any, progress: float) -> Any:
+        loss, error = losses(config, network, batch, progress)
+        return (loss + (loss * 0).sqrt() if round(progress * config.steps) == 3 else loss), error
 
-    def poisoned(*args: Any) -> Any:
-        loss, error = losses(*args)
-        return (loss + (loss * 0).sqrt() if seen[-1] == 3 else loss), error
-
-    module.make_batch, module.losses = counted, poisoned
+    module.losses = poisoned
 
 
 @pytest.mark.parametrize("flags", ["", "--zero.stage 1", "--zero.stage 3", "--zero.dtype bfloat16 --zero.stage 2"])
@@ -395,12 +227,9 @@ def test_a_gradient_that_is_not_finite_touches_nothing(recipe: list[str], flags:
 
 
 def test_nan_on_the_other_rank_names_its_times_too(recipe: list[str], straight: Path, tmp_path: Path) -> None:
-    from emf.recipes import from_file
-    from emf.train import make_batch
-
     result = train(tmp_path, *recipe, "--out", str(tmp_path / "run"), ranks=2, before=_poison_4_late)
     assert result.code == 3 and result.text.count("error:") == 1 and "Traceback" not in result.text, result.text
-    assert str(make_batch(from_file(straight / "config.json"), 3, 1, 2).t[1].item()) in result.text
+    assert str(batch_of(straight, 3, 1, 2).t[1].item()) in result.text
 
 
 def test_absurd_learning_rate_stops_the_run(recipe: list[str], tmp_path: Path) -> None:
@@ -435,7 +264,7 @@ def test_a_run_is_never_overwritten(recipe: list[str], straight: Path, tmp_path:
     cases = {
         "holds a run already": [],
         "another model": ["--resume", "True", "--transformer.num-layers", "2"],
-        "stage": ["--resume", "True", "--zero.stage", "1"],
+        "saved at ZeRO stage 0": ["--resume", "True", "--zero.stage", "1"],
         "another run (seed": ["--resume", "True", "--seed", "9"],
         "another run (flow": ["--resume", "True", "--flow.sampler", "uniform"],
         "step 6 already": ["--resume", "True", "--steps", "5"],
@@ -514,7 +343,7 @@ def test_wrong_input_is_one_line_and_writes_nothing(
     assert two.code == 2 and two.text.count("error:") == 1 and "no multiple of 2 ranks" in two.text, two
 
 
-@pytest.mark.parametrize("file", ["checkpoint.json", "ema-0.safetensors", "engine/mp_rank_00_model_states.pt"])
+@pytest.mark.parametrize("file", ["checkpoint.json", "model.safetensors", "engine/mp_rank_00_model_states.pt"])
 def test_a_broken_checkpoint_is_one_line(recipe: list[str], straight: Path, file: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(straight, run)
@@ -523,3 +352,20 @@ def test_a_broken_checkpoint_is_one_line(recipe: list[str], straight: Path, file
     result = train(tmp_path, *recipe, "--out", str(run), "--resume", "True")
     (line,) = (line for line in result.text.splitlines() if line.startswith("error:"))
     assert result.code == 2 and "step_0000006 is broken" in line and "Traceback" not in result.text, result.text
+
+
+def print_ranges() -> None:
+    from contextlib import nullcontext
+
+    import emf.ranges
+
+    emf.ranges.nvtx.annotate = lambda name: print("range", name, flush=True) or nullcontext()
+
+
+def test_every_part_of_a_step_is_a_range(recipe: list[str], tmp_path: Path) -> None:
+    result = train(tmp_path, *recipe, "--out", str(tmp_path / "run"), "--steps", "1", before=print_ranges)
+    assert result.code == 0, result.text
+    seen = [line.removeprefix("range ") for line in result.text.splitlines() if line.startswith("range ")]
+    assert seen[:4] == ["data", "forward", "encode", "block 0"]
+    assert [s for s in seen[4:] if s in ("backward", "optimizer")] == ["backward", "optimizer"]
+    assert "communication" in seen

@@ -1,0 +1,31 @@
+"""The process group, however the processes were started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+
+@contextmanager
+def process_group() -> Iterator[tuple[int, int]]:
+    """(rank, world size) under the deepspeed launcher, torchrun, or alone. Destroys the group at exit."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if "RANK" not in os.environ:
+        # DeepSpeed looks for an address even where nothing listens: one process keeps its store to itself, since a port
+        # that was free a moment ago may be another's by now.
+        os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(
+            max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])))
+        )
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    try:
+        yield dist.get_rank(), dist.get_world_size()
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,100 @@
+"""The DeepSpeed dict of a run: derived from its config, with the user's own JSON merged over it."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+
+from emf.config import Config
+
+MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}
+OWN_KEYS = {  # fields of the config, from which the micro-batch is derived: no DeepSpeed JSON may say otherwise
+    "train_batch_size": "--batch-size",
+    "train_micro_batch_size_per_gpu": "--batch-size and --zero.accumulation",
+    "gradient_accumulation_steps": "--zero.accumulation",
+}
+
+
+def engine_config(config: Config, world: int, out: Path | None = None) -> dict[str, Any]:
+    """The DeepSpeed dict of a run that writes in folder out; the user's own JSON is merged over it. Raises ValueError
+    on "auto", which only the HF Trainer resolves."""
+    micro, rest = divmod(config.batch_size, world * config.zero.accumulation)
+    if rest or not micro:
+        raise ValueError(
+            f"config: batch_size {config.batch_size} is no multiple of {world} ranks x "
+            f"{config.zero.accumulation} micro-batches (zero.accumulation)"
+        )
+    optim = config.optim
+    derived: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": config.zero.accumulation,
+        "gradient_clipping": optim.clip,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": optim.lr,
+                "betas": list(optim.betas),
+                "weight_decay": optim.weight_decay,
+                "torch_adam": True,
+            },
+        },
+        "bf16": {"enabled": config.zero.dtype == "bfloat16", "check_grad_overflow": True},
+        # memory_efficient_linear replaces F.linear, process-wide, by a Function without a forward-mode rule
+        "zero_optimization": {"stage": config.zero.stage, "memory_efficient_linear": False},
+        "steps_per_print": 10**9,
+    }
+    if config.zero.offload:
+        if not config.zero.stage:
+            raise ValueError("config: zero.offload needs zero.stage 1, 2 or 3; without ZeRO there is nothing to move")
+        derived["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        derived["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW runs on the CPU too
+    for name in config.run.monitor:
+        derived[MONITORS[name]] = {"enabled": True}
+        if name != "wandb":
+            derived[MONITORS[name]] |= {"output_path": str(out or "."), "job_name": name}
+    if config.zero.json is not None:
+        try:
+            own = json.loads(config.zero.json.read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"config: zero.json {config.zero.json} cannot be read: {error}") from None
+        check_own_json(config.zero.json, own)
+        derived = _merge(derived, own)
+    automatic = [name for name, value in _leaves(derived) if value == "auto"]
+    if automatic:
+        raise ValueError(
+            f"config: {', '.join(automatic)} is 'auto', which DeepSpeed itself does not resolve; write the value"
+        )
+    return derived
+
+
+def check_own_json(path: Path, own: Any) -> None:
+    """Raises ValueError on a DeepSpeed JSON that DeepSpeed, or the training loop, would not follow."""
+    if not isinstance(own, dict):
+        raise ValueError(f"config: zero.json {path} holds {type(own).__name__}; expected an object")
+    if taken := [key for key in OWN_KEYS if key in own]:
+        raise ValueError(f"config: zero.json {path} sets {taken[0]}; use {OWN_KEYS[taken[0]]} instead")
+    known = {value for value in vars(deepspeed.runtime.constants).values() if isinstance(value, str)}
+    known |= {"zero_optimization", "activation_checkpointing", "comms_logger", "flops_profiler"}
+    for key in own.keys() - known:  # DeepSpeed takes any key, and ignores what it does not know
+        if close := difflib.get_close_matches(key, known, n=1, cutoff=0.8):
+            raise ValueError(f"config: zero.json {path} sets {key}; did you mean {close[0]}?")
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    return base | {
+        k: _merge(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in over.items()
+    }
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

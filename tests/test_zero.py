@@ -1,0 +1,158 @@
+"""Ranks, ZeRO stages, ways to save memory: the same run. Checkpoints of one taken up by another."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training import ROOT, assert_same_training, averaged, free_port, kill_in_second_save, metrics, train
+
+pytest.importorskip("deepspeed")
+
+
+CHECKPOINTING = "--transformer.checkpointing True"
+OFFLOAD = "--zero.offload True --optim.ema-cpu True"
+ACCUMULATION = "--zero.accumulation 2"
+
+
+@pytest.fixture(scope="module")
+def long(recipe: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One rank, no ZeRO, twenty steps."""
+    folder = tmp_path_factory.mktemp("long")
+    result = train(folder, *recipe, "--out", str(folder / "run"), "--steps", "20", "--run.save-every", "20")
+    assert result.code == 0, result.text
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranks", "flags"),
+    [
+        (0, 1, ACCUMULATION),
+        (3, 1, ""),
+        *((0, 2, flags) for flags in ("", CHECKPOINTING, ACCUMULATION)),
+        *((stage, 2, flags) for stage in (1, 2, 3) for flags in ("", CHECKPOINTING, OFFLOAD, ACCUMULATION)),
+        (3, 2, f"{CHECKPOINTING} {OFFLOAD} {ACCUMULATION}"),
+    ],
+    ids=str,
+)
+def test_ranks_stages_and_ways_to_save_memory_agree(
+    stage: int, ranks: int, flags: str, recipe: list[str], long: Path, base: Path, tmp_path: Path
+) -> None:
+    """Over twenty steps."""
+    arguments = ["--steps", "20", "--run.save-every", "20", "--zero.stage", str(stage), *flags.split()]
+    result = train(tmp_path, *recipe, "--out", str(tmp_path / "run"), *arguments, ranks=ranks)
+    assert result.code == 0, result.text
+    assert_same_training(tmp_path / "run", long, base, 20)
+
+
+def test_share_is_of_the_whole_batch(recipe: list[str], straight: Path, tmp_path: Path) -> None:
+    """Not of one rank's last micro-batch."""
+    result = train(tmp_path, *recipe, "--out", str(tmp_path / "run"), "--zero.accumulation", "2", ranks=2)
+    assert result.code == 0, result.text
+    assert [row["share"] for row in metrics(tmp_path / "run")] == [row["share"] for row in metrics(straight)]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bfloat16_keeps_float32_weights(
+    stage: int, recipe: list[str], straight: Path, base: Path, tmp_path: Path
+) -> None:
+    flags = ["--zero.stage", str(stage), "--zero.dtype", "bfloat16"]
+    result = train(tmp_path, *recipe, "--out", str(tmp_path / "run"), *flags, ranks=2 if stage else 1)
+    assert result.code == 0, result.text
+    got, want = ([row["error"] for row in metrics(run)] for run in (tmp_path / "run", straight))
+    assert got == pytest.approx(want, rel=0.03) and got != want
+    start, a, b = load_file(base), averaged(tmp_path / "run"), averaged(straight)
+    frozen = {k for k in start if k.startswith(("encoder.", "transformer.time_embed."))}
+    moved = {k: w for k, w in a.items() if k not in frozen}
+    assert all(w.dtype == torch.float32 for w in a.values())
+    assert any(not torch.equal(w, w.bfloat16().float()) for w in moved.values())
+    apart = torch.cat([(w - b[k]).flatten() for k, w in moved.items()]).norm()
+    assert apart < 0.5 * torch.cat([(b[k] - start[k]).flatten() for k in moved if k in start]).norm()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_killed_sharded_run_continues(
+    stage: int, recipe: list[str], straight: Path, base: Path, tmp_path: Path
+) -> None:
+    run, flags = tmp_path / "run", ["--zero.stage", str(stage)]
+    assert train(tmp_path, *recipe, "--out", str(run), *flags, ranks=2, before=kill_in_second_save).code
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_0000003", "step_0000006.part"]
+    result = train(tmp_path, *recipe, "--out", str(run), *flags, "--resume", "True", ranks=2)
+    assert result.code == 0 and "step 3/6" not in result.text, result.text
+    assert_same_training(run, straight, base)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "dtype"),
+    [
+        ((2, 2), (2, 1), "float32"),
+        ((3, 2), (1, 2), "float32"),
+        ((3, 2), (3, 1), "float32"),
+        ((1, 1), (3, 2), "float32"),
+        ((0, 2), (0, 1), "float32"),
+        ((3, 2), (1, 2), "bfloat16"),
+    ],
+    ids=str,
+)
+def test_resumes_on_other_ranks_and_another_stage(
+    before: tuple[int, int],
+    after: tuple[int, int],
+    dtype: str,
+    recipe: list[str],
+    straight: Path,
+    base: Path,
+    tmp_path: Path,
+) -> None:
+    """What training comes to is what it comes to without the change."""
+    run, flags = tmp_path / "run", ["--zero.dtype", dtype]
+    arguments = [*recipe, "--out", str(run), *flags]
+    killed = train(
+        tmp_path, *arguments, "--zero.stage", str(before[0]), ranks=before[1], before=kill_in_second_save, name="first"
+    )
+    assert killed.code
+    result = train(tmp_path, *arguments, "--zero.stage", str(after[0]), "--resume", "True", ranks=after[1])
+    assert result.code == 0 and "step 3/6" not in result.text and "step 4/6" in result.text, result.text
+    assert sorted(p.name for p in (run / "checkpoints/step_0000003").iterdir()) == [
+        "checkpoint.json",
+        "config.json",
+        "engine",
+        "model.safetensors",
+    ]
+    if dtype == "float32":
+        assert_same_training(run, straight, base)
+    else:
+        whole = train(tmp_path, *recipe, "--out", str(tmp_path / "whole"), *flags, "--zero.stage", "1", ranks=2)
+        assert whole.code == 0, whole.text
+        got, want = ([row["error"] for row in metrics(r)] for r in (run, tmp_path / "whole"))
+        assert got == pytest.approx(want, rel=0.02)
+
+
+def test_the_launcher(recipe: list[str], straight: Path, base: Path, tmp_path: Path) -> None:
+    launch = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_accelerators",
+        "2",
+        "--master_port",
+        free_port(),
+        "--module",
+        "emf.train",
+    ]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | dict(PYTHONPATH=path, DS_ACCELERATOR="cpu")
+    arguments = [*recipe, "--out", str(tmp_path / "run"), "--zero.stage", "3"]
+    done = subprocess.run([*launch, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same_training(tmp_path / "run", straight, base)
+    again = subprocess.run(
+        [*launch, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert again.returncode == 2 and again.stderr.count("error: train:") == 1 and "Traceback" not in again.stderr, (
+        again.stderr
+    )
