@@ -71,7 +71,7 @@ figcaption { font-weight: 600; margin-bottom: .2rem } figcaption span { display:
 .wide { overflow-x: auto } .wide img { width: 100%; min-width: 42rem; display: block }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums } .wide table { min-width: 100% }
 th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid #e4e7eb; white-space: nowrap }
-th:first-child, td:first-child { text-align: left } td:last-child.text { text-align: left; white-space: normal }
+th:first-child, td:first-child { text-align: left } td.text { text-align: left; white-space: normal }
 .missing { border-left: 4px solid #e69f00; padding: .5rem .8rem; background: #fff8ea }
 pre { overflow-x: auto; background: #f2f4f7; padding: 1rem; border-radius: 8px; font-size: .8rem; line-height: 1.35 }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: .8rem 0 }
@@ -104,20 +104,15 @@ def write_report(run: Path) -> Path:
             _training_section(metrics, config),
             _trust(scores),
         ]
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(name)}: EMF-MeanFlow</title><style>{CSS}</style></head><body>
-{"".join(sections)}
+    body = f"""{"".join(sections)}
 <h2>Settings</h2>
 <details><summary>The resolved config; <code>emf train {escape(str(run / "config.json"))} --out DIR</code> runs it
 again</summary>
 <pre>{escape(json.dumps(config, indent=2))}</pre></details>
 <p class="quiet">Run ended {ended:%Y-%m-%d %H:%M} UTC (last row of metrics.jsonl). Page made with emf {__version__},
-torch {torch.__version__}, Python {platform.python_version()}.</p>
-</body></html>
-"""
+torch {torch.__version__}, Python {platform.python_version()}.</p>"""
     out = run / "report.html"
-    out.write_text(page, encoding="utf-8")
+    out.write_text(page(f"{name}: EMF-MeanFlow", body), encoding="utf-8")
     return out
 
 
@@ -145,7 +140,7 @@ def _scores(file: Path) -> dict[str, Any] | None:
         if not all(isinstance(x, int | float) for x in [*numbers, *closed(scores).values()]):
             raise TypeError("a score is no number")
     except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"report: {file} is not what `emf evaluate` writes ({error!r}); run it again") from None
+        raise ValueError(f"report: {file} is not what `emf evaluate digits` writes ({error!r}); run it again") from None
     return scores
 
 
@@ -229,16 +224,16 @@ def _bar(share: float, kind: str) -> str:
 def _samples(run: Path) -> str:
     title = "<h2>Samples</h2>"
     if not (run / "samples.png").is_file():
-        return title + _missing("samples.png", f"emf evaluate {run}")
+        return title + _missing("samples.png", f"emf evaluate digits {run}")
     data = base64.b64encode((run / "samples.png").read_bytes()).decode()
     alt = "Grid of sampled images: one caption a row, one sampler and number of steps a column"
     return f"""{title}<p class="quiet">One caption a row, one sampler a column (FM: flow matching; then the number of
 steps); the same noise along a row.</p><div class="wide"><img src="data:image/png;base64,{data}" alt="{alt}"></div>"""
 
 
-def _plot(title: str, note: str, alt: str, draw: Callable[[Axes], None]) -> str:
+def plot(title: str, note: str, alt: str, draw: Callable[[Axes], None], size: tuple[float, float] | None = None) -> str:
     """One plot, as an SVG inside an image element: its ids cannot meet another's, and it has an alt text."""
-    figure, file = Figure(), io.BytesIO()
+    figure, file = Figure(figsize=size), io.BytesIO()
     draw(figure.subplots())
     figure.savefig(file, format="svg", metadata={"Date": None})
     data = base64.b64encode(file.getvalue()).decode()
@@ -246,6 +241,16 @@ def _plot(title: str, note: str, alt: str, draw: Callable[[Axes], None]) -> str:
         f'<figure><figcaption>{escape(title)}<span class="quiet">{note}</span></figcaption>'
         f'<img src="data:image/svg+xml;base64,{data}" alt="{escape(alt)}"></figure>'
     )
+
+
+def page(title: str, body: str) -> str:
+    """A page that opens anywhere: its style is inside."""
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title><style>{CSS}</style></head><body>
+{body}
+</body></html>
+"""
 
 
 def _note(axes: Axes, text: str, at: tuple[float, float], above: int, **style: Any) -> None:
@@ -256,7 +261,7 @@ def _score_section(run: Path, scores: dict[str, Any] | None) -> str:
     """Overall score by number of steps, and the table by task."""
     title = "<h2>Scores</h2>"
     if not scores:
-        return title + _missing("scores.json", f"emf evaluate {run}")
+        return title + _missing("scores.json", f"emf evaluate digits {run}")
     fm, few = _overall(scores, "fm"), _overall(scores, "emf")
     lines = {"EMF": (few, EMF, "o", "-", 6)} if few else {}
     lines["flow matching"] = (fm, FM, "s", "--", -14)
@@ -274,7 +279,7 @@ def _score_section(run: Path, scores: dict[str, Any] | None) -> str:
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.2), ncols=3, columnspacing=1.2, handlelength=1.8)
 
     said = "; ".join(f"{k}: " + ", ".join(f"{s:.2f} in {n}" for n, s in line[0].items()) for k, line in lines.items())
-    plot = _plot("Overall score by number of steps", "", f"Overall score by steps. {said}.", draw)
+    drawn = plot("Overall score by number of steps", "", f"Overall score by steps. {said}.", draw)
     share, body = closed(scores), ""
     for r in scores["rows"]:
         emf = r["model"] == "emf"
@@ -288,7 +293,7 @@ def _score_section(run: Path, scores: dict[str, Any] | None) -> str:
     heads = "".join(f"<th>{name}</th>" for name in names)
     guidance = f" Guidance {scores['guidance']:g}, every sampler." if "guidance" in scores else ""
     return f"""{title}<p class="quiet">Share of images that show what the caption says, by GenEval's rules and tasks;
-overall is the mean of the six.{guidance}</p><div class="plots">{plot}</div>
+overall is the mean of the six.{guidance}</p><div class="plots">{drawn}</div>
 <div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"""
 
 
@@ -324,7 +329,7 @@ def _curve_section(
         if guidance is not None and scores and guidance != scores.get("guidance", guidance):
             note += f", at guidance {scores['guidance']:g}"
     heading, alt = f"Score of {', '.join(map(str, counts))} steps", f"Overall score during training; at the end {last}."
-    return f'{title}<div class="plots">{_plot(heading, note, alt, draw)}</div>'
+    return f'{title}<div class="plots">{plot(heading, note, alt, draw)}</div>'
 
 
 def _training_section(metrics: list[dict[str, Any]], config: dict[str, Any]) -> str:
@@ -332,7 +337,7 @@ def _training_section(metrics: list[dict[str, Any]], config: dict[str, Any]) -> 
     steps = np.array([m["step"] for m in metrics])
     width = max(1, len(metrics) // 50)
 
-    def plot(key: str, label: str, title: str, note: str = "", log: bool = False, smooth: bool = False) -> str:
+    def line(key: str, label: str, title: str, note: str = "", log: bool = False, smooth: bool = False) -> str:
         y = np.array([m[key] for m in metrics], float)
 
         def draw(axes: Axes) -> None:
@@ -348,18 +353,18 @@ def _training_section(metrics: list[dict[str, Any]], config: dict[str, Any]) -> 
                 axes.set_ylim(min(0, y.min()), 1.08 * y.max() or 1)
             axes.set(xlabel="training step", ylabel=label)
 
-        return _plot(title, note, f"{title} by step: from {y[0]:.3g} to {y[-1]:.3g}, largest {y.max():.3g}", draw)
+        return plot(title, note, f"{title} by step: from {y[0]:.3g} to {y[-1]:.3g}, largest {y.max():.3g}", draw)
 
     note = ""
     if config.get("objective") == "meanflow" and config.get("flow", {}).get("weight_p") == 1:
         note = "the adaptive weight of power 1 keeps it near 1: read the error instead"
     plots = [
-        plot("error", "mean squared error", "Raw mean squared error", "bold: running mean", log=True, smooth=True),
-        plot("loss", "loss", "Loss", note, smooth=True),
-        plot("lr", "learning rate", "Learning rate"),
-        plot("share", "share", "Share of samples with r < t", "these carry a tangent"),
-        plot("it_s", "steps a second", "Speed"),
-        plot("memory_mib", "MiB", "Peak memory so far"),
+        line("error", "mean squared error", "Raw mean squared error", "bold: running mean", log=True, smooth=True),
+        line("loss", "loss", "Loss", note, smooth=True),
+        line("lr", "learning rate", "Learning rate"),
+        line("share", "share", "Share of samples with r < t", "these carry a tangent"),
+        line("it_s", "steps a second", "Speed"),
+        line("memory_mib", "MiB", "Peak memory so far"),
     ]
     return f'<h2>Training</h2><div class="plots">{"".join(plots)}</div>'
 

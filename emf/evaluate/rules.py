@@ -1,12 +1,24 @@
-"""GenEval's rules (arXiv 2310.11513): do these detections show what the metadata asks for? Apart from any detector."""
+"""GenEval's rules (arXiv 2310.11513; djghosh13/geneval): do these detections show what the metadata asks for?
+
+Apart from any detector. Metadata: {"tag", "include": [{"class", "count"[, "color"][, "position": [relation, index]]}],
+["exclude": [{"class", "count"}]], "prompt"}.
+"""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
+
+SCORE, COUNTING_SCORE = 0.3, 0.9
+"""A detection counts above this score; in the counting task, above the second."""
+MOST = 16
+"""Objects of a class that are looked at, the highest-scored."""
+RELATIONS = ("left of", "right of", "above", "below")
 
 
 @dataclass(frozen=True)
@@ -18,6 +30,24 @@ class Detection:
     box: tuple[float, float, float, float]
     """x0, y0, x1, y1 in pixels."""
     color: str | None = None
+    mask: np.ndarray | None = field(default=None, compare=False, repr=False)
+    """Bool [H, W] over the whole image."""
+
+
+Colors = Callable[[str, Sequence[Detection]], Sequence[str | None]]
+"""(class, objects of it) -> the colour of each."""
+
+
+def select(detections: Sequence[Detection], tag: str) -> list[Detection]:
+    """What GenEval looks at: above the tag's score, at most 16 a class; highest score first."""
+    least = COUNTING_SCORE if tag == "counting" else SCORE
+    kept: list[Detection] = []
+    seen: Counter[str] = Counter()
+    for d in sorted(detections, key=lambda d: -d.score):
+        if d.score > least and seen[d.label] < MOST:
+            seen[d.label] += 1
+            kept.append(d)
+    return kept
 
 
 def relations(a: Detection, b: Detection, threshold: float = 0.1) -> set[str]:
@@ -39,20 +69,46 @@ def relations(a: Detection, b: Detection, threshold: float = 0.1) -> set[str]:
     return {name for name, holds in found.items() if holds}
 
 
-def evaluate(spec: dict[str, Any], detections: Sequence[Detection], threshold: float = 0.1) -> tuple[bool, str]:
-    """(correct, reason) of an image. spec: GenEval metadata; detections: all that passed the detector's own threshold.
+def check_metadata(metadata: Any, classes: Sequence[str], where: str) -> None:
+    """Raises ValueError, naming `where`, on metadata that no detector of these classes could ever satisfy or read."""
 
-    For each included class the `count` highest-scored detections are taken; colours and positions are asked of those.
-    Only `exclude` catches surplus. A position is asked against an earlier entry, which must itself hold.
+    def wrong(what: str) -> ValueError:
+        return ValueError(f"{where}: {what}; expected GenEval's metadata, one JSON object")
+
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("prompt"), str):
+        raise wrong("the object or its prompt is missing")
+    if not isinstance(metadata.get("tag"), str) or not isinstance(metadata.get("include"), list):
+        raise wrong("tag or include is missing")
+    for key in ("include", "exclude"):
+        for i, entry in enumerate(metadata.get(key, [])):
+            if not isinstance(entry, dict) or entry.get("class") not in classes:
+                raise wrong(f"the class of {key}[{i}] is none that the detector knows")
+            if not isinstance(entry.get("count"), int) or entry["count"] < 1:
+                raise wrong(f"the count of {key}[{i}] is no positive number")
+            if "position" in entry:
+                relation, index = entry["position"]
+                if relation not in RELATIONS or not isinstance(index, int) or not 0 <= index < i:
+                    raise wrong(f"the position of {key}[{i}] names no relation to an earlier entry")
+
+
+def evaluate(
+    spec: dict[str, Any], detections: Sequence[Detection], threshold: float = 0.1, colors: Colors | None = None
+) -> tuple[bool, str]:
+    """(correct, reason) of an image. spec: GenEval metadata; detections: all that count (select).
+
+    For each included class the `count` highest-scored detections are taken; colours and positions are asked of those,
+    positions only where the colours hold. Only `exclude` catches surplus. A position is asked against an earlier entry,
+    which must itself hold. colors: asked only where it matters; by default the detections' own.
     """
+    colors = colors or (lambda label, found: [d.color for d in found])
     by_label = defaultdict(list)
     for d in sorted(detections, key=lambda d: -d.score):
         by_label[d.label].append(d)
     reasons: list[str] = []
     groups: list[list[Detection] | None] = []  # of each entry, what was found; None where it does not hold
-    for wanted in spec["include"]:
+    for wanted in spec.get("include", ()):
         found = by_label[wanted["class"]][: wanted["count"]]
-        fault = _fault(wanted, found, groups, threshold)
+        fault = _fault(wanted, found, groups, threshold, colors)
         groups.append(None if fault else found)
         reasons += [fault] if fault else []
     for unwanted in spec.get("exclude", ()):
@@ -63,14 +119,20 @@ def evaluate(spec: dict[str, Any], detections: Sequence[Detection], threshold: f
 
 
 def _fault(
-    wanted: dict[str, Any], found: list[Detection], groups: list[list[Detection] | None], threshold: float
+    wanted: dict[str, Any],
+    found: list[Detection],
+    groups: list[list[Detection] | None],
+    threshold: float,
+    colors: Colors,
 ) -> str:
     """What keeps an included entry from holding; empty where it holds."""
     label, count = wanted["class"], wanted["count"]
     if len(found) < count:
         return f"expected {label}>={count}, found {len(found)}"
-    if "color" in wanted and any(d.color != wanted["color"] for d in found):
-        return f"expected {wanted['color']} {label}>={count}, found {', '.join(str(d.color) for d in found)}"
+    if "color" in wanted:
+        shown = colors(label, found)
+        if any(color != wanted["color"] for color in shown):
+            return f"expected {wanted['color']} {label}>={count}, found {', '.join(map(str, shown))}"
     if "position" in wanted:
         relation, index = wanted["position"]
         target = groups[index]

@@ -21,8 +21,8 @@ from emf.data.digits import TAGS, prompts
 from emf.evaluate.digits import Scorer, calibrate
 from emf.generate import generate, to_uint8
 from emf.model import TextToImage
-from emf.network import build, checkpoints, load_weights, read_weights
-from emf.recipes import from_file
+from emf.network import build, read_weights
+from emf.pretrained import load_run, newest
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -30,36 +30,12 @@ import matplotlib.pyplot as plt
 EULER, FEW = (1, 4, 30), (1, 2, 4, 8)
 
 
-def newest(run: Path) -> Path:
-    """The newest whole checkpoint of a run's folder, or the folder itself if it is one. Raises ValueError where there
-    is none."""
-    if (run / "model.safetensors").is_file():
-        return run
-    saved = checkpoints(run / "checkpoints")
-    if not saved:
-        raise ValueError(
-            f"{run} holds no checkpoint; expected a run's folder, or a folder with model.safetensors and config.json"
-        )
-    return saved[-1]
-
-
-def load_run(run: Path) -> tuple[Config, TextToImage]:
-    """(config, network with the averaged weights)."""
-    checkpoint = newest(run)
-    config = from_file(checkpoint / "config.json")
-    network = build(config)
-    load_weights(network, read_weights(checkpoint / "model.safetensors"), str(checkpoint))
-    return config, network.eval()
-
-
 def load_base(config: Config) -> TextToImage:
     """The flow-matching network that a MeanFlow run started from."""
     if config.init is None:
         raise ValueError("evaluate: the run started from random weights, so there is no base to compare with")
     base = replace(config, objective="flow_matching", transformer=replace(config.transformer, dual_time=False))
-    network = build(base)
-    load_weights(network, read_weights(config.init), str(config.init))
-    return network.eval()
+    return build(base, from_scratch=True).eval()
 
 
 def evaluate_run(run: Path, per_tag: int, guidance: float, seed: int) -> dict[str, Any]:

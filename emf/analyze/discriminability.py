@@ -1,0 +1,246 @@
+"""Discriminability of text embeddings: how alike are the images of captions that a text encoder holds for alike?
+
+Caption -> the k nearest captions of other images, by the cosine of their embeddings -> mean cosine of the DINO features
+of the query's image and theirs (EMF, arXiv 2604.18168, its comparison of text encoders; higher is better).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from emf.analyze.bootstrap import RESAMPLES, Interval, bootstrap
+from emf.analyze.dino import DINO, Dino, ImagePooling
+from emf.analyze.encoders import CUT, Embedding, EncoderName, TextVectors, folder_stamp
+from emf.analyze.outcome import PAPER, Row, check_out, claim, write_outcome
+from emf.analyze.pairs import Choice, Pairs, choose_captions, choose_queries, read_pairs
+from emf.analyze.pictures import Cell, plot_scores, write_sheet
+from emf.analyze.retrieval import BLOCK, cosine, mean_vector, nearest
+from emf.analyze.vectors import Gathered, VectorCache
+
+PLOT, SHEET = "discriminability.png", "retrieved.png"
+SHOWN = 8  # queries on the sheet
+
+
+@dataclass(frozen=True)
+class Discriminability:
+    """A score with what it is made of."""
+
+    score: Interval
+    each: np.ndarray
+    """[Q] float64: mean cosine of image features, by query."""
+    queries: np.ndarray
+    """[Q] int64: numbers of captions."""
+    retrieved: np.ndarray
+    """[Q, k] int64: numbers of captions, nearest first."""
+    text_cosine: np.ndarray
+    """[Q, k] float64: of the embeddings."""
+
+
+def discriminability(
+    embeddings: Any,
+    image: Sequence[int] | np.ndarray,
+    features: Any,
+    queries: Sequence[int] | np.ndarray | None = None,
+    k: int = 1,
+    *,
+    centred: bool = False,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    block: int = BLOCK,
+) -> Discriminability:
+    """The score of text embeddings [N, C] of captions, whose images are numbered image [N], by image features [M, D].
+
+    queries: numbers of captions; None: one random caption of every image. centred: subtract the embeddings' mean first:
+             mean-pooled states of a language model share a large component, which says nothing of a caption.
+    The interval is over queries. Raises ValueError, see emf.analyze.retrieval.nearest.
+    """
+    image = np.asarray(image, np.int64)
+    chosen = choose_queries(image, None, seed) if queries is None else np.asarray(queries, np.int64)
+    mean = mean_vector(embeddings, block) if centred else None
+    found, near = nearest(embeddings, image, chosen, k, mean=mean, block=block)
+    each = image_similarity(features, image[chosen], image[found])
+    return Discriminability(bootstrap(each, resamples=resamples, seed=seed), each, chosen, found, near)
+
+
+def image_similarity(features: Any, query: np.ndarray, retrieved: np.ndarray) -> np.ndarray:
+    """Mean over the k retrieved images [Q, k] of their cosine with the query's image [Q], [Q] float64; features [M, D]
+    by image number."""
+    return cosine(features[query][:, None], features[retrieved]).mean(1)
+
+
+def chance(features: Any, query: np.ndarray, seed: int = 0) -> float:
+    """Mean cosine of the queries' images [Q] with another query's image, drawn at random: what retrieval by nothing
+    would give. nan of a single one."""
+    if len(query) < 2:
+        return float("nan")
+    order = np.random.default_rng(seed).permutation(len(query))
+    return float(cosine(features[query[order]], features[query[np.roll(order, 1)]]).mean())
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What the paper leaves open, and its value here. Raises ValueError on what cannot be."""
+
+    split: str = "train2017"
+    k: int = 1
+    """Captions retrieved by query."""
+    queries: int = 5000
+    """Queries, one caption each of so many random images; 0: of every image."""
+    captions: Choice = "first"
+    """Of an image's several: the first, a random one, or all are retrieved from."""
+    image_pooling: ImagePooling = "cls"
+    resamples: int = RESAMPLES
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.k < 1 or self.queries < 0 or self.resamples < 1 or self.seed < 0:
+            raise ValueError(
+                f"analyze: k {self.k}, {self.queries} queries, {self.resamples} resamples, seed {self.seed}; expected "
+                "at least 1, 0, 1 and 0"
+            )
+
+    def assumed(self, how: Embedding, dino: str, captions: int, images: int, queries: int) -> list[str]:
+        """A sentence for each choice that the paper does not state."""
+        choice = {
+            "first": "the first caption",
+            "random": f"one random caption (seed {self.seed})",
+            "all": "all captions",
+        }
+        return [
+            f"k = {self.k}: so many captions are retrieved by query",
+            f"{queries} queries: one caption each of so many random images (seed {self.seed})",
+            f"{choice[self.captions]} of each image: {captions} captions of {images} images to retrieve from",
+            "captions of the query's own image are never retrieved",
+            f"text embedding: {how.pooling} over the last hidden states, `{how.states}`",
+            f"image feature: {dino}, {self.image_pooling}",
+            "the encoders' sizes: the paper names families alone",
+        ]
+
+
+def run_discriminability(
+    encoders: Sequence[EncoderName],
+    data: Path,
+    out: Path,
+    protocol: Protocol | None = None,
+    how: Embedding | None = None,
+    dino: str = DINO,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    batch: int = 32,
+) -> list[Row]:
+    """Every encoder's score on COCO, or other images with captions: results.json, results.md, a plot and a sheet of
+    retrieved images in `out`. Vectors are kept there (cache/): stopped, it goes on.
+
+    Raises ValueError where something is missing or `out` holds something else."""
+    protocol, how = protocol or Protocol(), how or Embedding()
+    check_out(out, (PLOT, SHEET))
+    pairs = read_pairs(data, protocol.split)
+    network = Dino.load(dino, protocol.image_pooling, device)
+    settings = {"analysis": "discriminability", "data": str(data), "dino": dino, "dtype": dtype}
+    settings |= asdict(protocol) | {"text": asdict(how)}
+    named = {e.name: f"{e.kind}:{e.folder}" for e in encoders}
+    claim(out, settings | {"encoders": named}, "encoders", (PLOT, SHEET))
+    chosen = choose_captions(pairs.image, protocol.captions, protocol.seed)
+    captions, image = [pairs.captions[i] for i in chosen], pairs.image[chosen]
+    queries = choose_queries(image, protocol.queries or None, protocol.seed)
+    hits: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for encoder in encoders:
+        vectors = TextVectors(encoder, how, out, dtype, device)(captions, batch)
+        hits[encoder.name] = tuple(  # type: ignore[assignment]
+            nearest(vectors, image, queries, protocol.k, mean=mean, device=device, progress=True)[0]
+            for mean in (None, mean_vector(vectors))
+        )
+    features = _features(pairs, network, dino, out, image, queries, hits, batch)
+    rows, further = [], {}
+    for name, found in hits.items():
+        each = [image_similarity(features, image[queries], image[index]) for index in found]
+        scores = [bootstrap(x, resamples=protocol.resamples, seed=protocol.seed) for x in each]
+        rows.append(Row(name, *scores))
+        further[name] = [
+            {"query": int(chosen[q]), "plain": chosen[a].tolist(), "centred": chosen[b].tolist()}
+            for q, a, b in zip(queries[:1000], *found, strict=False)
+        ]
+    random = chance(features, image[queries], protocol.seed)
+    notes = [
+        *pairs.notes,
+        f"a random image instead of the retrieved one's gives {random:.3f}",
+        "an interval holds the chance of the queries alone, not of the encoders' training",
+        f"{SHEET}: the image of the nearest caption by encoder, of embeddings as they are",
+        CUT,
+    ]
+    shared = {"queries": len(queries), "captions": len(captions), "chance": random, "retrieved": further}
+    assumed = protocol.assumed(how, dino, len(captions), len({*image.tolist()}), len(queries))
+    write_outcome(out, "discriminability", rows, settings | {"encoders": named}, assumed, notes, shared)
+    plot_scores(
+        out / PLOT, rows, PAPER["discriminability"], "mean cosine of DINO features, query and retrieved", random
+    )
+    _write_sheet(out / SHEET, pairs, chosen, queries, hits, features, image)
+    return rows
+
+
+class _ByImage:
+    """Features [.., D] by image number, of those images that have one."""
+
+    def __init__(self, vectors: Gathered, needed: np.ndarray, images: int) -> None:
+        self.vectors, self.place = vectors, np.full(images, -1, np.int64)
+        self.place[needed] = np.arange(len(needed))
+
+    def __getitem__(self, images: np.ndarray) -> np.ndarray:
+        where = self.place[images]
+        assert (where >= 0).all()
+        return self.vectors[where]
+
+
+def _features(
+    pairs: Pairs,
+    network: Dino,
+    dino: str,
+    out: Path,
+    image: np.ndarray,
+    queries: np.ndarray,
+    hits: dict[str, tuple[np.ndarray, np.ndarray]],
+    batch: int,
+) -> _ByImage:
+    """DINO's features of the images that are asked for, not of all."""
+    asked = [image[queries], *(image[index].ravel() for found in hits.values() for index in found)]
+    needed = np.unique(np.concatenate(asked))
+    said = [folder_stamp(Path(dino)) if Path(dino).is_dir() else dino, network.pooling]
+    digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12]
+
+    def compute(part: list[int]) -> np.ndarray:
+        return network.features([pairs.open(int(needed[i])) for i in part]).numpy()
+
+    keys = [pairs.keys[i] for i in needed]
+    vectors = VectorCache(out / "cache" / f"image-{digest}").fill(keys, compute, batch, "image features")
+    return _ByImage(vectors, needed, len(pairs.keys))
+
+
+def _write_sheet(
+    path: Path,
+    pairs: Pairs,
+    chosen: np.ndarray,
+    queries: np.ndarray,
+    hits: dict[str, tuple[np.ndarray, np.ndarray]],
+    features: _ByImage,
+    image: np.ndarray,
+) -> None:
+    """Queries down; across the query, then by encoder what is nearest to it, with the cosine of the images."""
+    places = np.unique(np.linspace(0, len(queries) - 1, SHOWN).round().astype(int))
+    rows = []
+    for place in places:
+        q = queries[place]
+        row = [Cell(pairs.captions[chosen[q]], pairs.open(int(image[q])))]
+        for found in hits.values():
+            hit = found[0][place, :1]
+            alike = float(image_similarity(features, image[[q]], image[hit][None])[0])
+            row.append(Cell(f"DINO {alike:.3f}\n{pairs.captions[chosen[hit[0]]]}", pairs.open(int(image[hit[0]]))))
+        rows.append(row)
+    write_sheet(path, ["query", *hits], rows)

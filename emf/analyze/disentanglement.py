@@ -1,0 +1,167 @@
+"""Disentanglement of text embeddings: how much of a prompt's embedding is left when parts of it are removed?
+
+The cosine between the embeddings of a prompt and of the prompt without a random subset of its parts (EMF, arXiv
+2604.18168, its comparison of text encoders, on DPG-Bench's prompts). The paper reads more as better; an encoder that
+maps everything to one vector has 1, so the cosine of mean-centred embeddings is given beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import track
+
+from emf.analyze.bootstrap import RESAMPLES, Interval, bootstrap
+from emf.analyze.encoders import CUT, Embedding, EncoderName, TextVectors, embed_texts
+from emf.analyze.outcome import PAPER, Row, cell, check_out, claim, write_outcome
+from emf.analyze.pictures import Cell, plot_scores, write_sheet
+from emf.analyze.prompts import Shortening, read_prompts, shortened
+from emf.analyze.retrieval import cosine, mean_vector
+from emf.conditioning.encoder import Encoder
+
+PLOT, SHEET = "disentanglement.png", "shortened.png"
+SHOWN = 6  # prompts on the sheet and below the table
+
+
+@dataclass(frozen=True)
+class Disentanglement:
+    """An encoder's scores with what they are made of."""
+
+    plain: Interval
+    centred: Interval
+    """Of embeddings less the full prompts' mean; nan of fewer than two prompts."""
+    each: np.ndarray
+    """[P, R] float64: by prompt that can be shortened, and its shortened version."""
+    each_centred: np.ndarray
+    used: list[int]
+    """[P]: which of the prompts these are."""
+    versions: list[list[str]]
+    """The shortened prompts, by prompt used."""
+
+
+def disentanglement(
+    encoder: Encoder,
+    prompts: Sequence[str],
+    how: Shortening | None = None,
+    embedding: Embedding | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    batch: int = 32,
+) -> Disentanglement:
+    """An encoder's score over prompts. The interval is over prompts. Raises ValueError where none has two units."""
+    how = how or Shortening()
+    used, versions = usable(prompts, how)
+    texts = _texts(prompts, used, versions)
+    parts = range(0, len(texts), batch)
+    done = [
+        embed_texts(encoder, texts[i : i + batch], embedding) for i in track(parts, "embed", disable=len(parts) < 9)
+    ]
+    return summarize(np.concatenate([x.numpy() for x in done]), used, versions, resamples, how.seed)
+
+
+def usable(prompts: Sequence[str], how: Shortening) -> tuple[list[int], list[list[str]]]:
+    """(numbers of the prompts that can be shortened, their shortened versions). Raises ValueError where none can."""
+    every = shortened(list(prompts), how)
+    used = [i for i, versions in enumerate(every) if versions]
+    if not used:
+        raise ValueError(
+            f"analyze: none of {len(prompts)} prompts has two of the unit {how.unit!r}; choose a smaller --unit"
+        )
+    return used, [every[i] for i in used]
+
+
+def _texts(prompts: Sequence[str], used: Sequence[int], versions: Sequence[Sequence[str]]) -> list[str]:
+    return [prompts[i] for i in used] + [text for some in versions for text in some]
+
+
+def similarities(full: Any, short: Any, mean: np.ndarray | None = None) -> np.ndarray:
+    """Cosine of embeddings [P, C] with those of the shortened prompts [P, R, C], both less mean [C]: [P, R]."""
+    shift = 0.0 if mean is None else mean
+    return cosine((np.asarray(full, np.float64) - shift)[:, None], np.asarray(short, np.float64) - shift)
+
+
+def summarize(
+    embeddings: Any, used: list[int], versions: list[list[str]], resamples: int = RESAMPLES, seed: int = 0
+) -> Disentanglement:
+    """Scores from embeddings [P + P R, C]: those of the full prompts, then those of the R versions of each."""
+    p, r = len(used), len(versions[0])
+    full, short = np.asarray(embeddings[:p]), np.asarray(embeddings[p:]).reshape(p, r, -1)
+    plain, centred = similarities(full, short), np.full((p, r), np.nan)
+    if p > 1:
+        centred = similarities(full, short, mean_vector(full))
+    scores = [bootstrap(x.mean(1), resamples=resamples, seed=seed) for x in (plain, centred)]
+    return Disentanglement(scores[0], scores[1], plain, centred, used, versions)
+
+
+def run_disentanglement(
+    encoders: Sequence[EncoderName],
+    prompts: Path,
+    out: Path,
+    how: Shortening | None = None,
+    embedding: Embedding | None = None,
+    *,
+    limit: int | None = None,
+    resamples: int = RESAMPLES,
+    dtype: str = "float32",
+    device: str = "cpu",
+    batch: int = 32,
+) -> list[Row]:
+    """Every encoder's score over a file's prompts: results.json, results.md, a plot and a sheet of examples in `out`.
+    Vectors are kept there (cache/): stopped, it goes on.
+
+    Raises ValueError where something is missing or `out` holds something else."""
+    how, embedding = how or Shortening(), embedding or Embedding()
+    check_out(out, (PLOT, SHEET))
+    texts, names = read_prompts(prompts)
+    if limit is not None and limit < 1:
+        raise ValueError(f"analyze: --limit {limit} must be at least 1")
+    texts, names = texts[:limit], names[:limit]
+    used, versions = usable(texts, how)
+    settings: dict[str, Any] = {"analysis": "disentanglement", "prompts": str(prompts), "limit": limit, "dtype": dtype}
+    settings |= asdict(how) | {"resamples": resamples, "text": asdict(embedding)}
+    named = {e.name: f"{e.kind}:{e.folder}" for e in encoders}
+    claim(out, settings | {"encoders": named}, "encoders", (PLOT, SHEET))
+    every = _texts(texts, used, versions)
+    results = {}
+    for encoder in encoders:
+        vectors = TextVectors(encoder, embedding, out, dtype, device)(every, batch)
+        results[encoder.name] = summarize(vectors[:], used, versions, resamples, how.seed)
+    rows = [Row(name, result.plain, result.centred) for name, result in results.items()]
+    assumed = [
+        f"what is removed: {how.fraction:g} of the {how.unit}s, at random, the others in order (seed {how.seed})",
+        f"{how.repeats} removals of each prompt; the interval is over prompts",
+        f"text embedding: {embedding.pooling} over the last hidden states, `{embedding.states}`",
+        "the encoders' sizes: the paper names families alone",
+    ]
+    notes = [
+        f"{len(used)} of {len(texts)} prompts" + (f"; the others have a single {how.unit}" * (len(used) < len(texts))),
+        "centred: less the mean embedding of the full prompts. An encoder that gives every prompt nearly the same "
+        "vector has a plain score near 1",
+    ]
+    if embedding.states == "prompt":
+        notes.append("the tokens of an encoder's own prompt, where it has one, are in the mean: they are never removed")
+    notes.append(CUT)
+    each = {
+        name: [
+            {"prompt": names[i], "plain": float(a), "centred": float(b)}
+            for i, a, b in zip(used, result.each.mean(1), result.each_centred.mean(1), strict=True)
+        ]
+        for name, result in results.items()
+    }
+    places = np.unique(np.linspace(0, len(used) - 1, SHOWN).round().astype(int)).tolist()
+    tail = [f"| prompt | shortened | {' | '.join(cell(n) for n in results)} |", "|--" * (2 + len(results)) + "|"]
+    for p in places:
+        scores = " | ".join(f"{result.each[p, 0]:.3f}" for result in results.values())
+        tail.append(f"| {cell(texts[used[p]])} | {cell(versions[p][0])} | {scores} |")
+    write_outcome(out, "disentanglement", rows, settings | {"encoders": named}, assumed, notes, {"each": each}, tail)
+    plot_scores(out / PLOT, rows, PAPER["disentanglement"], "cosine of the prompt and the shortened prompt")
+    sheet = []
+    for p in places:
+        scored = [Cell(f"{r.each[p, 0]:.3f}\ncentred {r.each_centred[p, 0]:.3f}") for r in results.values()]
+        sheet.append([Cell(texts[used[p]]), Cell(versions[p][0]), *scored])
+    write_sheet(out / SHEET, ["prompt", "shortened", *results], sheet, lines=9)
+    return rows

@@ -1,0 +1,140 @@
+"""Images with captions for retrieval: COCO's folders, or tars and folders of image-text pairs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+from rich.progress import track
+
+from emf.data.drops import Drops
+from emf.data.images import decode, read_caption
+from emf.data.sources import Source, scan
+
+Choice = Literal["first", "random", "all"]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Captions, several an image perhaps."""
+
+    captions: list[str]
+    image: np.ndarray
+    """[n] int64: number of each caption's image."""
+    keys: list[str]
+    """By image: what it is known by."""
+    open: Callable[[int], Image.Image]
+    """An image by its number, upright RGB. Raises ValueError where it cannot be read."""
+    notes: list[str]
+    """What was left out, a sentence each."""
+
+
+def read_pairs(data: Path, split: str = "train2017") -> Pairs:
+    """COCO's layout where there is annotations/captions_SPLIT.json (COCO 2017: train2017, val2017), else what
+    emf.data.sources reads: tars, or a folder of images with texts of the same name. Raises ValueError."""
+    if not data.exists() and not any(c in data.name for c in "*?[{"):
+        raise ValueError(
+            f"analyze: {data} does not exist; expected COCO's folder (annotations/captions_{split}.json and {split}/), "
+            "or a folder or tars of images with texts"
+        )
+    if (data / "annotations").is_dir():
+        return read_coco(data, split)
+    return read_source(str(data))
+
+
+def read_coco(data: Path, split: str) -> Pairs:
+    """COCO captions: those of images that are there, ordered by image and caption number. Raises ValueError."""
+    file, folder = data / "annotations" / f"captions_{split}.json", data / split
+    for path in (file, folder):
+        if not path.exists():
+            raise ValueError(
+                f"analyze: {path} does not exist; expected COCO's {file.name} in {data / 'annotations'} and the images "
+                f"in {folder}, or another --split"
+            )
+    try:
+        tree: dict[str, Any] = json.loads(file.read_text())
+        names = {int(i["id"]): str(i["file_name"]) for i in tree["images"]}
+        said = sorted((int(a["image_id"]), int(a["id"]), str(a["caption"]).strip()) for a in tree["annotations"])
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else (str(error).splitlines() or ["not readable"])[0]
+        raise ValueError(f"analyze: {file} is no file of COCO captions: {reason}") from None
+    there = {entry.name for entry in os.scandir(folder)}
+    kept = [(i, text) for i, _, text in said if text and names.get(i) in there]
+    if not kept:
+        raise ValueError(f"analyze: {folder} holds none of the {len(names)} images of {file.name}; put them there")
+    ids = sorted({i for i, _ in kept})
+    number = {i: n for n, i in enumerate(ids)}
+    keys = [names[i] for i in ids]
+    lost = len({i for i, _, _ in said}) - len(ids)
+    notes = [f"{lost} of {lost + len(ids)} images of {file.name} were not there and left out"] if lost else []
+    image = np.array([number[i] for i, _ in kept], np.int64)
+
+    def opened(i: int) -> Image.Image:
+        return decoded((folder / keys[i]).read_bytes(), str(folder / keys[i]))
+
+    return Pairs([text for _, text in kept], image, keys, opened, notes)
+
+
+def read_source(path: str) -> Pairs:
+    """One caption an image. What has no usable caption is left out. Raises ValueError where nothing is left."""
+    drops = Drops()
+    (index,) = scan([Source(path)], drops)
+
+    def read(entry: np.ndarray) -> bytes:
+        number, offset, size = entry.tolist()
+        with open(index.files[number], "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+    captions, rows = [], []
+    for row in track(range(len(index)), description="captions", disable=len(index) < 1000):
+        try:
+            captions.append(read_caption(read(index.caption[row]), bool(index.is_json[row]), None))
+        except (ValueError, OSError) as error:
+            drops.add(index.keys[row], path, str(error).partition(":")[0])
+            continue
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"analyze: {path} holds no usable caption; {'; '.join(drops.lines())}")
+
+    def opened(i: int) -> Image.Image:
+        return decoded(read(index.image[rows[i]]), f"{path}: {index.keys[rows[i]]}")
+
+    keys = [f"{index.keys[row]} {index.image[row][2]}" for row in rows]  # the bytes too: a name may get another image
+    return Pairs(captions, np.arange(len(rows)), keys, opened, list(drops.lines()))
+
+
+def decoded(data: bytes, name: str) -> Image.Image:
+    """An image's bytes as upright RGB. Raises ValueError where they cannot be read."""
+    try:
+        return decode(data)
+    except Exception as error:  # Pillow's readers meet broken bytes with many kinds
+        reason = f"{type(error).__name__}: {str(error)[:80]}"
+        raise ValueError(f"analyze: {name} cannot be read as an image ({reason}); repair or remove it") from None
+
+
+def choose_captions(image: np.ndarray, choice: Choice, seed: int) -> np.ndarray:
+    """Numbers of the captions that are retrieved from and queried: of every image the first, a random one, or all."""
+    if choice == "all":
+        return np.arange(len(image))
+    order = np.arange(len(image))
+    if choice == "random":
+        order = np.random.default_rng(seed).permutation(order)
+    _, first = np.unique(image[order], return_index=True)
+    return np.sort(order[first])
+
+
+def choose_queries(image: np.ndarray, count: int | None, seed: int) -> np.ndarray:
+    """Numbers of captions to query with: one random caption each of `count` random images (None: of every image), so
+    that queries are independent."""
+    rng = np.random.default_rng([seed, 1])
+    order = rng.permutation(len(image))
+    _, first = np.unique(image[order], return_index=True)
+    one_each = order[first]
+    return np.sort(rng.permutation(one_each)[:count])

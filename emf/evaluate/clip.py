@@ -1,0 +1,91 @@
+"""CLIP as two encoders (transformers' CLIPModel), and how a scorer gets a pretrained model."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""Of the pixels CLIP was trained on, in [0, 1]; BLIP uses them too."""
+
+
+def pretrained(cls: Any, where: str, what: str) -> Any:
+    """cls.from_pretrained(where), whole: weights that a checkpoint lacks would otherwise be random, with a warning.
+
+    where: a folder or a Hub name. Raises ValueError, saying what to put where.
+    """
+    # a tokenizer has no weights that could be missing
+    weights = hasattr(cls, "forward")
+    try:
+        loaded = cls.from_pretrained(
+            where, **({"output_loading_info": True, "dtype": torch.float32} if weights else {})
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        files = "config.json and model.safetensors" if weights else "the tokenizer's files"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        raise ValueError(
+            f"{what}: {where} cannot be loaded ({reason}); put {files} of it into a folder and name that"
+        ) from None
+    if not weights:
+        return loaded
+    model, info = loaded
+    missing = sorted(k for k in info["missing_keys"] if not k.startswith("criterion."))  # of training alone
+    if missing:
+        raise ValueError(f"{what}: {where} lacks {len(missing)} weights of {cls.__name__}, {missing[0]} the first")
+    return model.eval()
+
+
+def normalized(image: Image.Image, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
+    """RGB image -> (pixels / 255 - mean) / std, float32 [3, H, W]."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    return (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+
+
+def center_square(image: Image.Image, size: int) -> Image.Image:
+    """CLIP's own view: shorter side to `size` (bicubic), then the central square."""
+    w, h = image.size
+    short = min(w, h)
+    w, h = (size * w // short, size) if w > h else (size, size * h // short)
+    image = image.resize((w, h), Image.Resampling.BICUBIC)
+    left, top = round((w - size) / 2), round((h - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
+class Clip:
+    """Images and texts to unit vectors.
+
+    The text's state is taken at the highest token id, the end of text, as OpenAI's and open_clip's code do: right
+    whatever the tokenizer pads with, for attention is causal.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.size = int(model.config.vision_config.image_size)
+        """Pixels along a side."""
+
+    @torch.no_grad()
+    def images(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels [n, 3, size, size] -> [n, E] float32, unit length."""
+        pooled = self.model.vision_model(pixel_values=pixels.to(self.model.device)).pooler_output
+        return _unit(self.model.visual_projection(pooled))
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """n texts -> [n, E] float32, unit length; what exceeds the context is cut off."""
+        length = int(self.model.config.text_config.max_position_embeddings)
+        clean = [" ".join(html.unescape(html.unescape(t)).split()) for t in texts]
+        ids = self.tokenizer(
+            clean, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        ).input_ids.to(self.model.device)
+        states = self.model.text_model(input_ids=ids).last_hidden_state
+        return _unit(self.model.text_projection(states[torch.arange(len(ids), device=ids.device), ids.argmax(-1)]))
+
+
+def _unit(x: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(x.float(), dim=-1)

@@ -1,0 +1,314 @@
+"""DPG-Bench (arXiv 2403.05135; TencentQQGYLab/ELLA): yes-no questions about each image, children falling with parents.
+
+Images: <root>/<item id>.png, a grid of 2 x 2. Questions: dpg_bench.csv. The official answers are mPLUG's, which is not
+in transformers: another network's scores are of another scale, and labelled so.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+
+from emf.evaluate.benchmark import (
+    Result,
+    Row,
+    check_images,
+    mean,
+    open_image,
+    read_jsonl,
+    score_images,
+    stamp,
+    stamps,
+    write_results,
+)
+from emf.evaluate.clip import normalized, pretrained
+
+BLIP = "Salesforce/blip-vqa-base"
+PROMPTS, IMAGES = 1065, 4
+
+
+@dataclass(frozen=True)
+class Question:
+    """A proposition about an item."""
+
+    text: str
+    category: str
+    """The tuple's head, as "entity - whole"; what is before the dash is its level 1."""
+    parents: tuple[int, ...]
+    """Propositions that it falls with."""
+
+
+@dataclass(frozen=True)
+class Quirks:
+    """Which of the official script's quirks are kept."""
+
+    skip_first_row: bool = True
+    """The csv's first question is never asked; the item whose questions depend on it is then left out."""
+    last_crop_categories: bool = True
+    """The category tables count the last of the four images alone, before children fall with their parents; else all
+    four, after."""
+
+
+Items = dict[str, dict[int, Question]]
+"""Item id -> proposition id -> question, in the file's order."""
+
+
+class VQA(Protocol):
+    """What answers the questions."""
+
+    label: str
+    settings: dict[str, Any]
+    deviations: list[str]
+
+    def answers(self, name: str, crop: int, image: Image.Image, questions: Mapping[int, str]) -> dict[int, str]:
+        """The answer to each question about an image: number `crop` of the grid `name`."""
+
+
+class RecordedVQA:
+    """Answers from a jsonl file: {"filename", "crop" (0..3), "answers": {proposition id: answer}} a line."""
+
+    label = "DPG-Bench (recorded answers)"
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        rows = read_jsonl(file)
+        try:
+            self.said = {(r["filename"], r["crop"]): {int(k): str(a) for k, a in r["answers"].items()} for r in rows}
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{file}: a line lacks {error}; expected filename, crop and answers") from None
+        self.settings = {"answers": stamp(file)}
+        self.deviations = [f"answers were read from {file.name}, not made here; comparable if they are mPLUG's"]
+
+    def answers(self, name: str, crop: int, image: Image.Image, questions: Mapping[int, str]) -> dict[int, str]:
+        """See VQA. Raises ValueError where the file lacks an answer."""
+        said = self.said.get((name, crop), {})
+        missing = [q for q in questions if q not in said]
+        if missing:
+            raise ValueError(f"{self.file} has no answer to proposition {missing[0]} of {name}, crop {crop}")
+        return {q: said[q] for q in questions}
+
+
+@dataclass
+class BlipVQA:
+    """BLIP's visual question answering through transformers. Use BlipVQA.load()."""
+
+    model: Any
+    """BlipForQuestionAnswering."""
+    tokenizer: Any
+    settings: dict[str, Any] = field(default_factory=dict)
+    batch: int = 16
+    """Questions at once."""
+    label: str = "DPG-Bench (BLIP-VQA; not comparable to mPLUG)"
+
+    def __post_init__(self) -> None:
+        self.deviations = [
+            "answers are BLIP-VQA's instead of mPLUG's: not comparable with official or the paper's numbers"
+        ]
+
+    @classmethod
+    def load(cls, model: str = BLIP, device: str = "cpu") -> BlipVQA:
+        """From a folder or a Hub name. Raises ValueError, saying what to put where."""
+        from transformers import AutoTokenizer, BlipForQuestionAnswering
+
+        network = pretrained(BlipForQuestionAnswering, model, "DPG-Bench's VQA network").to(device)
+        return cls(network, pretrained(AutoTokenizer, model, "DPG-Bench's VQA network"), {"vqa": model})
+
+    @torch.no_grad()
+    def answers(self, name: str, crop: int, image: Image.Image, questions: Mapping[int, str]) -> dict[int, str]:
+        """See VQA."""
+        size = int(self.model.config.vision_config.image_size)
+        pixels = normalized(image.resize((size, size), Image.Resampling.BICUBIC)).to(self.model.device)
+        by_length: dict[int, list[tuple[int, list[int]]]] = defaultdict(list)
+        for q, text in questions.items():
+            ids = self.tokenizer(text).input_ids
+            by_length[len(ids)].append((q, ids))
+        said: dict[int, str] = {}
+        # never padded: BLIP's decoder attends to the question's padding, so a batch would change the answers
+        for same in by_length.values():
+            for i in range(0, len(same), self.batch):
+                part = same[i : i + self.batch]
+                tokens = self.model.generate(
+                    input_ids=torch.tensor([ids for _, ids in part], device=self.model.device),
+                    pixel_values=pixels.expand(len(part), -1, -1, -1),
+                    do_sample=False,
+                    max_new_tokens=10,
+                )
+                texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+                said |= {q: text for (q, _), text in zip(part, texts, strict=True)}
+        return {q: said[q].strip() for q in questions}
+
+
+def read_questions(file: Path, skip_first_row: bool = True) -> Items:
+    """The items of dpg_bench.csv. Raises ValueError, naming file and row, on what cannot be read."""
+    columns = {"item_id", "proposition_id", "dependency", "tuple", "question_natural_language"}
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist; put DPG-Bench's dpg_bench.csv (ELLA's repository) there")
+    with file.open(newline="", encoding="utf-8-sig") as stream:
+        reader = csv.DictReader(stream)
+        lacking = columns - set(reader.fieldnames or ())
+        if lacking:
+            raise ValueError(f"{file} lacks the column {min(lacking)}; expected DPG-Bench's dpg_bench.csv")
+        items: Items = {}
+        for number, row in enumerate(reader, 1):
+            if skip_first_row and number == 1:
+                continue
+            try:
+                parents = tuple(int(p) for p in row["dependency"].split(",") if int(p))
+                question = Question(row["question_natural_language"], row["tuple"].split("(")[0].strip(), parents)
+                items.setdefault(row["item_id"], {})[int(row["proposition_id"])] = question
+            except (ValueError, AttributeError):
+                raise ValueError(f"{file}: row {number} has no whole number as proposition or dependency") from None
+    return items
+
+
+def incomplete(questions: Mapping[int, Question]) -> bool:
+    """Whether a question's parent is missing: the official script then drops the item."""
+    return any(p not in questions for q in questions.values() for p in q.parents)
+
+
+def fall(questions: Mapping[int, Question], scores: Mapping[int, float]) -> dict[int, float]:
+    """Scores with 0 for every question of which a parent has 0, in the file's order: so it passes on to later
+    grandchildren."""
+    fallen = dict(scores)
+    for q, question in questions.items():
+        if any(fallen[p] == 0 for p in question.parents):
+            fallen[q] = 0.0
+    return fallen
+
+
+def marks(answers: Mapping[str, str]) -> dict[int, float]:
+    """Proposition -> 1 for "yes", 0 for anything else."""
+    return {int(q): float(a == "yes") for q, a in answers.items()}
+
+
+def summarize(rows: Sequence[Row], items: Items, quirks: Quirks) -> tuple[float, dict[str, dict[str, float]]]:
+    """(overall, tables of level 1 and level 2), in percent. rows: filename, item and answers of each crop."""
+    overall = []
+    level1: dict[str, list[float]] = defaultdict(list)
+    level2: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        questions = items[row["item"]]
+        plain = [marks(answers) for answers in row["answers"]]
+        fallen = [fall(questions, m) for m in plain]
+        overall.append(mean(mean(f.values()) for f in fallen))
+        for m in plain[-1:] if quirks.last_crop_categories else fallen:
+            for q, question in questions.items():
+                level2[question.category].append(m[q])
+    for category in sorted(level2):
+        level1[category.split("-")[0].strip()] += level2[category]
+    tables = {
+        "category, level 1": {c: 100 * mean(level1[c]) for c in sorted(level1)},
+        "category, level 2": {c: 100 * mean(level2[c]) for c in sorted(level2)},
+    }
+    return 100 * mean(overall), tables
+
+
+def crops(grid: Image.Image, path: Path, resolution: int | None) -> list[Image.Image]:
+    """The four images of a grid, in reading order, of `resolution` pixels along a side; by default half the grid's.
+
+    Raises ValueError where the grid is no such grid.
+    """
+    w, h = grid.size
+    r = resolution or w // 2
+    if (w, h) != (2 * r, 2 * r) or not r:
+        raise ValueError(f"{path} is {w} x {h}; expected a grid of 2 x 2 square images, {2 * r} x {2 * r} in all")
+    return [grid.crop((x, y, x + r, y + r)) for y in (0, r) for x in (0, r)]
+
+
+def score_dpg(
+    root: Path,
+    out: Path,
+    questions: Path,
+    vqa: VQA,
+    quirks: Quirks | None = None,
+    resolution: int | None = None,
+    name: str = "",
+    steps: int | None = None,
+) -> Result:
+    """Score a folder of grids; scored.jsonl, results.json and results.md in `out`. A killed run goes on where it was.
+
+    questions: dpg_bench.csv. name, steps: what the images are of. Raises ValueError on a grid without questions.
+    """
+    quirks = quirks or Quirks()
+    everything, items = read_questions(questions, False), read_questions(questions, quirks.skip_first_row)
+    paths = {p.name: p for p in sorted(root.glob("*.png"))}
+    if not paths:
+        raise ValueError(f"{root} holds no images; expected <item id>.png, a grid of 2 x 2 images each")
+    strange = next((n for n in paths if _item(n) not in everything), None)
+    if strange:
+        raise ValueError(f"{root / strange} is of no item in {questions.name}; expected <item id>.png")
+    left_out = [n for n in paths if _item(n) not in items or incomplete(items[_item(n)])]
+    if left_out and not quirks.skip_first_row:
+        raise ValueError(f"{questions}: item {_item(left_out[0])} depends on a proposition that it does not have")
+    kept = {n: p for n, p in paths.items() if n not in left_out}
+    asked = {n: {q: x.text for q, x in items[_item(n)].items()} for n in kept}
+    digests = stamps({n: (p, [list(asked[n].items()), resolution]) for n, p in kept.items()})
+
+    def score(names: Sequence[str]) -> list[Row]:
+        rows = []
+        for n in names:
+            four = crops(open_image(kept[n]), kept[n], resolution)
+            said = [vqa.answers(n, i, image, asked[n]) for i, image in enumerate(four)]
+            rows.append({"item": _item(n), "answers": [{str(q): a for q, a in s.items()} for s in said]})
+        return rows
+
+    settings = {"benchmark": "DPG-Bench", **vqa.settings}
+    rows = score_images(out, settings, digests, score)
+    overall, tables = summarize(rows, items, quirks)
+    result = Result(
+        "DPG-Bench",
+        vqa.label,
+        name or root.name,
+        steps,
+        overall,
+        tables,
+        IMAGES * len(rows),
+        settings | vars(quirks),
+        [*vqa.deviations, *_deviations(quirks, len(rows), len(everything), left_out)],
+    )
+    write_results(out, result)
+    return result
+
+
+def _item(filename: str) -> str:
+    return filename.split(".")[0]
+
+
+def _deviations(quirks: Quirks, n: int, items: int, left_out: Sequence[str]) -> list[str]:
+    said = []
+    if not quirks.skip_first_row:
+        said.append("the csv's first question is asked too; the official script skips it")
+    elif left_out:
+        said.append(f"{', '.join(left_out)} left out, as officially, where the csv's first question is skipped")
+    if not quirks.last_crop_categories:
+        said.append("category tables count all four images, after children fell with their parents")
+    if items != PROMPTS:
+        said.append(f"the csv has {items} items instead of {PROMPTS}")
+    if n + len(left_out) != items:
+        said.append(f"images of {n + len(left_out)} of {items} items")
+    return said
+
+
+def run_dpg(
+    images: Path,
+    out: Path,
+    questions: Path,
+    vqa: str = BLIP,
+    answers: Path | None = None,
+    quirks: Quirks | None = None,
+    resolution: int | None = None,
+    device: str = "cpu",
+    name: str = "",
+    steps: int | None = None,
+) -> Result:
+    """score_dpg with BLIP-VQA (a folder or Hub name), or with a file of recorded answers."""
+    check_images(images)
+    network: VQA = RecordedVQA(answers) if answers else BlipVQA.load(vqa, device)
+    return score_dpg(images, out, questions, network, quirks, resolution, name, steps)

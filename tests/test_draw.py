@@ -1,0 +1,215 @@
+"""Benchmarks' images from a checkpoint: layouts, resumption, ranks, and the whole way to a table."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from emf import config as configs
+from emf.evaluate import commands, draw
+from emf.evaluate.draw import Drawing
+from emf.network import build
+from emf.recipes import digits
+
+PROMPTS = ["a red seven", "two blue threes", "a four above a one"]
+ITEMS = ["long", "other", "third"]
+
+
+def checkpoint(folder: Path, seed: int = 0) -> Path:
+    """A tiny network of the digits' world, as a run saves it."""
+    torch.manual_seed(seed)
+    config = digits()
+    sizes = dict(num_layers=1, num_attention_heads=1, num_cross_attention_heads=1, cross_attention_head_dim=32)
+    config = replace(config, transformer=replace(config.transformer, **sizes, patch_size=6))  # type: ignore[arg-type]
+    network = build(replace(config, init=None))
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    folder.mkdir(parents=True)
+    save_file({k: v.contiguous() for k, v in network.state_dict().items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(configs.to_json(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("draw") / "run")
+
+
+@pytest.fixture
+def metadata(tmp_path: Path) -> Path:
+    rows = [{"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": p} for p in PROMPTS]
+    (tmp_path / "evaluation_metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "evaluation_metadata.jsonl"
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    (tmp_path / "texts").mkdir()
+    for name, prompt in zip(ITEMS, PROMPTS, strict=True):
+        (tmp_path / "texts" / f"{name}.txt").write_text(prompt + "\n")
+    return tmp_path / "texts"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def pixels(file: Path) -> np.ndarray:
+    return np.asarray(Image.open(file)).astype(int)
+
+
+def geneval(run: Path, out: Path, metadata: Path, **further: Any) -> None:
+    settings: dict[str, Any] = dict(steps="1,2", images_only=True) | further
+    commands.geneval(out, prompts=metadata, draw=Drawing(checkpoint=run, **settings))
+
+
+def test_genevals_layout_and_that_noise_follows_the_image(run: Path, metadata: Path, tmp_path: Path) -> None:
+    geneval(run, tmp_path / "a", metadata)
+    geneval(run, tmp_path / "b", metadata, batch=5)
+    images = tmp_path / "a" / "1" / "images"
+    assert json.loads((images / "00001" / "metadata.jsonl").read_text())["prompt"] == PROMPTS[1]
+    drawn = sorted(p.relative_to(images).as_posix() for p in images.rglob("*.png"))
+    assert drawn == [f"{i:05d}/samples/{j:04d}.png" for i in range(3) for j in range(4)]
+    assert len({p.read_bytes() for p in images.rglob("*.png")}) == 12
+    assert pixels(images / drawn[0]).shape == (18, 18, 3)
+    for steps in ("1", "2"):
+        for name in drawn:  # another batch may round otherwise
+            a, b = (pixels(tmp_path / x / steps / "images" / name) for x in "ab")
+            assert abs(a - b).max() <= 1
+    assert files(tmp_path / "a" / "1") != files(tmp_path / "a" / "2")
+
+
+def test_what_is_there_is_not_drawn_again(run: Path, metadata: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    geneval(run, out, metadata)
+    whole = files(out)
+    images = sorted(out.rglob("*.png"))
+    for image in images[3:9]:
+        image.unlink()
+    images[3].with_name(f"{images[3].name}.0.part").write_bytes(b"torn")
+    times = {p: p.stat().st_mtime_ns for p in images[:3] + images[9:]}
+    geneval(run, out, metadata)
+    assert {p: p.stat().st_mtime_ns for p in times} == times
+    assert files(out) == whole
+
+
+def test_ranks_share_the_work(
+    run: Path, metadata: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    geneval(run, tmp_path / "one", metadata)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(draw, "PATIENCE", 0)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match="8 images are missing"):
+        geneval(run, tmp_path / "two", metadata)  # of 24, in batches of 4 the second of three
+    monkeypatch.setenv("RANK", "1")
+    geneval(run, tmp_path / "two", metadata)
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    monkeypatch.setenv("RANK", "0")
+    geneval(run, tmp_path / "two", metadata)
+
+
+@pytest.mark.parametrize("change", [dict(seed=1), dict(guidance=2.0), dict(flow_matching=True), dict(weights=1)])
+def test_other_settings_are_refused(run: Path, metadata: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    geneval(run, tmp_path / "out", metadata, steps="1")
+    before = files(tmp_path / "out")
+    other = checkpoint(tmp_path / "other", seed=1) if "weights" in change else run
+    change = {k: v for k, v in change.items() if k != "weights"}
+    with pytest.raises(ValueError, match="other settings"):
+        geneval(other, tmp_path / "out", metadata, steps="1", **change)
+    assert files(tmp_path / "out") == before
+
+
+def test_somebodys_own_images_are_left_alone(run: Path, metadata: Path, tmp_path: Path) -> None:
+    own = tmp_path / "out" / "1" / "images" / "00000" / "samples" / "0000.png"
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
+    with pytest.raises(ValueError, match="exists without drawing.json"):
+        geneval(run, tmp_path / "out", metadata, steps="1")
+    assert own.read_text() == "mine"
+
+
+def test_geneval_to_a_table(run: Path, metadata: Path, tmp_path: Path) -> None:
+    found = [{"label": "dog", "score": 0.9, "box": [0, 0, 5, 5], "color": "red"}]
+    names = [(f"{i:05d}/samples/{j:04d}.png", i) for i in range(3) for j in range(4)]
+    detections = tmp_path / "detections.jsonl"
+    rows = [{"filename": n, "detections": found if i else []} for n, i in names]
+    detections.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawing = Drawing(checkpoint=run, steps="1,4")
+    commands.geneval(tmp_path / "out", prompts=metadata, draw=drawing, detections=detections, name="ours")
+    tree = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [r["steps"] for r in tree["results"]] == [1, 4] and tree["results"][0]["overall"] == pytest.approx(2 / 3)
+    table = (tmp_path / "out" / "results.md").read_text()
+    assert (
+        "| EMF, paper | 4 | 0.90 |" in table and "| **ours**, GenEval (recorded detections) | 4 | **0.667** |" in table
+    )
+    assert "| task | 1 step | 4 steps |" in table and "3 prompts instead of 553" in table
+
+
+def test_dpg_draws_grids(run: Path, texts: Path, tmp_path: Path) -> None:
+    drawing = Drawing(checkpoint=run, steps="2", batch=8)
+    questions, answers = tmp_path / "dpg_bench.csv", tmp_path / "answers.jsonl"
+    columns = ["item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language"]
+    with questions.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(columns)
+        writer.writerows([name, "", 1, "0", "entity - whole (x)", "is it there?"] for name in ["skipped", *ITEMS])
+    rows = [{"filename": f"{n}.png", "crop": c, "answers": {"1": "yes"}} for n in ITEMS for c in range(4)]
+    answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    commands.dpg(tmp_path / "out", prompts=texts, questions=questions, answers=answers, draw=drawing)
+    images = tmp_path / "out" / "2" / "images"
+    assert sorted(p.name for p in images.glob("*.png")) == [f"{n}.png" for n in ITEMS]
+    grid = pixels(images / "long.png")
+    assert (
+        grid.shape == (36, 36, 3)
+        and len({grid[y : y + 18, x : x + 18].tobytes() for y in (0, 18) for x in (0, 18)}) == 4
+    )
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["results"][0]["overall"] == 100
+
+
+def test_hps_draws_by_style(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "styles").mkdir()
+    for style in draw.STYLES:
+        (tmp_path / "styles" / f"{style}.json").write_text(json.dumps(PROMPTS))
+    drawing = Drawing(checkpoint=run, steps="1", images_only=True, limit=2)
+    commands.hps(tmp_path / "out", prompts=tmp_path / "styles", draw=drawing)
+    drawn = sorted(p.relative_to(tmp_path / "out").as_posix() for p in tmp_path.rglob("*.jpg"))
+    assert drawn == [f"1/images/{style}/{i:05d}.jpg" for style in draw.STYLES for i in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(draw=Drawing()), "folder of images, or --checkpoint"),
+        (dict(images=Path("x"), draw=Drawing(checkpoint=Path("y"))), "folder of images, or --checkpoint"),
+        (dict(draw=Drawing(checkpoint=Path("y"))), "expected evaluation_metadata.jsonl"),
+        (dict(images=Path("absent")), "is no folder"),
+        (dict(images=Path("x"), draw=Drawing(steps="1;2")), "expected numbers from 1 on"),
+    ],
+)
+def test_what_is_missing_is_said(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        commands.geneval(tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_benchmarks_files_are_asked_for(run: Path, tmp_path: Path) -> None:
+    drawing = Drawing(checkpoint=run, images_only=True)
+    with pytest.raises(ValueError, match="dpg_bench/prompts"):
+        commands.dpg(tmp_path / "out", prompts=tmp_path, draw=drawing)
+    with pytest.raises(ValueError, match=r"HPDv2's benchmark/anime.json"):
+        commands.hps(tmp_path / "out", prompts=tmp_path, draw=drawing)
+    with pytest.raises(ValueError, match="--limit needs --images-only"):
+        commands.hps(tmp_path / "out", weights=tmp_path, draw=replace(drawing, images_only=False, limit=1))
+    with pytest.raises(ValueError, match="--questions"):
+        commands.dpg(tmp_path / "out", prompts=tmp_path, draw=replace(drawing, images_only=False))
