@@ -10,7 +10,7 @@ LAUNCH := $(BIN)/deepspeed --num_accelerators $(RANKS) --module emf.train
 DEMO_TRAIN := $(LAUNCH) digits --out runs/demo --resume True
 BASE_TRAIN := $(LAUNCH) digits-base --out runs/base --resume True
 
-.PHONY: help demo base test check static bench profile tune gpu
+.PHONY: help demo base paper test check static bench profile report tune gpu
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -18,14 +18,17 @@ help: ## this list
 
 demo: $(VENV)/installed-demo ## train the few-step model from the shipped base and write runs/demo/report.html
 	$(DEMO_TRAIN)
-	$(BIN)/emf evaluate runs/demo
+	$(BIN)/emf evaluate digits runs/demo
 	$(BIN)/emf report runs/demo
 
 base: $(VENV)/installed-demo ## make the shipped base again: flow matching from scratch, at most 90 minutes on 2 cores
 	$(BASE_TRAIN)
-	$(BIN)/emf evaluate runs/base
+	$(BIN)/emf evaluate digits runs/base
 	$(BIN)/emf report runs/base
 	test -e runs/base/digits-base.safetensors || $(BIN)/emf release runs/base --out runs/base/digits-base.safetensors
+
+paper: $(VENV)/installed-demo ## the paper in miniature: runs/paper/report-paper.html in two hours on 2 cores; QUICK=1: minutes
+	$(BIN)/emf paper --out runs/paper$(if $(QUICK),-quick --quick)
 
 test: $(VENV)/installed-test ## run the tests
 	env -u TRITON_INTERPRET $(BIN)/python -m pytest -q -n 2 --dist loadfile
@@ -38,19 +41,28 @@ check: $(VENV)/installed-test ## check formatting, lint and types
 static: $(VENV)/installed-test ## compile every kernel ahead of time, without a GPU: profiles/static/<arch>.json
 	env -u TRITON_INTERPRET $(BIN)/python -m bench.static
 
-bench: $(VENV)/installed-test ## what a training step costs by every way to its tangent: profiles/<device>/step-cpu.json
+bench: $(VENV)/installed-test ## what a training step costs by every way to its tangent; BASE=rev: this tree beside a commit
+ifdef BASE
+	env -u TRITON_INTERPRET $(BIN)/python -m bench.compare $(BASE)
+else
+	env -u TRITON_INTERPRET $(BIN)/python -m bench.capabilities
 	env -u TRITON_INTERPRET $(BIN)/python -m pytest bench -q --benchmark-only --benchmark-columns=median,min,max \
 		--benchmark-sort=name --benchmark-storage=file://profiles/benchmarks --benchmark-autosave
+	$(BIN)/python -m bench.report
+endif
 
 profile: $(VENV)/installed-test ## where a step's time goes: runs/profile/breakdown.png and a trace for Perfetto
 	env -u TRITON_INTERPRET $(BIN)/python -m bench.profile
+
+report: $(VENV)/installed-test ## profiles/ as one page, profiles/report.html, and the README's tables
+	$(BIN)/python -m bench.report
 
 tune: $(VENV)/installed-test ## launch configurations, by a GPU's timings or by the compiler's figures
 	$(BIN)/python -m bench.tune
 
 # needs torch, triton, numpy and pytest of GPU_PYTHON's own
 GPU_PYTHON ?= python3
-gpu: ## on a machine with a GPU, without installing: parity, tune, ops in 9 minutes; PART=ops runs one
+gpu: ## on a machine with a GPU, without installing: parity, tune, ops, step in 9 minutes; PART=step runs one
 	PYTHONPATH=kernels:. $(GPU_PYTHON) -m bench.gpu $(PART)
 
 $(BIN)/python:

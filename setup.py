@@ -5,9 +5,12 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-EVAL = ["matplotlib", "pillow", "rich", "safetensors", "scikit-learn", "scipy", "transformers", "tyro"]
-TRAIN = [*EVAL, "deepspeed", "nvtx"]
-TEST = [*TRAIN, "diffusers", "hypothesis", "mypy", "pytest", "pytest-benchmark", "pytest-xdist", "ruff"]
+EVAL = [
+    *("braceexpand", "diffusers", "matplotlib", "pillow", "rich", "safetensors", "scikit-learn", "scipy"),
+    *("sentencepiece", "transformers", "tyro"),
+]
+TRAIN = [*EVAL, "deepspeed", "nvtx", "peft"]
+TEST = [*TRAIN, "hypothesis", "mypy", "pytest", "pytest-benchmark", "pytest-xdist", "ruff", "webdataset"]
 
 setup(
     name="emf-meanflow",
