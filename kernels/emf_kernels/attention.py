@@ -31,11 +31,14 @@ from .op import Case, Cost, Op, forward_mode, strides
 def reference(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, scale: float | None = None
 ) -> Tensor:
-    s = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    # packed here as the batched product packs them, but of a single sample too: its view would keep the whole batch's
+    # storage until backward
+    q, k, v = q.transpose(1, 2).contiguous(), k.permute(0, 2, 3, 1).contiguous(), v.transpose(1, 2).contiguous()
+    s = q @ k * (q.shape[-1] ** -0.5 if scale is None else scale)
     dead = unattended(s.shape[2], s.shape[3], mask, causal, q.device)
     p = (s if dead is None else s.masked_fill(dead, torch.finfo(s.dtype).min)).softmax(-1)
     p = p if dead is None else p.masked_fill(dead, 0)
-    return (p @ v.transpose(1, 2)).transpose(1, 2)
+    return (p @ v).transpose(1, 2)
 
 
 def unattended(Nq: int, Nk: int, mask: Tensor | None, causal: bool, device: torch.device) -> Tensor | None:
