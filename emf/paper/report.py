@@ -69,12 +69,12 @@ def spread(values: Sequence[float]) -> float:
 
 
 def said(values: Sequence[float], digits: int = 3) -> str:
-    """Mean, and the range over seeds."""
+    """Mean, and below it the range over seeds."""
     if not len(values):
         return "–"
     text = f"{mean(values):.{digits}f}"
     if len(values) > 1:
-        text += f' <span class="quiet">{min(values):.{digits}f} to {max(values):.{digits}f}</span>'
+        text += f'<br><span class="quiet">{min(values):.{digits}f}–{max(values):.{digits}f}</span>'
     return text
 
 
@@ -103,7 +103,11 @@ class Found:
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(h)}</th>" for h in heads)
+    told = [c.startswith(QUIET) for c in rows[0]]
+    align = lambda text: f' style="white-space: normal{"; text-align: left" * text}"'  # noqa: E731
+    head = "".join(
+        f"<th{align(text)}>{escape(h).replace('EMF ', 'EMF&nbsp;')}</th>" for h, text in zip(heads, told, strict=True)
+    )
     cells = lambda row: "".join(f"<td{TEXT if c.startswith(QUIET) else ''}>{c}</td>" for c in row)  # noqa: E731
     body = "".join(f"<tr>{cells(row)}</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -119,9 +123,9 @@ def encoder_tables(found: Found) -> str:
     told = "".join(f"<li><b>{escape(k)}</b>: {escape(v)}</li>" for k, v in ENCODERS.items())
     return f"""<h2>Tables 1 and 2: what the text encoders are</h2><ul>{told}</ul>
 <p class="quiet">Discriminability: cosine of a scene's smoothed pixels with those of the scene whose caption is nearest
-(the paper: DINOv3 features on COCO); chance gives {said(found.encoder("trained", "chance"))}. Disentanglement: cosine
-of a caption's embedding with that of the caption less half of its words. Centred: less the mean embedding. The paper's
-encoders are others; only the order of good and bad can compare.</p>
+(the paper: DINOv3 features on COCO); chance gives {mean(found.encoder("trained", "chance")):.3f}. Disentanglement:
+cosine of a caption's embedding with that of the caption less half of its words. Centred: less the mean embedding. The
+paper's encoders are others; only the order of good and bad can compare.</p>
 {table(("text encoder", *MEASURES), rows + theirs)}"""
 
 
@@ -240,10 +244,10 @@ def verdicts(found: Found) -> list[tuple[str, str, str]]:
     ]
     for e in list(ENCODERS)[1:]:
         better = gap(found.encoder("trained", MEASURES[0]), found.encoder(e, MEASURES[0]))
-        every.append(judged(f"trained is more discriminative than {e}", better, "difference"))
+        every.append(judged(f"encoder {e}: less discriminative than trained", better, "difference"))
         lost = gap(found.kept("trained", 1), found.kept(e, 1))
         every.append(
-            judged(f"{e} costs one step more than it costs 30", lost, "share of FM 30 kept by EMF 1, trained - it")
+            judged(f"encoder {e}: one step loses more than 30", lost, "share of FM 30 kept by EMF 1, trained - it")
         )
     if curve := found.tree["curves"].get(few):
         reached = {n: [_reached(curve["at"], line) for line in curve["score"][n]] for n in ("1", "4")}
