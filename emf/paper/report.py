@@ -195,7 +195,7 @@ def stability(found: Found) -> str:
                 axes.fill_between(curve["steps"], lines.min(0), lines.max(0), color=color, alpha=0.15, linewidth=0)
         axes.set_yscale("log")
         axes.set(xlabel="training step", ylabel="mean squared error")
-        axes.legend(loc="upper right")
+        axes.legend(loc="upper left")
 
     note = "raw error to the target by encoder, mean and range over seeds"
     return plot("Figure 6: training stability", note, "Error during training by encoder", draw)
