@@ -24,5 +24,5 @@ setup(
     package_data={"emf": ["py.typed", "assets/*"], "emf_kernels": ["py.typed", "configs/*.json"]},
     install_requires=["torch>=2.11", "triton>=3.6", "numpy"],
     extras_require={"train": TRAIN, "eval": EVAL, "test": TEST, "gpu": ["flash-attn"]},
-    entry_points={"console_scripts": ["emf = emf.cli:main"]},
+    entry_points={"console_scripts": ["emf = emf.cli.main:main"]},
 )

@@ -33,7 +33,7 @@ from bench.providers import (
 )
 from bench.step import CAPABILITIES
 from emf.recipes import RECIPES
-from emf.zero import Engine, process_group
+from emf.train.zero import Engine, process_group
 
 FILE = OUT / "capabilities.json"
 LR = 1e-3

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from bench.meters import process_peak_bytes
 from bench.ops import OUT, revision
 from emf.flow import FlowConfig, meanflow_loss
-from emf.model import Transformer, TransformerConfig
+from emf.model.transformer import Transformer, TransformerConfig
 
 GIB = 2**30
 aten = torch.ops.aten

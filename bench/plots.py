@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from emf.report import EMF, FM, GREY, STYLE
+from emf.show.run_page import EMF, FM, GREY, STYLE
 
 KINDS = ("GEMM", "attention", "conv", "norm and modulate", "activation", "copies", "elementwise", "communication")
 KINDS += ("optimizer", "launch gaps", "other")

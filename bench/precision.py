@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from emf.model import Transformer, TransformerConfig
+from emf.model.transformer import Transformer, TransformerConfig
 from emf_kernels import Dual, Op, backend
 
 OUT = Path(__file__).parent.parent / "profiles"
@@ -115,7 +115,7 @@ def random_network(layers: int, channels: int = 256, tokens: int = 256) -> tuple
 def trained_network(run: Path) -> tuple[Transformer, dict[str, Tensor]]:
     """The transformer of a run of the digits, and scenes for it."""
     from emf.data import digits
-    from emf.evaluate.run import load_run
+    from emf.evaluate.small_world import load_run
 
     config, network = load_run(run)
     x, captions = digits.make_batch(7, 16, "test", config.world)

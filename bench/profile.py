@@ -24,7 +24,7 @@ from bench.ops import DEVICE, GPU, OUT, ceilings, device_name, revision
 from bench.providers import SIZES, Setting
 from bench.roofline import roofline
 from emf.flow import meanflow_loss
-from emf.ranges import mark_network, span
+from emf.train.ranges import mark_network, span
 
 PHASES = ("data", "forward", "backward", "optimizer")
 ROUNDS = 3

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.ops import DEVICE, GPU
 from emf.flow import FlowConfig, meanflow_loss
-from emf.model import Transformer, TransformerConfig
+from emf.model.transformer import Transformer, TransformerConfig
 from emf_kernels import backend, meanflow, path
 
 EPS = 0.005  # of the central difference

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from bench import plots
 from bench.ops import OUT
 from bench.step import CAPABILITIES, table
-from emf.report import EMF, FM, GREY, STYLE, page, plot
+from emf.show.run_page import EMF, FM, GREY, STYLE, page, plot
 
 README = OUT.parent / "README.md"
 NO_GPU = "No GPU has run this yet: no time here is a GPU's; <code>make gpu</code> fills those parts."

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from emf.conditioning.small import EncoderConfig
 from emf.data.digits import World
 from emf.flow import FlowConfig
-from emf.model import TransformerConfig
+from emf.model.transformer import TransformerConfig
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import tyro
 from emf import config as configs
 from emf.config import ConditionConfig, Config, OptimConfig, RunConfig, ZeroConfig
 from emf.flow import FlowConfig
-from emf.model import TransformerConfig
+from emf.model.transformer import TransformerConfig
 
 BASE = Path("digits-base.safetensors")  # shipped in emf/assets; by name, so that config.json holds on any machine
 

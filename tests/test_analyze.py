@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from emf import generate as generating
 from emf.analyze import discriminability as on_retrieval
 from emf.analyze import steps
 from emf.analyze.bootstrap import bootstrap
@@ -28,8 +27,9 @@ from emf.conditioning.blip3o import Blip3oNext, SpecialTokens
 from emf.conditioning.small import Connector, EncoderConfig, SmallEncoder
 from emf.config import ConditionConfig, Config, to_json
 from emf.data.digits import VOCAB, make_batch
-from emf.evaluate.digits import Scorer
-from emf.model import TransformerConfig
+from emf.evaluate.digits_scorer import Scorer
+from emf.model.transformer import TransformerConfig
+from emf.sample import sampler as generating
 from tests.pictures import encoded, noise, write_folder
 from tests.tiny import byte_tokenizer, clip_tokenizer
 
@@ -486,7 +486,7 @@ def write_run(folder: Path, seed: int, objective: str = "flow_matching", **field
     """A run's folder with one checkpoint of random weights."""
     from safetensors.torch import save_file
 
-    from emf.network import build, saved_names
+    from emf.network.build import build, saved_names
 
     torch.manual_seed(seed)
     sizes = dict(in_channels=3, out_channels=3, num_layers=1, num_attention_heads=2, attention_head_dim=8)
@@ -569,7 +569,7 @@ def test_psnr_by_hand():
 
 def analyze(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
     """(exit code, stderr) of `emf analyze ...`."""
-    from emf import cli
+    from emf.cli import main as cli
 
     monkeypatch.setattr("sys.argv", ["emf", "analyze", *map(str, arguments)])
     try:

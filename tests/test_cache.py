@@ -18,7 +18,7 @@ from emf.data.drops import Dropped
 from emf.data.images import Images, Sample
 from emf.data.mixture import Dataset
 from emf.data.sources import Source
-from emf.latent import DCAE, draw
+from emf.model.autoencoder import DCAE, draw
 from tests.pictures import pairs, small_autoencoder, write_folder, write_tar
 
 SIZE, TOKEN_SIZE = 16, 6

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("diffusers")
 from bench import capabilities  # noqa: E402
-from emf.zero import process_group  # noqa: E402
+from emf.train.zero import process_group  # noqa: E402
 
 ASKED = [way for way in capabilities.WAYS if way not in ("dual 0.75", "dual 0.25", "dual 0")]  # as 0.5 and fm
 

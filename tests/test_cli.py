@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from emf import cli
 from emf import config as configs
+from emf.cli import main as cli
 from emf.config import Config
-from emf.network import build
+from emf.network.build import build
 from emf.recipes import RECIPES, from_file
 
 ROOT = Path(__file__).parent.parent

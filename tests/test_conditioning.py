@@ -30,7 +30,8 @@ from emf.conditioning.small import Connector
 from emf.conditioning.ta_tok import load_ta_tok
 from emf.conditioning.text import TextEncoder, sana_instruction
 from emf.flow import FlowConfig, meanflow_loss
-from emf.model import TextToImage, Transformer, TransformerConfig
+from emf.model.text_to_image import TextToImage
+from emf.model.transformer import Transformer, TransformerConfig
 from tests.tiny import byte_tokenizer, ta_tok_file
 
 IMAGE_TOKENS = 6

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from emf.config import Config
-from emf.convert import PREFIX, add_time_branches
-from emf.model import Transformer, TransformerConfig
-from emf.network import build
+from emf.model.transformer import Transformer, TransformerConfig
+from emf.network.build import build
 from emf.recipes import digits_base
+from emf.weights.branches import PREFIX, add_time_branches
 
 SINGLE = TransformerConfig(3, 3, 4, 16, 2, 1, 64, 12, 2.5, 2, 4)
 

@@ -25,7 +25,7 @@ from emf.data.digits import (
     sample_spec,
     scans,
 )
-from emf.evaluate.digits import Scorer, calibrate
+from emf.evaluate.digits_scorer import Scorer, calibrate
 from emf.evaluate.rules import Detection, evaluate, relations
 
 GREY = BACKGROUND / 127.5 - 1

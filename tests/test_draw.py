@@ -15,9 +15,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from emf import config as configs
-from emf.evaluate import commands, draw
-from emf.evaluate.draw import Drawing
-from emf.network import build
+from emf.cli import evaluate as commands
+from emf.evaluate import pictures as draw
+from emf.evaluate.pictures import Drawing
+from emf.network.build import build
 from emf.recipes import digits
 
 PROMPTS = ["a red seven", "two blue threes", "a four above a one"]

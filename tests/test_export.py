@@ -17,13 +17,13 @@ pytest.importorskip("diffusers")
 import diffusers
 import sana
 
-from emf.convert.layouts import read_config
-from emf.convert.run import convert
-from emf.export import export
 from emf.flow import guided, sample
-from emf.model import Transformer, TransformerConfig
-from emf.pipeline import EMFPipeline
-from emf.pretrained import load_transformer
+from emf.model.transformer import Transformer, TransformerConfig
+from emf.sample.emf_pipeline import EMFPipeline
+from emf.weights.convert import convert
+from emf.weights.export import export
+from emf.weights.folders import load_transformer
+from emf.weights.layouts import read_config
 
 CONFIG = TransformerConfig(
     in_channels=4,

@@ -19,7 +19,7 @@ from emf.flow import (
     target_velocity,
     times,
 )
-from emf.model import Transformer, TransformerConfig
+from emf.model.transformer import Transformer, TransformerConfig
 from emf_kernels import Dual
 
 

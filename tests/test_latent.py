@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from emf.latent import DCAE, Identity, draw, load_dcae
+from emf.model.autoencoder import DCAE, Identity, draw, load_dcae
 from tests.pictures import small_autoencoder
 
 

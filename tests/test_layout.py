@@ -54,7 +54,7 @@ def test_nothing_shipped_imports(name):
 
 
 def test_only_zero_imports_deepspeed():
-    assert {str(Path(file).parent) for file in importers("deepspeed", FILES)} == {"emf/zero"}
+    assert {str(Path(file).parent) for file in importers("deepspeed", FILES)} == {"emf/train/zero"}
 
 
 def test_nobody_imports_kernels():

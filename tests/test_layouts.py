@@ -20,11 +20,11 @@ pytest.importorskip("diffusers")
 import sana
 
 from emf.conditioning.small import Connector
-from emf.convert import add_time_branches, layouts
-from emf.convert.layouts import SANA, Layout, infer, read_config
-from emf.convert.run import convert
-from emf.model import Transformer, TransformerConfig
-from emf.pretrained import load_transformer, read_checkpoint
+from emf.model.transformer import Transformer, TransformerConfig
+from emf.weights.branches import add_time_branches, layouts
+from emf.weights.convert import convert
+from emf.weights.folders import load_transformer, read_checkpoint
+from emf.weights.layouts import SANA, Layout, infer, read_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -403,7 +403,7 @@ def test_reading_another_folder_is_one_line(tmp_path: Path, theirs: Any) -> None
 PEAK = """
 import re, sys
 from pathlib import Path
-from emf.convert.run import convert
+from emf.weights.convert import convert
 
 def memory(name):
     return int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024

@@ -11,7 +11,7 @@ import torch
 from graph import kept
 from torch import Tensor
 
-from emf.model import Transformer, TransformerConfig
+from emf.model.transformer import Transformer, TransformerConfig
 from emf_kernels import Dual
 
 SMALL = TransformerConfig(

@@ -14,11 +14,11 @@ pytest.importorskip("deepspeed")
 
 from emf.conditioning.small import EncoderConfig, SmallEncoder
 from emf.data.digits import VOCAB
-from emf.network import build
+from emf.network.build import build
 from emf.paper import run as running
 from emf.paper.parts import ABLATIONS, ENCODERS, FULL, QUICK, parts
-from emf.paper.report import Found, verdicts, write_paper
-from emf.paper.run import run_all, scenes
+from emf.paper.results_page import Found, verdicts, write_paper
+from emf.paper.runs import run_all, scenes
 
 
 def encoder(**further: Any) -> SmallEncoder:

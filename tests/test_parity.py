@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from emf.convert.run import convert
 from emf.flow import FlowConfig, meanflow_loss
-from emf.pretrained import load_transformer
+from emf.weights.convert import convert
+from emf.weights.folders import load_transformer
 
 diffusers = pytest.importorskip("diffusers")
 

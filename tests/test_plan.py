@@ -9,8 +9,8 @@ import torch
 
 from bench.meters import Count, Held
 from bench.providers import _model
-from emf.model import Transformer
-from emf.plan import MODELS, activation_bytes, forward_flops, parameters, plan
+from emf.model.transformer import Transformer
+from emf.train.plan import MODELS, activation_bytes, forward_flops, parameters, plan
 from emf_kernels import Dual, Op, backend
 
 # channels, text tokens and layers in other proportions

@@ -12,7 +12,7 @@ from bench import report
 from bench.profile import PHASES, kind, measure
 from bench.providers import SIZES, Setting
 from bench.roofline import work
-from emf.ranges import mark_network
+from emf.train.ranges import mark_network
 from emf_kernels import Dual, gated_residual, linear
 
 

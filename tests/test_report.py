@@ -8,9 +8,9 @@ import pytest
 
 from emf import config as configs
 from emf.data.digits import TAGS
-from emf.evaluate.run import contact_sheet
+from emf.evaluate.small_world import contact_sheet
 from emf.recipes import digits, digits_base
-from emf.report import write_report
+from emf.show.run_page import write_report
 
 FM = {1: 0.12, 4: 0.48, 30: 0.72}
 EMF = {1: 0.43, 2: 0.58, 4: 0.69, 8: 0.71}

@@ -21,10 +21,10 @@ from pictures import pairs, small_autoencoder, write_tar
 from tiny import byte_tokenizer, ta_tok_file
 from training import files, kill_in_second_save, metrics, train
 
-from emf.commands import export, generate
-from emf.convert.run import convert
-from emf.data.commands import cache
-from emf.pretrained import load_any, load_run
+from emf.cli.data import cache
+from emf.cli.runs import export, generate
+from emf.weights.convert import convert
+from emf.weights.folders import load_any, load_run
 
 SIZES = dict(
     num_layers=2,
@@ -126,7 +126,7 @@ def _kill_at_4() -> None:
     import os
     import signal
 
-    from emf.zero import engine
+    from emf.train.zero import engine
 
     save = engine.save_file
 
@@ -163,7 +163,7 @@ def test_generation_and_export(run: Path, world: World, tmp_path: Path, capsys: 
     assert config.condition.folder == tmp_path / "out" and config.condition.scale == 3
     assert torch.equal(network.transformer(z, t, t / 2, c), trained.transformer(z, t, t / 2, c))
 
-    from emf.pipeline import EMFPipeline
+    from emf.sample.emf_pipeline import EMFPipeline
 
     pipe: Any = EMFPipeline.from_pretrained(tmp_path / "out")
     pipe.set_progress_bar_config(disable=True)

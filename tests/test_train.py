@@ -77,7 +77,7 @@ def test_killed_before_the_first_checkpoint_starts_again(recipe: list[str], stra
 
 def ask_to_stop() -> None:
     """SIGTERM to the second rank, in the middle of step 4."""
-    from emf import train as module
+    from emf.train import loop as module
 
     losses = module.losses
 
@@ -123,8 +123,8 @@ def test_monitors_and_grids(recipe: list[str], tmp_path: Path) -> None:
 
 def test_low_rank_adapters(recipe: list[str], base: Path, tmp_path: Path) -> None:
     """They alone are trained, by the same numbers at any stage, and merge into plain weights."""
-    from emf.lora import merged
-    from emf.pretrained import load_run
+    from emf.network.adapters import merged
+    from emf.weights.folders import load_run
 
     for stage, ranks in ((0, 1), (3, 2)):
         flags = ["--lora.rank", "2", "--zero.stage", str(stage), "--lora.targets", "to_q", "to_v", "to_out.0"]
@@ -156,7 +156,7 @@ def test_config_json_runs_again(straight: Path, tmp_path: Path) -> None:
 
 def _poison(step: int, micro: int) -> None:
     """One sample of a micro-batch of one step becomes NaN."""
-    from emf import train as module
+    from emf.train import loop as module
 
     make = module.make_batch
 
@@ -184,7 +184,7 @@ def _poison_last() -> None:
 def batch_of(run: Path, step: int, part: int, parts: int) -> Any:
     from emf.data.feed import Digits
     from emf.recipes import from_file
-    from emf.train import make_batch
+    from emf.train.loop import make_batch
 
     config = from_file(run / "config.json")
     return make_batch(config, Digits(config), step, part, parts)
@@ -202,7 +202,7 @@ def test_nan_stops_the_run_and_says_where(recipe: list[str], straight: Path, tmp
 
 def _poison_gradient_4() -> None:
     """One step's loss is finite and its gradient is not."""
-    from emf import train as module
+    from emf.train import loop as module
 
     losses = module.losses
 
@@ -357,9 +357,9 @@ def test_a_broken_checkpoint_is_one_line(recipe: list[str], straight: Path, file
 def print_ranges() -> None:
     from contextlib import nullcontext
 
-    import emf.ranges
+    import emf.train.ranges
 
-    emf.ranges.nvtx.annotate = lambda name: print("range", name, flush=True) or nullcontext()
+    emf.train.ranges.nvtx.annotate = lambda name: print("range", name, flush=True) or nullcontext()
 
 
 def test_every_part_of_a_step_is_a_range(recipe: list[str], tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from emf import weights
-from emf.weights import DTYPES, Item, Weights, find, items, whole, write
+from emf.weights import tensors as weights
+from emf.weights.tensors import DTYPES, Item, Weights, find, items, whole, write
 
 
 def state() -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from torch import Tensor
 ROOT = Path(__file__).parent.parent
 PORTS = itertools.count(os.getpid())
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["emf.train", "pytest"])
+FORKED.set_forkserver_preload(["emf.train.loop", "pytest"])
 
 TINY = [
     "--batch-size",
@@ -79,7 +79,7 @@ def _child(arguments: list[str], environment: dict[str, str], output: Path, befo
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ |= environment
-    from emf.train import main
+    from emf.train.loop import main
 
     if before:
         before()
@@ -140,7 +140,7 @@ def assert_same_training(run: Path, want: Path, base: Path, steps: int = 6) -> N
 
 def kill_in_second_save() -> None:
     """SIGKILL on every rank while step 6 is being written."""
-    from emf.zero import engine
+    from emf.train.zero import engine
 
     save = engine.save_file
 

@@ -18,9 +18,9 @@ import numpy as np
 from emf.analyze.bootstrap import RESAMPLES, Interval, bootstrap
 from emf.analyze.dino import DINO, Dino, ImagePooling
 from emf.analyze.encoders import CUT, Embedding, EncoderName, TextVectors, folder_stamp
+from emf.analyze.figures import Cell, plot_scores, write_sheet
 from emf.analyze.outcome import PAPER, Row, check_out, claim, write_outcome
 from emf.analyze.pairs import Choice, Pairs, choose_captions, choose_queries, read_pairs
-from emf.analyze.pictures import Cell, plot_scores, write_sheet
 from emf.analyze.retrieval import BLOCK, cosine, mean_vector, nearest
 from emf.analyze.vectors import Gathered, VectorCache
 

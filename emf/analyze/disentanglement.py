@@ -17,8 +17,8 @@ from rich.progress import track
 
 from emf.analyze.bootstrap import RESAMPLES, Interval, bootstrap
 from emf.analyze.encoders import CUT, Embedding, EncoderName, TextVectors, embed_texts
+from emf.analyze.figures import Cell, plot_scores, write_sheet
 from emf.analyze.outcome import PAPER, Row, cell, check_out, claim, write_outcome
-from emf.analyze.pictures import Cell, plot_scores, write_sheet
 from emf.analyze.prompts import Shortening, read_prompts, shortened
 from emf.analyze.retrieval import cosine, mean_vector
 from emf.conditioning.encoder import Encoder

@@ -76,7 +76,7 @@ class EncoderName:
     def load(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Encoder:
         """The encoder, in eval mode. Raises ValueError where the folder holds another."""
         if self.kind == "run":
-            from emf.pretrained import load_any
+            from emf.weights.folders import load_any
 
             encoder = load_any(self.folder)[1].encoder
             assert isinstance(encoder, Encoder)
@@ -86,7 +86,7 @@ class EncoderName:
 
     def stamp(self) -> str:
         """A digest that changes with the encoder's files."""
-        from emf.pretrained import newest
+        from emf.weights.folders import newest
 
         run = self.kind == "run" and not (self.folder / "model_index.json").is_file()
         return f"{self.kind} {folder_stamp(newest(self.folder) if run else self.folder)}"

@@ -24,13 +24,13 @@ from rich.progress import track
 from emf.analyze.bootstrap import Interval, bootstrap
 from emf.analyze.dino import Dino
 from emf.analyze.encoders import EncoderName, is_run
+from emf.analyze.figures import plot_steps
 from emf.analyze.outcome import RESULTS, TABLE, cell, check_out, claim, finite, note, write_whole
-from emf.analyze.pictures import plot_steps
 from emf.analyze.prompts import read_prompts
 from emf.analyze.retrieval import cosine
 from emf.config import read
 from emf.evaluate.benchmark import PAPER, open_image
-from emf.generate import default_guidance, generate, to_uint8
+from emf.sample.sampler import default_guidance, generate, to_uint8
 
 STEPS = (1, 2, 4, 8, 30)
 PLOT, SHEET = "steps.png", "samples.png"
@@ -172,7 +172,7 @@ def run_steps(
 
 
 def _is_digits(folder: Path) -> bool:
-    from emf.pretrained import newest
+    from emf.weights.folders import newest
 
     if (folder / "model_index.json").is_file():
         return False
@@ -193,8 +193,8 @@ def _draw_digits(
 ) -> tuple[Picture, dict[str, dict[int, Interval]]]:
     """(pictures, scores): the overall score is the mean of the tasks' shares of right images, its interval over
     images, task by task."""
-    from emf.evaluate.digits import Scorer
-    from emf.pretrained import load_run
+    from emf.evaluate.digits_scorer import Scorer
+    from emf.weights.folders import load_run
 
     scorer, kept = Scorer.fit(), {}
     scores: dict[str, dict[int, Interval]] = {name: {} for name in runs}
@@ -226,7 +226,7 @@ def _draw(
     device: str,
 ) -> Picture:
     """Every image as a PNG file, those that are not there yet."""
-    from emf.generate import Sampler
+    from emf.sample.sampler import Sampler
 
     def path(name: str, n: int, i: int) -> Path:
         return places[name] / str(n) / f"{i:05d}.png"
@@ -308,7 +308,7 @@ def _write_sheet(
     path: Path, runs: dict[str, Path], sampling: Sampling, texts: list[str], picture: Picture, specs: list[Any]
 ) -> None:
     """Backbones down, prompt by prompt; steps across."""
-    from emf.evaluate.run import contact_sheet
+    from emf.evaluate.small_world import contact_sheet
 
     stride = sampling.per_tag if specs else 1
     shown = list(range(0, len(texts), stride))[:SHOWN]

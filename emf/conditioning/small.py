@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from emf.conditioning.encoder import Encoder
-from emf.layers import Linear, RMSNorm
+from emf.model.layers import Linear, RMSNorm
 
 
 @dataclass(frozen=True)

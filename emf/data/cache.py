@@ -5,7 +5,7 @@ all sources in turn, the unusable among them, so that a cache gives the batches 
 not tars: all of a shard's latents have one shape, a row is one seek in a file that stays mapped, bfloat16 is kept as it
 is, and a torn file is known by its header. A shard holds
     mean  [m, C, h, w]  the latents, in the dtype that the caller chose
-    std   [m, C, h, w]  only of an autoencoder with a posterior: its noise is drawn at training (emf.latent.draw)
+    std   [m, C, h, w]  only of an autoencoder with a posterior: its noise is drawn at training (autoencoder.draw)
     ids   [m, N] int32  only with a tokenizer
     row   [n] int32     row of each sample, -1 where it was dropped
     text  [bytes] uint8 JSON: keys and captions of the m rows; (key, source, reason, detail) of the others
@@ -205,9 +205,9 @@ def write_cache(
 ) -> None:
     """Encode every sample of images into folder out. Called again it goes on: whole shards are kept.
 
-    encoder, tokenizer: what they are, for settings.json (emf.latent's `name`). shard: samples a file; a kill loses one
-    shard's work. batch: see encode_samples. part of parts: this process writes shards part, part + parts, ..., so that
-    several can share the work. Prints what it will write before it starts, and what was dropped.
+    encoder, tokenizer: what they are, for settings.json (an autoencoder's `name`). shard: samples a file; a kill loses
+    one shard's work. batch: see encode_samples. part of parts: this process writes shards part, part + parts, ..., so
+    that several can share the work. Prints what it will write before it starts, and what was dropped.
     Raises ValueError where out holds something else or a cache of other settings, and where the disk is too small.
     """
     if shard < 1 or batch < 1 or not 0 <= part < parts:

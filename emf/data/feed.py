@@ -41,7 +41,7 @@ class Pictures:
         from emf.data.images import Images
         from emf.data.mixture import Dataset
         from emf.data.sources import parse_source
-        from emf.latent import Identity, load_dcae
+        from emf.model.autoencoder import Identity, load_dcae
 
         c, d = config, config.data
         self.config, self.encoder, self.device = config, encoder, device
@@ -83,7 +83,7 @@ class Pictures:
 
     def __call__(self, step: int, part: int, parts: int) -> tuple[Tensor, Tensor, Tensor]:
         from emf.data.cache import encode_samples
-        from emf.latent import draw
+        from emf.model.autoencoder import draw
 
         c = self.config
         samples = self.dataset.batch(step, c.batch_size, part, parts)

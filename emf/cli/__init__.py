@@ -1,0 +1,1 @@
+"""The `emf` commands, one file a group. Nothing imports it."""

@@ -1,0 +1,81 @@
+"""`emf data` and `emf cache`: what the commands do, one function each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+Sources = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCES")]
+
+
+def inspect(
+    sources: Sources, out: Path, size: int = 1024, limit: int | None = None, listings: Path | None = None
+) -> None:
+    """What is in image-text data: counts, drops with reasons, sizes, caption lengths, a contact sheet.
+
+    Args:
+        sources: tars of webdataset, folders of images and texts: PATH, PATH@WEIGHT or PATH@WEIGHT@CAPTION-KEY
+        out: folder for inspect.json and contact.png
+        size: pixels along a side of the crop that training will use
+        limit: samples read of each source; default: all
+        listings: a file that keeps what is in the tars, so that the next start need not read them
+    """
+    from emf.data import inspect as inspecting
+    from emf.data.sources import parse_source
+
+    inspecting.inspect([parse_source(text) for text in sources], size, out, limit, listings=listings)
+    print(f"open {out / 'contact.png'}")
+
+
+def cache(
+    sources: Sources,
+    vae: Path,
+    out: Path,
+    ta_tok: Path | None = None,
+    scale: Literal[1, 2, 3] = 1,
+    size: int = 1024,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    shard: int = 512,
+    batch: int = 1,
+    workers: int = 4,
+    part: int = 0,
+    parts: int = 1,
+    listings: Path | None = None,
+    device: str = "cpu",
+) -> None:
+    """Encode image-text data once: latents, and image tokens for BLIP3o-NEXT. Called again it goes on.
+
+    Args:
+        sources: as for `emf data inspect`
+        vae: a diffusers folder with the autoencoder (DC-AE)
+        out: folder of the cache, for --data.sources
+        ta_tok: ta_tok.pth, to keep the image tokens too
+        scale: of the image tokens, pooled scale x scale into one
+        size: pixels along a side of the centre crop
+        dtype: of the latents
+        shard: samples a file; a kill loses one file's work
+        batch: images encoded at once; above 1 a latent may round otherwise, by the company it is in
+        workers: threads that read images
+        part: of the parts that several processes share the work in: this one's
+        parts: of them
+        listings: as for `emf data inspect`
+        device: cpu or cuda
+    """
+    from emf.conditioning.ta_tok import load_ta_tok
+    from emf.data.cache import write_cache
+    from emf.data.feed import TOKEN_PIXELS
+    from emf.data.images import Images
+    from emf.data.sources import parse_source
+    from emf.model.autoencoder import load_dcae
+
+    autoencoder = load_dcae(vae, device=device)
+    further: dict[str, Any] = {}
+    if ta_tok is not None:
+        tokenizer = load_ta_tok(ta_tok, scale=scale).to(device)
+        further = dict(tokenize=lambda x: tokenizer(x.to(device)), tokenizer=f"TA-Tok, pooled {scale} x {scale}")
+    small = TOKEN_PIXELS if ta_tok is not None else None
+    images = Images([parse_source(text) for text in sources], size, small, listings)
+    further |= dict(dtype=dtype, shard=shard, batch=batch, workers=workers, part=part, parts=parts)
+    write_cache(images, autoencoder.encode, out, encoder=autoencoder.name, **further)

@@ -1,0 +1,241 @@
+"""Images of a benchmark's prompts from a checkpoint, in the layout that its scorer reads.
+
+OUT/<steps>/images holds them, and drawing.json, which says how they were made. Each image is a function of (checkpoint,
+settings, its number): a run that was stopped goes on, and ranks share the work without a word (RANK and WORLD_SIZE, as
+torchrun and the deepspeed launcher set them).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from emf.evaluate.benchmark import Result, claim, read_jsonl, replace_text, write_comparison
+from emf.evaluate.hps import STYLES
+
+IMAGES, SETTINGS = "images", "drawing.json"
+PATIENCE = 1800  # seconds without a new image, after which rank 0 no longer waits for the others
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Images from a checkpoint first, instead of a folder of images."""
+
+    checkpoint: Path | None = None
+    """A run, one of its checkpoints, or an export."""
+    steps: str = "1,2,4,8"
+    """Of the sampler, separated by commas; of a folder of images one number, for the table."""
+    flow_matching: bool = False
+    """Sample the instantaneous velocity with Euler's method: the baseline's rows, at 30, 4, 1."""
+    guidance: float | None = None
+    """Classifier-free, 1 is none; default: 1.25 for the digits, else 2."""
+    seed: int = 0
+    """Of the noise."""
+    vae: Path | None = None
+    """A diffusers folder with the autoencoder; default: that of the run's data, or of the export."""
+    batch: int = 4
+    """Images computed at once."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the transformer; default: float32 on a CPU, bfloat16 on a GPU."""
+    images_only: bool = False
+    """Do not score them."""
+    limit: int | None = None
+    """The first so many prompts only, to try it."""
+
+    @property
+    def counts(self) -> list[int]:
+        """Raises ValueError on what is no list of numbers."""
+        try:
+            counts = sorted({int(part) for part in self.steps.split(",")})
+        except ValueError:
+            counts = []
+        if not counts or counts[0] < 1:
+            raise ValueError(f"evaluate: --steps {self.steps!r}; expected numbers from 1 on, as in 1,2,4,8")
+        return counts
+
+
+@dataclass(frozen=True)
+class Item:
+    """A file to draw."""
+
+    file: str
+    """Relative to the folder of images."""
+    prompt: str
+    number: int
+    """Of its first image, which seeds its noise."""
+    grid: bool = False
+    """Four images, 2 x 2, instead of one."""
+
+
+def geneval_items(prompts: Path | None) -> tuple[list[Item], dict[str, str]]:
+    """(four images of each prompt, files of text to write beside them) of evaluation_metadata.jsonl."""
+    if prompts is None or not prompts.is_file():
+        raise ValueError(
+            f"GenEval: --prompts {prompts} is no file; expected evaluation_metadata.jsonl of its repository "
+            "(djghosh13/geneval, prompts/)"
+        )
+    items, texts = [], {}
+    for i, row in enumerate(read_jsonl(prompts)):
+        if not isinstance(row.get("prompt"), str):
+            raise ValueError(f"{prompts}:{i + 1} has no prompt; expected GenEval's metadata")
+        texts[f"{i:05d}/metadata.jsonl"] = json.dumps(row) + "\n"
+        items += [Item(f"{i:05d}/samples/{j:04d}.png", row["prompt"], 4 * i + j) for j in range(4)]
+    return items, texts
+
+
+def dpg_items(prompts: Path | None) -> tuple[list[Item], dict[str, str]]:
+    """A grid for each text of DPG-Bench's prompts/."""
+    files = sorted(prompts.glob("*.txt")) if prompts is not None and prompts.is_dir() else []
+    if not files:
+        raise ValueError(
+            f"DPG-Bench: --prompts {prompts} holds no texts; expected the folder dpg_bench/prompts of its repository "
+            "(TencentQQGYLab/ELLA)"
+        )
+    return [Item(f"{f.stem}.png", f.read_text().strip(), 4 * i, grid=True) for i, f in enumerate(files)], {}
+
+
+def hps_items(prompts: Path | None) -> tuple[list[Item], dict[str, str]]:
+    """An image for each prompt of the four styles; prompts: a folder with <style>.json."""
+    items: list[Item] = []
+    for style in STYLES:
+        file = (prompts or Path()) / f"{style}.json"
+        try:
+            texts = json.loads(file.read_text())
+        except (OSError, ValueError):
+            raise ValueError(f"{file} is missing or not JSON; put HPDv2's benchmark/{style}.json there") from None
+        items += [Item(f"{style}/{i:05d}.jpg", text, len(items) + i) for i, text in enumerate(texts)]
+    return items, {}
+
+
+def hps_prompts(prompts: Path | None) -> Path:
+    """The folder with HPSv2's prompts: the one given, or from the Hub. Raises ValueError where that cannot be."""
+    if prompts is not None:
+        return prompts
+    from huggingface_hub import hf_hub_download
+
+    try:
+        files = [Path(hf_hub_download("zhwang/HPDv2", f"benchmark/{s}.json", repo_type="dataset")) for s in STYLES]
+    except Exception as error:  # no network, no such file, a gate: each has its own class
+        raise ValueError(
+            f"HPSv2.1: the prompts cannot be had from the Hub ({type(error).__name__}); give --prompts, a folder with "
+            "anime.json, concept-art.json, paintings.json, photo.json of zhwang/HPDv2, benchmark/"
+        ) from None
+    return files[0].parent
+
+
+def draw(items: Sequence[Item], texts: dict[str, str], out: Path, drawing: Drawing, device: str) -> None:
+    """This rank's share of what is missing, at every number of steps. Raises ValueError where `out` holds images of
+    other settings."""
+    from emf.sample.sampler import Sampler
+
+    assert drawing.checkpoint is not None
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    todo: list[tuple[int, list[Item]]] = []
+    for steps in drawing.counts:
+        folder = out / str(steps) / IMAGES
+        each = max(1, drawing.batch // 4) if items[0].grid else drawing.batch
+        groups = [list(items[i : i + each]) for i in range(0, len(items), each)][rank::world]
+        left = [[item for item in group if not (folder / item.file).is_file()] for group in groups]
+        todo += [(steps, group) for group in left if group]
+    sampler = Sampler.load(drawing.checkpoint, drawing.vae, drawing.dtype, device, flow_matching=drawing.flow_matching)
+    guidance = sampler.guidance if drawing.guidance is None else drawing.guidance
+    told = dict(checkpoint=str(drawing.checkpoint), weights=sampler.stamp, seed=drawing.seed, guidance=guidance)
+    told |= dict(dtype=str(sampler.dtype), flow_matching=drawing.flow_matching)
+    for steps in drawing.counts:
+        folder = out / str(steps) / IMAGES
+        claim(folder, {**told, "steps": steps}, SETTINGS, [items[0].file, items[-1].file])
+        for name, text in texts.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            replace_text(folder / name, text, rank)
+    with bar() as progress:
+        task = progress.add_task("drawing", total=sum(len(group) for _, group in todo))
+        for steps, group in todo:
+            each = 4 if group[0].grid else 1
+            numbers = [item.number + j for item in group for j in range(each)]
+            captions = [item.prompt for item in group for _ in range(each)]
+            pictures = sampler.pictures(
+                captions, steps, guidance=guidance, seed=drawing.seed, numbers=numbers, batch=drawing.batch
+            )
+            for i, item in enumerate(group):
+                picture = grid(pictures[4 * i : 4 * i + 4]) if item.grid else pictures[i]
+                save(out / str(steps) / IMAGES / item.file, picture, rank)
+                progress.advance(task)
+    if rank == 0:
+        wait_for([out / str(steps) / IMAGES / item.file for steps in drawing.counts for item in items])
+
+
+def bar() -> Progress:
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+
+
+def grid(four: Sequence[Image.Image]) -> Image.Image:
+    """2 x 2, in reading order."""
+    w, h = four[0].size
+    whole = Image.new("RGB", (2 * w, 2 * h))
+    for i, picture in enumerate(four):
+        whole.paste(picture, (i % 2 * w, i // 2 * h))
+    return whole
+
+
+def save(file: Path, picture: Image.Image, rank: int) -> None:
+    """A file that is there whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.name}.{rank}.part")
+    if file.suffix == ".jpg":
+        picture.save(part, "jpeg", quality=95)
+    else:
+        picture.save(part, "png")
+    os.replace(part, file)
+
+
+def wait_for(files: Sequence[Path]) -> None:
+    """Until the other ranks have drawn their share. Raises ValueError where nothing comes for half an hour."""
+    missing, last = [f for f in files if not f.is_file()], time.monotonic()
+    if not missing:
+        return
+    with bar() as progress:
+        task = progress.add_task("waiting for the other ranks", total=len(files))
+        while missing:
+            progress.update(task, completed=len(files) - len(missing))
+            time.sleep(1)
+            left = [f for f in missing if not f.is_file()]
+            last = last if len(left) == len(missing) else time.monotonic()
+            missing = left
+            if time.monotonic() - last > PATIENCE:
+                raise ValueError(f"evaluate: {len(missing)} images are missing, {missing[0]} the first; call it again")
+
+
+def draw_and_score(
+    items: Sequence[Item],
+    texts: dict[str, str],
+    out: Path,
+    drawing: Drawing,
+    device: str,
+    score: Callable[[Path, Path, str, int | None], Result],
+    name: str,
+) -> list[Result]:
+    """Draw, then on rank 0 `score(images, folder, name, steps)` at every number of steps; results.json and results.md
+    of all in `out`. None on the other ranks, and with images_only."""
+    if drawing.batch < 1 or (drawing.limit is not None and drawing.limit < 1):
+        raise ValueError(f"evaluate: batch {drawing.batch}, limit {drawing.limit}; expected at least 1")
+    if drawing.limit is not None:
+        kept = list(dict.fromkeys(item.prompt for item in items))[: drawing.limit]
+        items = [item for item in items if item.prompt in kept]
+        folders = {item.file.split("/")[0] for item in items}
+        texts = {file: text for file, text in texts.items() if file.split("/")[0] in folders}
+    draw(items, texts, out, drawing, device)
+    if drawing.images_only or os.environ.get("RANK", "0") != "0":
+        return []
+    results = [score(out / str(n) / IMAGES, out / str(n), name, n) for n in drawing.counts]
+    write_comparison(out, results)
+    return results

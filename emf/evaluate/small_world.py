@@ -1,0 +1,135 @@
+"""A run on disk: its network, its scores, its pictures, its release."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+import matplotlib
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from safetensors.torch import save_file
+
+from emf.config import Config
+from emf.data.digits import TAGS, prompts
+from emf.evaluate.digits_scorer import Scorer, calibrate
+from emf.model.text_to_image import TextToImage
+from emf.network.build import build, read_weights
+from emf.sample.sampler import generate, to_uint8
+from emf.weights.folders import load_run, newest
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+EULER, FEW = (1, 4, 30), (1, 2, 4, 8)
+
+
+def load_base(config: Config) -> TextToImage:
+    """The flow-matching network that a MeanFlow run started from."""
+    if config.init is None:
+        raise ValueError("evaluate: the run started from random weights, so there is no base to compare with")
+    base = replace(config, objective="flow_matching", transformer=replace(config.transformer, dual_time=False))
+    return build(base, from_scratch=True).eval()
+
+
+def evaluate_run(run: Path, per_tag: int, guidance: float, seed: int) -> dict[str, Any]:
+    """scores.json and samples.png in the run's folder; the same prompts and noise for every row."""
+    if per_tag < 1 or not math.isfinite(guidance):
+        raise ValueError(f"evaluate: per_tag {per_tag} and guidance {guidance}; expected at least 1, and a number")
+    if not (run / "metrics.jsonl").exists() and (run / "model.safetensors").exists():
+        raise ValueError(f"evaluate: {run} is a checkpoint; give the run's folder, in which the scores are written")
+    config, network = load_run(run)
+    specs = prompts(per_tag)
+    rows = [("fm", n, load_base(config) if config.objective == "meanflow" else network) for n in EULER]
+    if config.objective == "meanflow":
+        rows += [("emf", n, network) for n in FEW]
+    scorer = Scorer.fit()
+    scores: dict[str, Any] = {"guidance": guidance, "rows": []}
+    pictures: dict[str, Any] = {}
+    shown = [i for tag in range(len(TAGS)) for i in range(tag * per_tag, tag * per_tag + min(per_tag, 2))]
+    for model, steps, net in track(rows, description="sampling"):
+        images = generate(
+            net, config, [s["prompt"] for s in specs], steps, average=model == "emf", guidance=guidance, seed=seed
+        ).numpy()
+        result = scorer.score(images, specs)
+        scores["rows"].append(
+            {"model": model, "steps": steps, "overall": result["overall"], "by_tag": result["by_tag"]}
+        )
+        pictures[f"{model.upper()} {steps}"] = to_uint8(images[shown])
+    scores |= calibrate(scorer, world=config.world)
+    (run / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+    contact_sheet(run / "samples.png", [specs[i]["prompt"] for i in shown], pictures)
+    show(scores)
+    return scores
+
+
+def closed(scores: dict[str, Any]) -> dict[int, float]:
+    """By number of steps: the fraction of the gap from one-step to 30-step flow matching that EMF closes."""
+    fm = {r["steps"]: r["overall"] for r in scores["rows"] if r["model"] == "fm"}
+    gap = fm[EULER[-1]] - fm[1]
+    return {
+        r["steps"]: (r["overall"] - fm[1]) / gap if gap else float("nan") for r in scores["rows"] if r["model"] == "emf"
+    }
+
+
+def show(scores: dict[str, Any]) -> None:
+    """The scores as a table in the terminal."""
+    table, share = Table("model", "steps", "overall", *TAGS, "gap closed"), closed(scores)
+    for r in scores["rows"]:
+        cells = [f"{r['overall']:.3f}", *(f"{r['by_tag'][tag]:.2f}" for tag in TAGS)]
+        table.add_row(r["model"], str(r["steps"]), *cells, f"{share[r['steps']]:.0%}" if r["model"] == "emf" else "")
+    console = Console(width=None if Console().is_terminal else 130)
+    console.print(table)
+    console.print(
+        f"scorer: real scenes {scores['ceiling']:.3f}, noise {scores['noise']:.3f}, "
+        f"shuffled captions {scores['shuffled']:.3f}"
+    )
+
+
+def contact_sheet(path: Path, captions: list[str], columns: dict[str, Any]) -> None:
+    """Captions down, samplers across."""
+    figure, axes = plt.subplots(
+        len(captions), len(columns), figsize=(1.15 * len(columns) + 1.9, 1.15 * len(captions)), squeeze=False
+    )
+    for j, (name, images) in enumerate(columns.items()):
+        for i, image in enumerate(images):
+            axes[i, j].imshow(image, interpolation="nearest")
+            axes[i, j].set_axis_off()
+        axes[0, j].set_title(name, fontsize=10)
+    for i, caption in enumerate(captions):
+        axes[i, 0].text(
+            -0.15,
+            0.5,
+            fill(caption, 20),
+            ha="right",
+            va="center",
+            transform=axes[i, 0].transAxes,
+            fontsize=9,
+        )
+    figure.subplots_adjust(
+        left=1.85 / figure.get_figwidth(),
+        right=0.99,
+        bottom=0.01,
+        top=1 - 0.35 / figure.get_figheight(),
+        wspace=0.06,
+        hspace=0.06,
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def release_run(run: Path, out: Path) -> int:
+    """The averaged weights in float16; returns the file's bytes. Raises ValueError where `out` exists."""
+    if out.exists():
+        raise ValueError(f"release: {out} exists; remove it first")
+    checkpoint = newest(run)
+    state = {k: v.to(torch.float16) for k, v in read_weights(checkpoint / "model.safetensors").items()}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, out, metadata={"format": "pt"})
+    return out.stat().st_size

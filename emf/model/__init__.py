@@ -1,0 +1,1 @@
+"""The network: transformer, layers, autoencoder. Architecture only, written once for Tensor and Dual."""

@@ -1,0 +1,38 @@
+"""A text encoder and the transformer as one module: what is trained, saved and sampled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from emf.model.layers import Value
+from emf.model.transformer import Transformer
+
+
+class TextToImage(nn.Module):
+    """What is trained, saved and sampled: a text encoder (ids, mask, drop -> states, mask) and the transformer."""
+
+    def __init__(self, encoder: Any, transformer: Transformer) -> None:
+        super().__init__()
+        self.encoder, self.transformer = encoder, transformer
+        self.own_encoder: set[str] = set()
+        """Names of a pretrained encoder's weights that are no longer those of its folder."""
+
+    def forward(
+        self,
+        z: Value,
+        t: Value,
+        r: Tensor | None,
+        ids: Tensor,
+        mask: Tensor,
+        drop: Tensor | None = None,
+        own_loss: bool = False,
+    ) -> Any:
+        """u or v at (z, r, t) for token ids [B, M] with mask [B, M]; drop [B] bool marks samples without their
+        condition. See Transformer. own_loss: (that, the language model's own loss [B]), from one pass of it."""
+        if not own_loss:
+            return self.transformer(z, t, r, *self.encoder(ids, mask, drop))
+        hidden = self.encoder.hidden(ids, mask)
+        condition = self.encoder.condition(self.encoder.select(hidden, ids), drop)
+        return self.transformer(z, t, r, *condition), self.encoder.ar_loss(ids, mask, hidden)

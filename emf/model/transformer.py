@@ -1,0 +1,166 @@
+"""The SANA-shaped transformer (arXiv 2410.10629, 2501.18427) with EMF's dual time embedding (arXiv 2604.18168):
+architecture only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import emf_kernels as ops
+from emf.model.layers import (
+    Block,
+    CaptionProjection,
+    Linear,
+    Projection,
+    RMSNorm,
+    TimeEmbed,
+    Value,
+    checkpoint,
+    image,
+    tokens,
+)
+from emf_kernels import each, primal
+
+SINUSOID = 256  # width of the sinusoid in every published SANA
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes under diffusers' names. The defaults are SANA-1.5 1.6B."""
+
+    in_channels: int = 32
+    out_channels: int = 32
+    num_attention_heads: int = 70
+    attention_head_dim: int = 32
+    num_layers: int = 20
+    num_cross_attention_heads: int = 20
+    cross_attention_head_dim: int = 112
+    caption_channels: int = 2304
+    mlp_ratio: float = 2.5
+    patch_size: int = 1
+    sample_size: int = 32
+    norm_eps: float = 1e-6
+    interpolation_scale: float | None = None
+    """Fixed 2-D sinusoidal positions added to the patches, at this scale (SANA at 2048 and 4096 px: 1 and 2; none
+    below)."""
+    qk_norm: bool = True
+    """RMS norm of queries and keys across heads (SANA-1.5: yes; SANA-1.0: no)."""
+    dual_time: bool = False
+    """EMF's two further time embedders, for t and for t - r."""
+    base_time_scale: float = 1000.0
+    """What the pretrained embedder multiplies t in [0, 1] with."""
+    time_scale: float = 1.0
+    """What the two EMF embedders multiply t and t - r with (the paper's code: 1)."""
+    checkpointing: bool = False
+    """Recompute each block's primal in backward instead of keeping its activations."""
+
+    def __post_init__(self) -> None:
+        cross = self.num_cross_attention_heads * self.cross_attention_head_dim
+        if cross != self.channels:
+            raise ValueError(
+                f"model: cross-attention heads x size = {cross} but self-attention's = {self.channels}; make them equal"
+            )
+        sizes = dict(vars(self))
+        if low := [k for k, v in sizes.items() if type(v) is int and v < 1]:
+            raise ValueError(f"model: {low[0]} {sizes[low[0]]} must be at least 1")
+        if self.sample_size % self.patch_size:
+            raise ValueError(f"model: sample_size {self.sample_size} is no multiple of patch_size {self.patch_size}")
+
+    @property
+    def channels(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+
+class Transformer(nn.Module):
+    """Velocity network. State dict: diffusers' SanaTransformer2DModel, plus time_embed_t.* and time_embed_r.* where
+    dual_time."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config, s, c = config, config, config.channels
+        block = (
+            c,
+            s.num_attention_heads,
+            s.attention_head_dim,
+            s.num_cross_attention_heads,
+            s.cross_attention_head_dim,
+            s.mlp_ratio,
+        )
+        self.patch_embed = nn.ModuleDict({"proj": Projection(s.in_channels, c, s.patch_size)})
+        self.time_embed = TimeEmbed(SINUSOID, c)
+        if s.dual_time:
+            self.time_embed_t, self.time_embed_r = TimeEmbed(SINUSOID, c), TimeEmbed(SINUSOID, c)
+        self.caption_projection, self.caption_norm = CaptionProjection(s.caption_channels, c), RMSNorm(c)
+        self.transformer_blocks = nn.ModuleList(Block(*block, s.qk_norm, s.norm_eps) for _ in range(s.num_layers))
+        self.scale_shift_table = nn.Parameter(torch.randn(2, c) / c**0.5)
+        self.proj_out = Linear(c, s.patch_size**2 * s.out_channels)
+
+    def forward(self, z: Value, t: Value, r: Tensor | None, c: Tensor, mask: Tensor | None = None) -> Any:
+        """The average velocity u(z_t, r, t) [B, C, H, W]; with Duals for z and t a Dual whose tangent is du/dt along
+        them.
+
+        z [B, C, H, W]; t [B] float32 in [0, 1], 1 is noise; r [B] float32, r <= t, or None: the instantaneous velocity
+        v(z_t, t) by the pretrained time embedding; c [B, M, caption channels]; mask [B, M] bool or None. Raises
+        ValueError where shapes, times or the embedders do not fit.
+        """
+        p, x, config = self.config.patch_size, primal(z), self.config
+        if x.ndim != 4 or x.shape[1] != config.in_channels or x.shape[2] % p or x.shape[3] % p:
+            raise ValueError(
+                f"transformer: z is {tuple(x.shape)}; expected [B, {config.in_channels}, H, W], H, W multiples of {p}"
+            )
+        if primal(t).dtype not in (torch.float32, torch.float64) or primal(t).shape != x.shape[:1]:
+            raise ValueError(
+                f"transformer: t is {primal(t).dtype} {tuple(primal(t).shape)}; expected float32 ({x.shape[0]},)"
+            )
+        if c.ndim != 3 or c.shape[0] != x.shape[0] or c.shape[2] != config.caption_channels:
+            raise ValueError(
+                f"transformer: c is {tuple(c.shape)}; expected [{x.shape[0]}, M, {config.caption_channels}]"
+            )
+        height, width = x.shape[2] // p, x.shape[3] // p
+        m, e = self.embed_time(t, r, x.dtype)
+        c = self.caption_norm(self.caption_projection(c))
+        h = self.patch_embed["proj"](tokens(z, p))
+        if config.interpolation_scale is not None:
+            where = positions(height, width, config.channels, config.sample_size // p, config.interpolation_scale)
+            h = ops.gated_residual(h, None, where.to(x.device, x.dtype).expand(x.shape[0], -1, -1))
+        for block in self.transformer_blocks:
+
+            def run(h: Value, m: Value, c: Tensor, block: nn.Module = block) -> Any:
+                return block(h, m, c, mask, height, width)
+
+            h = checkpoint(run, h, m, c) if config.checkpointing and torch.is_grad_enabled() else run(h, m, c)
+        shift, scale = ops.modulation(e, self.scale_shift_table)
+        return image(self.proj_out(ops.adaln(h, scale, shift, config.norm_eps)), p, height, width)
+
+    def embed_time(self, t: Value, r: Tensor | None, dtype: torch.dtype) -> tuple[Any, Any]:
+        """(m [B, 6 C], e [B, C]). EMF: m = m_t(t) + m_r(t - r) and e likewise, summed after each branch. Sinusoids in
+        t's own float32."""
+
+        def cast(s: Tensor) -> Tensor:
+            return s.to(dtype)
+
+        if r is None:
+            return self.time_embed(each(cast, ops.time_embedding(t, None, self.config.base_time_scale, SINUSOID)))
+        if not self.config.dual_time:
+            raise ValueError(
+                "transformer: r was given, but the model has the single pretrained time embedding; set dual_time"
+            )
+        end, interval = ops.time_embedding(t, r, self.config.time_scale, SINUSOID)
+        (m_t, e_t), (m_r, e_r) = self.time_embed_t(each(cast, end)), self.time_embed_r(each(cast, interval))
+        return ops.gated_residual(m_t, None, m_r), ops.gated_residual(e_t, None, e_r)
+
+
+def positions(height: int, width: int, channels: int, base: int, scale: float) -> Tensor:
+    """[height width, channels] float32: half the channels for the column, half for the row, each sines then cosines
+    (diffusers' PatchEmbed).
+
+    base: grid size of the configured sample, at which neighbours are 1 / scale apart.
+    """
+    f = 1e4 ** -(torch.arange(channels // 4, dtype=torch.float64) / (channels // 4))
+    row, column = (torch.arange(n, dtype=torch.float64) * (base / n) / scale for n in (height, width))
+    row, column = (torch.cat([torch.sin(s[:, None] * f), torch.cos(s[:, None] * f)], 1) for s in (row, column))
+    grid = torch.cat([column[None].expand(height, -1, -1), row[:, None].expand(-1, width, -1)], 2)
+    return grid.reshape(height * width, channels).float()

@@ -1,0 +1,1 @@
+"""From a config to a network: what is built, and what of it is trained."""

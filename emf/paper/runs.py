@@ -1,0 +1,178 @@
+"""The parts, trained and scored: resumable, one process a core."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from safetensors.torch import save_file
+
+from emf.config import Config
+from emf.network.build import build, checkpoints, read_weights
+from emf.paper.parts import EMF_STEPS, FM_STEPS, GUIDANCE, Budget, Part, parts
+from emf.recipes import BASE
+
+SCORES, LOG, ENCODER, BUDGET, START = "scores.json", "log.txt", "encoder.json", "budget.json", "start.safetensors"
+
+
+def run_all(out: Path, budget: Budget, jobs: int) -> None:
+    """Every part that has no scores yet, `jobs` at once; stopped, it goes on. Raises ValueError where `out` holds
+    another budget's, and where a part fails, naming its log."""
+    claim(out, budget)
+    every = {p.name: p for p in parts(budget)}
+    done = {name for name in every if (out / name / SCORES).is_file()}
+    waiting = [p for name, p in every.items() if name not in done]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the children: a core each
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["emf.train", "emf.paper.runs"])  # a fresh process a part, but one import for all
+    with (
+        Progress(*columns) as progress,
+        ProcessPoolExecutor(jobs, mp_context=server, max_tasks_per_child=1) as pool,
+    ):
+        task = progress.add_task("paper", total=len(every), completed=len(done))
+        running: dict[Future[None], str] = {}
+        try:
+            while waiting or running:
+                ready = [p for p in waiting if p.base is None or p.base in done][: jobs - len(running)]
+                for part in ready:
+                    waiting.remove(part)
+                    running[pool.submit(run_part, part, out, budget)] = part.name
+                progress.update(task, description=", ".join(running.values()))
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    name = running.pop(future)
+                    if error := future.exception():
+                        raise ValueError(f"paper: {name} failed ({error}); see {out / name / LOG}") from None
+                    done.add(name)
+                    progress.advance(task)
+                    if not progress.console.is_terminal:
+                        print(f"{len(done)}/{len(every)} {name}", flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                child.terminate()  # a part saves, and goes on at the next call
+            raise
+
+
+def claim(out: Path, budget: Budget) -> None:
+    file, own = out / BUDGET, json.loads(json.dumps(asdict(budget)))
+    if file.is_file():
+        if json.loads(file.read_text()) != own:
+            raise ValueError(f"paper: {out} holds runs of another budget; choose another --out")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"paper: {out} holds something else; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(own, indent=1) + "\n")
+
+
+def run_part(part: Part, out: Path, budget: Budget) -> None:
+    """Train a part in out/<name> (or go on with it), score it; for a base, measure its encoder too. What it says goes
+    to log.txt there."""
+    from emf.train.loop import train
+
+    folder, config = out / part.name, part.config
+    folder.mkdir(parents=True, exist_ok=True)
+    if part.base is None:
+        start = folder / START
+        if not start.is_file():
+            write_start(start, config)
+    else:
+        start = checkpoints(out / part.base / "checkpoints")[-1] / "model.safetensors"
+    config = replace(config, init=start)
+    with (folder / LOG).open("a") as log, redirect_stdout(log), redirect_stderr(log):
+        saved = checkpoints(folder / "checkpoints")
+        if not saved or saved[-1].name != f"step_{config.steps:07d}":
+            train(config, folder, resume=True)
+            if checkpoints(folder / "checkpoints")[-1].name != f"step_{config.steps:07d}":
+                sys.exit(1)  # it was asked to stop
+        result = score(folder, budget)
+        if part.base is None:
+            write_whole(folder / ENCODER, measure(folder, budget))
+    write_whole(folder / SCORES, result)
+
+
+def write_start(file: Path, config: Config) -> None:
+    """The shipped base's transformer, and an encoder with random weights."""
+    torch.manual_seed(config.seed)
+    state = {name: w.contiguous() for name, w in build(config).state_dict().items()}
+    state |= {name: w for name, w in read_weights(BASE).items() if name.startswith("transformer.")}
+    save_file(state, file.with_suffix(".part"))
+    file.with_suffix(".part").replace(file)
+
+
+def write_whole(file: Path, tree: Any) -> None:
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(tree, indent=1) + "\n")
+    part.replace(file)
+
+
+def score(run: Path, budget: Budget) -> dict[str, Any]:
+    """{steps: {overall, by_tag}} of a run's averaged weights; the same prompts and noise for every part. EMF's own
+    sampler, or Euler's for a base. Keeps samples.npy, one image of each task at each number of steps."""
+    from emf.data.digits import TAGS, prompts
+    from emf.evaluate.digits_scorer import Scorer
+    from emf.sample.sampler import generate, to_uint8
+    from emf.weights.folders import load_run
+
+    config, network = load_run(run)
+    few = config.objective == "meanflow"
+    specs, scorer, rows, shown = prompts(budget.per_tag), Scorer.fit(), {}, []
+    texts = [s["prompt"] for s in specs]
+    for steps in EMF_STEPS if few else FM_STEPS:
+        how: dict[str, Any] = dict(average=few, guidance=GUIDANCE, batch=150)
+        images = generate(network, config, texts, steps, **how).numpy()
+        result = scorer.score(images, specs)
+        rows[str(steps)] = {"overall": result["overall"], "by_tag": result["by_tag"]}
+        shown.append(to_uint8(images[:: budget.per_tag][: len(TAGS)]))
+    np.save(run / "samples.npy", np.stack(shown))  # [steps, tasks, H, W, 3]
+    return rows
+
+
+@torch.no_grad()
+def measure(run: Path, budget: Budget) -> dict[str, Any]:
+    """Discriminability and disentanglement of a base's text encoder (the paper's Tables 1 and 2), with pixels in the
+    place of DINO features."""
+    from emf.analyze.discriminability import chance, discriminability
+    from emf.analyze.disentanglement import disentanglement
+    from emf.analyze.encoders import embed_texts
+    from emf.weights.folders import load_run
+
+    encoder = load_run(run)[1].encoder
+    captions, features = scenes(budget.texts)
+    number = np.arange(len(captions))
+    own = embed_texts(encoder, captions).numpy()
+    near, centred = (discriminability(own, number, features, number, centred=c).score.mean for c in (False, True))
+    apart = disentanglement(encoder, captions)
+    return {
+        "discriminability": near,
+        "discriminability, centred": centred,
+        "chance": chance(features, number),
+        "disentanglement": apart.plain.mean,
+        "disentanglement, centred": apart.centred.mean,
+    }
+
+
+def scenes(n: int, seed: int = 5) -> tuple[list[str], np.ndarray]:
+    """(n different captions, features [n, 3 H W] of a held-out scene of each): pixels less background, smoothed, so
+    that their cosine says whether colours and places agree."""
+    from scipy.ndimage import gaussian_filter
+
+    from emf.data.digits import BACKGROUND, render, sample_spec
+
+    rng, specs = np.random.default_rng(seed), dict[str, Any]()
+    while len(specs) < n:
+        spec = sample_spec(rng)
+        specs.setdefault(spec["prompt"], spec)
+    images = np.stack([render(spec, rng, "held_out") for spec in specs.values()])
+    smooth = gaussian_filter(images - (BACKGROUND / 127.5 - 1), (0, 0, 1, 1))
+    return list(specs), smooth.reshape(n, -1)

@@ -1,0 +1,1 @@
+"""The one way from captions to pictures."""

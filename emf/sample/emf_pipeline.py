@@ -1,0 +1,168 @@
+"""EMF as a diffusers pipeline: few-step sampling with u(z_t, r, t) from a folder that emf.weights.export wrote, as in
+`EMFPipeline.from_pretrained("out")(prompt_embeds=states, num_inference_steps=2, guidance_scale=1.5).images`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from emf.flow import guided, sample
+from emf.model.transformer import Transformer, TransformerConfig
+from emf.weights.export import DUAL, TEXT, export
+from emf.weights.folders import load_exported_transformer
+
+Conditioning = Callable[[list[str]], tuple[Tensor, Tensor, Tensor | None]]
+"""Prompts -> (states [B, M, caption channels], the null condition's states of that shape, mask [B, M] or None)."""
+
+
+class EMFTransformer(ModelMixin, ConfigMixin):
+    """Our Transformer as a model of diffusers', so that a pipeline can hold, move and cast it."""
+
+    config_name: Any = "config.json"
+
+    @register_to_config
+    def __init__(self, sizes: dict[str, Any]) -> None:
+        super().__init__()
+        self.network = Transformer(TransformerConfig(**sizes))
+
+    def forward(self, z: Tensor, t: Tensor, r: Tensor | None, c: Tensor, mask: Tensor | None = None) -> Tensor:
+        """See Transformer."""
+        velocity: Tensor = self.network(z, t, r, c, mask)
+        return velocity
+
+    @classmethod
+    def from_export(cls, folder: Path, dtype: torch.dtype = torch.float32) -> EMFTransformer:
+        """The transformer folder that emf.weights.export wrote, with both time embedders. Raises ValueError where it is
+        another."""
+        if not (folder / DUAL).is_file():
+            raise ValueError(
+                f"pipeline: {folder} has no {DUAL}; expected the transformer of a folder from `emf export`"
+            )
+        network = load_exported_transformer(folder, dtype)
+        with torch.device("meta"):
+            model = cls(asdict(network.config))
+        model.network = network
+        return model.eval()
+
+
+class EMFPipeline(DiffusionPipeline):
+    """Images by EMF's sampler in 1, 2, 4, 8 steps. Without a vae, latents; without conditioning, from prompt_embeds."""
+
+    model_cpu_offload_seq: Any = "text_encoder->transformer->vae"
+    _optional_components: Any = ["scheduler", "vae", "text_encoder", "tokenizer"]
+
+    def __init__(
+        self,
+        transformer: Any,
+        scheduler: Any = None,
+        vae: Any = None,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        conditioning: Any = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
+        )
+        self.conditioning: Conditioning | None = conditioning
+        self.scale = 1 if vae is None else int(vae.spatial_compression_ratio)
+        self.processor = VaeImageProcessor(vae_scale_factor=self.scale)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[Any], **kwargs: Any) -> Any:
+        """A folder from `emf export`; kwargs are DiffusionPipeline.from_pretrained's (torch_dtype, vae=None, ...), and
+        conditioning (see Conditioning). Raises ValueError where it is another."""
+        folder = Path(pretrained_model_name_or_path)
+        kwargs.setdefault("transformer", None)
+        if kwargs["transformer"] is None:
+            dtype = kwargs.get("torch_dtype") or kwargs.get("dtype") or torch.float32
+            if not isinstance(dtype, torch.dtype):
+                raise ValueError(f"pipeline: torch_dtype {dtype!r}; expected one dtype for all parts")
+            kwargs["transformer"] = EMFTransformer.from_export(folder / "transformer", dtype)
+        return super().from_pretrained(str(folder), **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[Any], *_: Any, **__: Any) -> None:
+        """Export the transformer, the other parts as they lie in the folder that this was loaded from."""
+        network, name = self.transformer.network, dict(self.config).get("_name_or_path")
+        origin = Path(name) if name else None
+        text = origin if origin is not None and (origin / TEXT[0]).is_dir() else None
+        export(network.state_dict(), network.config, Path(save_directory), origin, text)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        num_inference_steps: int = 1,
+        guidance_scale: float = 1.5,
+        height: int | None = None,
+        width: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> Any:
+        """Images for prompts (with a conditioning) or for their states.
+
+        prompt_embeds [B, M, caption channels], prompt_attention_mask [B, M]: what the transformer attends to.
+        negative_prompt_embeds: the null condition's states, of the same shape or [1, ...]; None: zeros. BLIP3o-NEXT's
+                                null is its connector's output for zeros; give that one.
+        num_inference_steps: equal steps of z_r = z_t - (t - r) u(z_t, r, t)
+        guidance_scale: u_null + w (u - u_null); 1 evaluates once a step. EMF's released code samples with 1.5 and 2.
+        height, width: of the images, multiples of the autoencoder's factor; None: what the transformer was made for
+        latents: noise [B, C, H, W] instead of drawing it by `generator`
+        output_type: "pil", "np", "pt" or "latent". Raises ValueError on what does not fit.
+        """
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("pipeline: give either prompt or prompt_embeds")
+        if prompt is not None:
+            if self.conditioning is None:
+                raise ValueError(
+                    "pipeline: no conditioning reads prompts here; give prompt_embeds, or conditioning=..."
+                )
+            prompts = [prompt] if isinstance(prompt, str) else prompt
+            prompt_embeds, null, prompt_attention_mask = self.conditioning(prompts)
+            negative_prompt_embeds = null if negative_prompt_embeds is None else negative_prompt_embeds
+        assert prompt_embeds is not None
+        model, device, dtype = self.transformer.network.config, self._execution_device, self.transformer.dtype
+        side = model.sample_size * self.scale
+        shape = (len(prompt_embeds), model.in_channels, (height or side) // self.scale, (width or side) // self.scale)
+        if any(n % (self.scale * model.patch_size) for n in (height or side, width or side)):
+            raise ValueError(
+                f"pipeline: {height or side} x {width or side} pixels; expected multiples of "
+                f"{self.scale * model.patch_size}"
+            )
+        if output_type != "latent" and self.vae is None:
+            raise ValueError('pipeline: no vae to decode with; give one, or output_type="latent"')
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"pipeline: latents {tuple(latents.shape)}; expected {shape}")
+        c = prompt_embeds.to(device, dtype)
+        zeros = torch.zeros_like(c)
+        null = zeros if negative_prompt_embeds is None else zeros + negative_prompt_embeds.to(device, dtype)
+        mask = None if prompt_attention_mask is None else prompt_attention_mask.to(device, torch.bool)
+
+        def velocity(states: Tensor) -> Any:
+            return lambda z, t, r: self.transformer(z.to(dtype), t, r, states, mask).float()
+
+        network = guided(velocity(c), velocity(null), guidance_scale)
+        images: Any = sample(network, latents.to(device, torch.float32), num_inference_steps)
+        if output_type != "latent":
+            images = self.vae.decode(images.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False)[0]
+            images = self.processor.postprocess(images.float(), output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images) if return_dict else (images,)

@@ -1,0 +1,1 @@
+"""Pages, sheets, plots and tables: one way to draw each."""

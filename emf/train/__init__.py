@@ -1,0 +1,1 @@
+"""Training: `deepspeed --module emf.train RECIPE --out DIR [--field value ...]`, or `emf train`."""

@@ -1,0 +1,84 @@
+"""What a run says of itself: metrics.jsonl, curve.jsonl, the progress display; memory and operations a second."""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from emf.config import Config
+from emf.train.plan import PEAK_FLOPS, forward_flops
+
+
+def memory_mib() -> float:
+    """Peak memory so far: CUDA's allocator, or the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class Log:
+    """metrics.jsonl, curve.jsonl and the progress display; rank 0 only. Rows past the step that a run resumes from
+    are dropped."""
+
+    def __init__(self, out: Path, start: int, total: int) -> None:
+        self.out, self.console, self.total = out, Console(), total
+        for name in ("metrics.jsonl", "curve.jsonl"):
+            file = out / name
+            if file.exists():  # a kill may have torn the last line; what ends in a newline is whole
+                try:
+                    rows = [
+                        row
+                        for row in file.read_text().splitlines(keepends=True)
+                        if row.endswith("\n") and json.loads(row)["step"] <= start
+                    ]
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ValueError(f"resume: {file} holds a line that is no row with a step ({error!r})") from None
+                file.write_text("".join(rows))
+        columns = (
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        self.progress = Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=self.console)
+        self.task = self.progress.add_task("train", total=total, completed=start, note="")
+
+    def metrics(self, row: dict[str, Any]) -> None:
+        with (self.out / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        eta = (self.total - row["step"]) / max(row["it_s"], 1e-9)
+        note = f"loss {row['loss']:.4f}  error {row['error']:.4f}  {row['it_s']:.2f} it/s"
+        note += f"  {row['tflops']:.1f} TFLOP/s" + (f"  MFU {row['mfu']:.0%}" if "mfu" in row else "")
+        self.progress.update(self.task, completed=row["step"], note=note)
+        if not self.console.is_terminal:
+            print(f"step {row['step']}/{self.total}  {note}  ETA {eta / 60:.1f} min", flush=True)
+
+    def curve(self, row: dict[str, Any]) -> None:
+        with (self.out / "curve.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        scores = "  ".join(f"{steps}-step {score:.3f}" for steps, score in row["overall"].items())
+        self.progress.console.print(f"step {row['step']}: {scores}")
+
+
+def speed(config: Config, condition: int, steps: float, ranks: int) -> dict[str, float]:
+    """`tflops`: a GPU's (or process's) 1e12 operations a second at `steps` a second; `mfu`: their share of the GPU's
+    peak, where that is known.
+
+    Operations are the transformer's alone: forward, backward and the tangents of a mean share of r < t, without what
+    checkpointing computes again. condition: M, the states that are attended to.
+    """
+    tokens = (config.transformer.sample_size // config.transformer.patch_size) ** 2
+    share = sum(config.flow.share) / 2 if config.objective == "meanflow" else 0.0
+    flops = config.batch_size * forward_flops(config.transformer, tokens, condition) * (3 + share) * steps / ranks
+    row = {"tflops": flops / 1e12}
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        if peak := next((peak for chip, peak in PEAK_FLOPS.items() if chip in name), None):
+            row["mfu"] = flops / peak
+    return row

@@ -1,0 +1,273 @@
+"""A network under DeepSpeed: step, moving average, collectives, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from emf.config import Config
+from emf.model.text_to_image import TextToImage
+from emf.network.build import checkpoints, saved_names
+from emf.train.ranges import span
+from emf.train.zero.settings import engine_config
+from emf.train.zero.universal import load_universal, universal
+
+PART, GONE = ".part", ".gone"  # a folder so named is being written, or removed, and never read
+
+
+class Engine:
+    """A network under DeepSpeed, with its moving average. Every method is called on every rank."""
+
+    def __init__(self, network: TextToImage, config: Config, out: Path | None = None) -> None:
+        self.rank, self.world, self.decay = dist.get_rank(), dist.get_world_size(), config.optim.ema
+        settings = engine_config(config, self.world, out)
+        self.stage = settings["zero_optimization"]["stage"]
+        if self.stage and config.zero.accumulation > 1 and config.run.skip:
+            raise ValueError(
+                "config: run.skip with zero.accumulation above 1 needs zero.stage 0, the others keep no gradient that "
+                "could be dropped"
+            )
+        self.device = (
+            torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+        )
+        self.dtype = torch.bfloat16 if settings["bf16"]["enabled"] else torch.float32
+        slow: list[nn.Parameter] = []
+        fast: list[nn.Parameter] = []
+        for name, p in network.named_parameters():
+            if p.requires_grad:
+                (slow if name.startswith(("encoder.", "transformer.caption_")) else fast).append(p)
+        if not slow + fast:
+            raise ValueError(f"config: trained {config.trained} leaves no weight to train")
+        self.factors, groups = [], []
+        for params, factor in ((fast, 1.0), (slow, config.optim.condition_lr)):
+            if params:
+                self.factors.append(factor)
+                groups.append({"params": params})
+        self.saved = saved_names(network, config)
+        try:
+            self.engine, *_ = deepspeed.initialize(model=network, model_parameters=groups, config=settings)
+        except (AssertionError, KeyError, TypeError, ValueError, ImportError) as error:
+            why = " ".join(str(error).split())
+            raise ValueError(f"config: DeepSpeed refuses its config, zero.json included: {why}") from None
+        if self.stage == 3:
+            for module in network.modules():
+                for name in getattr(module, "borrows", ()):
+                    owner, _, leaf = name.rpartition(".")
+                    if module.get_submodule(owner) is not None:
+                        deepspeed.zero.register_external_parameter(module, getattr(module.get_submodule(owner), leaf))
+        self.parameters = dict(network.named_parameters())
+        if self.saved != self.parameters.keys():  # a frozen head that is tied to its embedding would be in it
+            every = self.engine.module_state_dict
+
+            def some(*args: Any, **kwargs: Any) -> dict[str, Any]:
+                return {name: x for name, x in every(*args, **kwargs).items() if name in self.saved}
+
+            self.engine.module_state_dict = some
+        self.masters: dict[int, Tensor] = {}
+        if self.dtype == torch.bfloat16 and not self.stage:  # without ZeRO a wrapped optimizer keeps them, by group
+            wrapped = self.engine.optimizer
+            for low, high in zip(wrapped.fp16_groups, wrapped.fp32_groups, strict=True):
+                self.masters |= {id(p): master for p, master in zip(low, high, strict=True)}
+        self.trainable = {k: p for k, p in self.parameters.items() if p.requires_grad}
+        where = torch.device("cpu") if config.optim.ema_cpu else None
+        self.ema = [x.to(where or x.device, copy=True) for x in self.shards()] if self.decay else []
+
+    def shards(self) -> list[Tensor]:
+        """The float32 weights that this rank updates, flattened as DeepSpeed keeps them: all without ZeRO, else its
+        part. The moving average is of these, so that it is sharded as they are and costs no communication."""
+        optimizer = self.engine.optimizer
+        if self.stage == 3:
+            return [x.detach() for x in optimizer.fp32_partitioned_groups_flat]
+        if self.stage:
+            return [x.detach() for x in optimizer.single_partition_of_fp32_groups]
+        return [self.masters.get(id(p), p).detach() for p in self.trainable.values()]
+
+    @contextmanager
+    def average_in_place(self) -> Iterator[None]:
+        """The moving average where the weights are, and the weights where it was, until the end of the block."""
+
+        def swap() -> None:
+            for x, average in zip(self.shards(), self.ema, strict=True):
+                kept = x.to(average.device, copy=True)
+                x.copy_(average)
+                average.copy_(kept)
+
+        swap()
+        try:
+            yield
+        finally:
+            swap()
+
+    def __call__(self, *args: Any) -> Any:
+        return self.engine(*args)
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)
+
+    def step(self, lr: float, step: int) -> bool:
+        """Optimizer step at the end of the last micro-batch, then the moving average. step counts from 0. False where
+        the gradient is NaN or inf: weights and average are left as they were."""
+        for group, factor in zip(self.engine.optimizer.param_groups, self.factors, strict=True):
+            group["lr"] = lr * factor
+        last = self.engine.is_gradient_accumulation_boundary()
+        if last and not self.stage and self.dtype == torch.float32:  # the other optimizers look for themselves
+            gradients = [p.grad for p in self.trainable.values() if p.grad is not None]
+            if not torch.nn.utils.get_total_norm(gradients).isfinite():
+                self.drop_gradients()
+                return False
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        if last and norm is not None and not math.isfinite(norm):
+            return False
+        if last and self.ema:
+            decay = min(self.decay, (1 + step) / (10 + step))
+            for x, average in zip(self.shards(), self.ema, strict=True):
+                average.lerp_(x.to(average.device), 1 - decay)
+        return True
+
+    def drop_gradients(self) -> None:
+        """Forget what this step's micro-batches have accumulated so far."""
+        if not self.stage:
+            self.engine.zero_grad()
+        self.engine.micro_steps -= self.engine.micro_steps % self.engine.gradient_accumulation_steps()
+
+    def finite(self) -> bool:
+        """Whether the weights, and the moving average, which keeps a NaN for ever, hold none."""
+        kept = self.ema or self.shards()
+        return self.mean(float(all(bool(x.isfinite().all()) for x in kept))) == [1.0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in the order of ranks."""
+        values: list[Any] = [None] * self.world
+        with span("communication"):
+            dist.all_gather_object(values, value)
+        return values
+
+    def mean(self, *values: float) -> list[float]:
+        """Each value's mean over the ranks."""
+        x = torch.tensor(values, dtype=torch.float64, device=self.device if self.device.type == "cuda" else "cpu")
+        with span("communication"):
+            dist.all_reduce(x)
+        return (x / self.world).tolist()
+
+    def monitor(self, row: dict[str, Any]) -> None:
+        """A row of metrics to the monitors that are on."""
+        if self.engine.monitor.enabled:
+            step = row["step"]
+            self.engine.monitor.write_events([(f"train/{k}", v, step) for k, v in row.items() if k != "step"])
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def weights(self, average: bool = True) -> dict[str, Tensor]:
+        """The state dict in float32 on CPU, on rank 0 (empty elsewhere): the moving average, or the raw weights.
+        Without what is read again from the condition's folder."""
+        state: dict[str, Tensor] = {}
+        with self.average_in_place() if average and self.ema else nullcontext(), torch.no_grad():
+            for name, p in self.parameters.items():
+                if name not in self.saved:
+                    continue
+                if name in self.trainable:
+                    full = self.masters.get(id(p), p) if not self.stage else safe_get_full_fp32_param(p)
+                elif self.stage == 3:
+                    with deepspeed.zero.GatheredParameters([p]):
+                        full = p.detach().clone()
+                else:
+                    full = p
+                if self.rank == 0:
+                    # off the device at once: together they are more than a device may hold
+                    state[name] = full.detach().to("cpu", torch.float32, copy=True).contiguous()
+        return state
+
+    def save(self, folder: Path, step: int, config: str, keep: int) -> Path:
+        """checkpoints/step_N: the engine's state, the moving average, model.safetensors (the average, whole) and
+        config.json.
+
+        Written under another name and renamed when every rank is done, so a folder of that name is always whole.
+        """
+        final = folder / f"step_{step:07d}"
+        part = final.with_suffix(PART)
+        if self.rank == 0:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        self.barrier()
+        partial = self.saved != self.parameters.keys()
+        self.engine.save_checkpoint(
+            str(part), tag="engine", client_state={"step": step}, save_latest=False, exclude_frozen_parameters=partial
+        )
+        weights = self.weights()
+        if self.rank == 0:
+            for script in part.glob("*.py"):  # DeepSpeed's, to gather what is whole here already
+                script.unlink()
+            save_file(weights, part / "model.safetensors")
+            (part / "config.json").write_text(config)
+            (part / "checkpoint.json").write_text(json.dumps({"step": step, "world": self.world, "stage": self.stage}))
+        self.barrier()
+        if self.rank == 0:
+            if final.exists():
+                remove(final)
+            part.rename(final)
+            for old in checkpoints(folder)[:-keep]:
+                remove(old)
+        self.barrier()
+        return final
+
+    def load(self, checkpoint: Path) -> int:
+        """Continue from a checkpoint of the same run; returns its step. Another number of ranks or another ZeRO stage
+        goes through DeepSpeed's universal checkpoint. Raises ValueError where it does not fit."""
+        try:
+            made = json.loads((checkpoint / "checkpoint.json").read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"resume: {checkpoint} is broken ({error}); delete it to resume from one before") from None
+        if bool(made["stage"]) != bool(self.stage):
+            raise ValueError(
+                f"resume: {checkpoint} was saved at ZeRO stage {made['stage']}, this run has {self.stage}; between "
+                "stage 0 and the others there is no way, between 1, 2 and 3 there is"
+            )
+        same = not self.stage or (made["world"], made["stage"]) == (self.world, self.stage)
+        strict = self.saved == self.parameters.keys()
+        try:
+            if same:
+                self.engine.load_checkpoint(str(checkpoint), tag="engine", load_module_strict=strict)
+            else:
+                with universal(self, checkpoint) as folder:
+                    load_universal(self, folder / "zero")
+            self._load_average(checkpoint / "model.safetensors")
+        except (OSError, RuntimeError, KeyError, AssertionError, EOFError, SafetensorError) as error:
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"resume: {checkpoint} is broken ({why}); delete it to resume from one before") from None
+        return int(made["step"])
+
+    def _load_average(self, file: Path) -> None:
+        """The moving average from a checkpoint's weights, which are whole: any rank takes its part of them."""
+        if not self.ema:
+            return
+        with self.average_in_place(), safe_open(file, "pt") as weights, torch.no_grad():
+            for name, p in self.trainable.items():
+                value = weights.get_tensor(name).to(self.device)
+                if self.stage:
+                    safe_set_full_fp32_param(p, value)
+                else:
+                    self.masters.get(id(p), p).detach().copy_(value)
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint; renamed first, so that a half-deleted one is never taken for whole."""
+    gone = checkpoint.with_suffix(GONE)
+    shutil.rmtree(gone, ignore_errors=True)
+    checkpoint.rename(gone)
+    shutil.rmtree(gone)

@@ -1,0 +1,197 @@
+"""A published checkpoint into a folder of ours, streamed.
+
+The folder: config.json (TransformerConfig, where it came from; of BLIP3o-NEXT the Qwen3 config, special token ids and
+connector sizes), transformer.safetensors with both time embedders; of BLIP3o-NEXT also language_model/ (a Qwen3 folder
+of transformers'), connector.safetensors and, where the source has them, vae/ and ta_tok/.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from emf.model.transformer import Transformer, TransformerConfig
+from emf.weights import language_model
+from emf.weights import tensors as files
+from emf.weights.branches import time_branches
+from emf.weights.layouts import SANA, UNUSED, Layout, Piece, detect, infer, read_config
+from emf.weights.tensors import Item, Weights
+
+LISTED = 20  # names in an error
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A tensor that a part should have, and where it comes from. make: computes it from there instead of copying."""
+
+    name: str
+    piece: Piece
+    shape: tuple[int, ...] | None
+    make: Callable[[], Tensor] | None = None
+
+
+Parts = dict[str, list[Wanted]]
+"""By the path of its files without their ending, in the folder."""
+
+
+def convert(
+    source: Path,
+    out: Path,
+    config: Path | None = None,
+    embedder_init: Literal["duplicate", "preserve"] = "duplicate",
+    time_scale: float = 1.0,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    allow_missing: Sequence[str] = (),
+    allow_extra: Sequence[str] = (),
+    allow_misshaped: Sequence[str] = (),
+    shard_gb: float = 5.0,
+) -> str:
+    """Published weights into the folder `out`; what was found, in one line.
+
+    source: a diffusers SANA folder or its transformer folder, an original .pth, a BLIP3o-NEXT folder, a released EMF
+            checkpoint (BLIP3o-NEXT's layout or a bare transformer), or one file of weights
+    config: diffusers' config.json of the transformer, where the source has none and is of no published width
+    embedder_init, time_scale: of EMF's two time embedders where the source has none; see add_time_branches
+    dtype: None keeps each tensor's
+    allow_*: patterns (fnmatch) of the source's names that may be missing (emf.weights.folders leaves them at their
+             initialisation), may be there without a use (dropped), or may have another shape (dropped, so missing)
+    shard_gb: largest file written, in 1e9 bytes
+    Peak memory: the input file that is mapped, and one tensor where it is computed. Raises ValueError, of one line, on
+    whatever does not fit; `out` must not exist.
+    """
+    files.refuse_existing(out)
+    if shard_gb <= 0:
+        raise ValueError(f"convert: shard_gb {shard_gb} must be positive")
+    folder = source / "transformer" if (source / "transformer").is_dir() else source
+    weights = Weights(_files(folder))
+    layout = detect(weights.entries.keys(), folder)
+    model = replace(_sizes(weights, layout, config), dual_time=True, time_scale=time_scale)
+    parts: Parts = {}
+    parts["transformer"], kind = _transformer(weights, layout, model, embedder_init)
+    origin = {"path": str(source.resolve()), "layout": kind, "embedder_init": embedder_init}
+    about: dict[str, Any] = {"transformer": asdict(model), "source": origin}
+    if layout.prefix == SANA:
+        qwen, tokens = language_model.read_config(folder, weights.entries)
+        further = language_model.parts(weights.entries, qwen, model.caption_channels, folder)
+        parts |= {p.path: [Wanted(k, Piece(v), p.shapes.get(k)) for k, v in p.names.items()] for p in further}
+        connector = dict(in_channels=further[1].shapes["linear_1.weight"][1], out_channels=model.caption_channels)
+        about |= {"language_model": qwen, "tokens": tokens, "connector": connector}
+    unused = {"lm_head.weight"} if about.get("language_model", {}).get("tie_word_embeddings") else set()
+    unused |= set(UNUSED) if layout.original else set()
+    patterns = tuple(allow_missing), tuple(allow_extra), tuple(allow_misshaped)
+    about["missing"] = left_out = _check(weights, parts, unused, patterns, source)
+    plan = {path: _items(weights, wanted, left_out.get(path, []), dtype) for path, wanted in parts.items()}
+    total = sum(item.bytes for items in plan.values() for item in items)
+    with files.whole(out) as unfinished, files.progress("convert", total) as advance:
+        for path, items in plan.items():
+            files.write((unfinished / path).parent, Path(path).name, items, advance, int(shard_gb * 1e9))
+        if "language_model" in about:
+            language_model.write_language_files(folder, unfinished / "language_model", about["language_model"], dtype)
+        (unfinished / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+    return f"{source}: {kind}, {len(weights.entries)} tensors, {weights.bytes / 1e9:.2f} GB"
+
+
+def _files(folder: Path) -> list[Path]:
+    if found := files.find(folder):
+        return found
+    nested = sorted((folder / "checkpoints").glob("*.pth"))  # where the original repositories have theirs
+    if len(nested) != 1:
+        raise ValueError(
+            f"convert: {folder} holds no weights; expected a diffusers SANA folder, an original .pth, a BLIP3o-NEXT "
+            "folder or a released EMF checkpoint"
+        )
+    return nested
+
+
+def _sizes(weights: Weights, layout: Layout, given: Path | None) -> TransformerConfig:
+    beside = weights.files[0].parent / "config.json"
+    if given is None and layout == Layout() and beside.is_file():
+        given = beside
+    if given is not None:
+        return read_config(given)
+    return infer({k: e.shape for k, e in weights.entries.items()}, layout, weights.files[0].parent)
+
+
+def _transformer(
+    weights: Weights, layout: Layout, model: TransformerConfig, embedder_init: str
+) -> tuple[list[Wanted], str]:
+    """(what our transformer needs, the layout in words)."""
+    with torch.device("meta"):
+        shapes = {k: tuple(v.shape) for k, v in Transformer(model).state_dict().items()}
+    branches = ("time_embed_t", "time_embed_r")
+    released = any(k.startswith(f"{layout.prefix}{b}.") for k in weights.entries for b in branches)
+    make = time_branches(lambda name: _read(weights, layout.find(f"time_embed.{name}")), model, embedder_init)
+    wanted = []
+    for name, shape in shapes.items():
+        branch, _, leaf = name.partition(".")
+        if released or branch not in branches:
+            wanted.append(Wanted(name, layout.find(name), shape))
+        else:
+            computed = partial(make, branch[-1], leaf) if embedder_init == "preserve" else None
+            wanted.append(Wanted(name, layout.find(f"time_embed.{leaf}"), shape, computed))
+    kind = "BLIP3o-NEXT" if layout.prefix else "original SANA" if layout.original else "diffusers SANA"
+    return wanted, kind + (" with EMF's time embedders" if released else "")
+
+
+def _check(
+    weights: Weights, parts: Parts, unused: set[str], patterns: tuple[Sequence[str], ...], source: Path
+) -> dict[str, list[str]]:
+    """Names by part that are allowed to be missing. Raises ValueError listing what is missing, extra and misshaped and
+    allowed by no pattern."""
+    entries = weights.entries
+    every = [w for wanted in parts.values() for w in wanted]
+    missing = sorted({w.piece.key for w in every} - entries.keys())
+    extra = sorted(entries.keys() - {w.piece.key for w in every} - unused)
+    misshaped = {
+        w.piece.key: f"{w.piece.key} {[*w.piece.shape(entries[w.piece.key].shape)]} for {[*w.shape]}"
+        for w in every
+        if w.piece.key in entries and w.shape is not None and w.piece.shape(entries[w.piece.key].shape) != w.shape
+    }
+    faults: list[str] = []
+    room = LISTED
+    for what, found, allowed in zip(
+        ("missing", "extra", "misshaped"), (missing, extra, misshaped), patterns, strict=True
+    ):
+        bad = [k for k in found if not any(fnmatchcase(k, pattern) for pattern in allowed)]
+        if bad:
+            shown = [misshaped.get(k, k) if what == "misshaped" else k for k in bad[:room]]
+            more = [f"and {len(bad) - len(shown)} more"] if len(bad) > len(shown) else []
+            faults.append(f"{len(bad)} {what} ({', '.join(shown + more)})")
+            room = max(room - len(shown), 1)
+    if faults:
+        raise ValueError(
+            f"convert: {source}: {', '.join(faults)}; name in --allow-missing, --allow-extra or --allow-misshaped what "
+            "may be so"
+        )
+    gone = {*missing, *misshaped}
+    if lost := sorted(w.piece.key for w in every if w.make is not None and w.piece.key in gone):
+        raise ValueError(f"convert: {source}: {lost[0]} does not fit, and embedder_init preserve computes from it")
+    left_out = {path: [w.name for w in wanted if w.piece.key in gone] for path, wanted in parts.items()}
+    return {path: names for path, names in left_out.items() if names}
+
+
+def _items(weights: Weights, wanted: list[Wanted], left_out: list[str], dtype: str | None) -> list[Item]:
+    """What is written, file by file of the source; what is computed comes first, before a file is mapped whole."""
+    place = {file: i for i, file in enumerate(weights.files)}
+    kept, items = [w for w in wanted if w.name not in left_out], []
+    for w in sorted(
+        kept, key=lambda w: (w.make is None, place[weights.entries[w.piece.key].file], w.piece.key, w.name)
+    ):
+        entry = weights.entries[w.piece.key]
+        shape = w.piece.shape(entry.shape)
+        cast = getattr(torch, dtype) if dtype is not None and entry.dtype.is_floating_point else entry.dtype
+        items.append(Item(w.name, shape, cast, w.make or partial(_read, weights, w.piece)))
+    return items
+
+
+def _read(weights: Weights, piece: Piece) -> Tensor:
+    whole = weights.read(piece.key)
+    return whole if piece.parts == 1 else whole.unflatten(0, (piece.parts, -1))[piece.part]

@@ -1,0 +1,234 @@
+"""The layouts of a SANA transformer's weights: diffusers' names, the original .pth names, BLIP3o-NEXT's prefix.
+
+Sources: diffusers v0.34.0 models/transformers/sana_transformer.py and scripts/convert_sana_to_diffusers.py for names
+and sizes; JiuhaiChen/BLIP3o (BLIP3o-NEXT) and AMAP-ML/EMF for the prefix and the two further time embedders.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from emf.model.transformer import TransformerConfig
+
+SANA = "model.sana."
+QK_NORM = "rms_norm_across_heads"
+HEAD = 32  # size of a linear-attention head in every published SANA
+CROSS_HEADS = {1152: 16, 2240: 20}  # by width: SANA 0.6B; 1.6B and 4.8B
+
+ORIGINAL = {
+    "patch_embed.proj": "x_embedder.proj",
+    "time_embed.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_embed.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_embed.linear": "t_block.1",
+    "caption_projection.linear_1": "y_embedder.y_proj.fc1",
+    "caption_projection.linear_2": "y_embedder.y_proj.fc2",
+    "caption_norm": "attention_y_norm",
+    "proj_out": "final_layer.linear",
+    "scale_shift_table": "final_layer.scale_shift_table",
+}
+ORIGINAL_BLOCK = {
+    "attn1.norm_q": "attn.q_norm",
+    "attn1.norm_k": "attn.k_norm",
+    "attn1.to_out.0": "attn.proj",
+    "attn2.to_q": "cross_attn.q_linear",
+    "attn2.norm_q": "cross_attn.q_norm",
+    "attn2.norm_k": "cross_attn.k_norm",
+    "attn2.to_out.0": "cross_attn.proj",
+    "ff.conv_inverted": "mlp.inverted_conv.conv",
+    "ff.conv_depth": "mlp.depth_conv.conv",
+    "ff.conv_point": "mlp.point_conv.conv",
+    "scale_shift_table": "scale_shift_table",
+}
+ORIGINAL_STACKED = {
+    "attn1.to_q": ("attn.qkv", 0, 3),
+    "attn1.to_k": ("attn.qkv", 1, 3),
+    "attn1.to_v": ("attn.qkv", 2, 3),
+    "attn2.to_k": ("cross_attn.kv_linear", 0, 2),
+    "attn2.to_v": ("cross_attn.kv_linear", 1, 2),
+}
+"""Module -> (module, part, of how many parts stacked along the rows)."""
+UNUSED = ("y_embedder.y_embedding", "pos_embed", "logvar_linear.weight", "logvar_linear.bias")
+"""Of a .pth: the null caption, fixed positions, training's own."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where a tensor of ours is found: part `part` of `parts` equal ones along the rows of `key`."""
+
+    key: str
+    part: int = 0
+    parts: int = 1
+
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """Of this part; the whole's where it cannot be divided, which then fits nothing."""
+        if self.parts == 1 or not whole or whole[0] % self.parts:
+            return whole
+        return (whole[0] // self.parts, *whole[1:])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names of a transformer's weights. prefix: of diffusers' names; original: the .pth names instead."""
+
+    prefix: str = ""
+    original: bool = False
+
+    def find(self, name: str) -> Piece:
+        """Where our tensor `name` (diffusers' names) is."""
+        if not self.original:
+            return Piece(self.prefix + name)
+        module, dot, leaf = name.rpartition(".")
+        if leaf not in ("weight", "bias"):
+            module, dot, leaf = name, "", ""
+        if not (block := re.fullmatch(r"transformer_blocks\.(\d+)\.(.+)", module)):
+            return Piece(ORIGINAL.get(module, module) + dot + leaf)
+        start, module = f"blocks.{block[1]}.", block[2]
+        if module in ORIGINAL_STACKED:
+            stacked, part, parts = ORIGINAL_STACKED[module]
+            return Piece(start + stacked + dot + leaf, part, parts)
+        return Piece(start + ORIGINAL_BLOCK.get(module, module) + dot + leaf)
+
+    def layers(self, keys: Collection[str]) -> int:
+        start = "blocks." if self.original else self.prefix + "transformer_blocks."
+        found = (re.match(re.escape(start) + r"(\d+)\.", k) for k in keys)
+        return 1 + max((int(m[1]) for m in found if m), default=-1)
+
+
+def detect(keys: Collection[str], where: Path) -> Layout:
+    """The layout of a set of names. Raises ValueError where it is none of the three."""
+    for layout in (Layout(SANA), Layout(), Layout(original=True)):
+        # a lone missing key must not hide the layout, so any of its first modules will do
+        if any(layout.find(f"{m}.weight").key in keys for m in ("patch_embed.proj", "proj_out", "caption_norm")):
+            return layout
+    raise ValueError(
+        f"convert: {where} is no SANA transformer (first of {len(keys)} names: {min(keys, default='none')}); expected "
+        "diffusers' names, those of an original .pth, or BLIP3o-NEXT's model.sana.*"
+    )
+
+
+def infer(shapes: Mapping[str, tuple[int, ...]], layout: Layout, where: Path) -> TransformerConfig:
+    """A transformer's sizes from its shapes; what they do not tell (positions, sample size) is SANA's at 1024 pixels.
+
+    Raises ValueError where a tensor that they are read from is missing, or the width is of no published SANA, whose
+    number of heads is then unknown.
+    """
+
+    def shape(name: str, dimensions: int) -> tuple[int, ...]:
+        piece = layout.find(name)
+        if piece.key not in shapes:
+            raise ValueError(f"convert: {where} has no {piece.key}, from which sizes are read; give a config.json")
+        found = piece.shape(shapes[piece.key])
+        if len(found) != dimensions:
+            raise ValueError(f"convert: {piece.key} in {where} is {found}; expected {dimensions} dimensions")
+        return found
+
+    channels, in_channels, patch, _ = shape("patch_embed.proj.weight", 4)
+    if channels not in CROSS_HEADS:
+        raise ValueError(
+            f"convert: {where} is {channels} wide, which tells no number of heads (known: "
+            f"{', '.join(map(str, CROSS_HEADS))}); give diffusers' config.json of the transformer"
+        )
+    hidden = shape("transformer_blocks.0.ff.conv_point.weight", 4)[1]
+    ratio = hidden / channels
+    return TransformerConfig(
+        in_channels=in_channels,
+        out_channels=shape("proj_out.weight", 2)[0] // patch**2,
+        num_attention_heads=channels // HEAD,
+        attention_head_dim=HEAD,
+        num_layers=layout.layers(shapes.keys()),
+        num_cross_attention_heads=CROSS_HEADS[channels],
+        cross_attention_head_dim=channels // CROSS_HEADS[channels],
+        caption_channels=shape("caption_projection.linear_1.weight", 2)[1],
+        mlp_ratio=ratio if int(ratio * channels) == hidden else (hidden + 0.5) / channels,
+        patch_size=patch,
+        qk_norm=layout.find("transformer_blocks.0.attn1.norm_q.weight").key in shapes,
+    )
+
+
+SIZES = (
+    "in_channels",
+    "num_attention_heads",
+    "attention_head_dim",
+    "num_layers",
+    "num_cross_attention_heads",
+    "cross_attention_head_dim",
+    "caption_channels",
+    "patch_size",
+    "sample_size",
+)
+FIXED = dict(
+    dropout=0.0,
+    attention_bias=False,
+    norm_elementwise_affine=False,
+    norm_eps=1e-6,
+    guidance_embeds=False,
+    timestep_scale=1.0,
+)
+"""What diffusers' class can do and this model cannot; all published SANA but Sprint have these values."""
+
+
+def read_config(path: Path) -> TransformerConfig:
+    """A diffusers transformer/config.json (SanaTransformer2DModel). Raises ValueError for what is not known here."""
+    tree = read_json(path)
+    if (name := tree.get("_class_name", "SanaTransformer2DModel")) != "SanaTransformer2DModel":
+        raise ValueError(f"convert: {path} is of {name}; expected SanaTransformer2DModel")
+    known = {*SIZES, *FIXED, "out_channels", "cross_attention_dim", "mlp_ratio", "interpolation_scale", "qk_norm"}
+    known.add("guidance_embeds_scale")
+    if unknown := sorted(k for k in tree if k not in known and not k.startswith("_")):
+        raise ValueError(f"convert: {path}: {unknown[0]} is not known here; expected {', '.join(sorted(known))}")
+    for key, value in FIXED.items():
+        if tree.get(key, value) != value:
+            raise ValueError(f"convert: {path}: {key} {tree[key]} is not supported; expected {value}")
+    if tree.get("qk_norm") not in (None, QK_NORM):
+        raise ValueError(f"convert: {path}: qk_norm {tree['qk_norm']!r} is not known; expected null or {QK_NORM!r}")
+    for key in SIZES:
+        if type(tree.get(key, 1)) is not int:
+            raise ValueError(f"convert: {path}: {key} {tree[key]!r}; expected a whole number")
+    for key in ("mlp_ratio", "interpolation_scale"):
+        if not isinstance(tree.get(key, 1.0), (int, float)) and (tree[key] is not None or key == "mlp_ratio"):
+            raise ValueError(f"convert: {path}: {key} {tree[key]!r}; expected a number")
+    sizes: dict[str, Any] = {k: tree[k] for k in SIZES if k in tree}
+    config = TransformerConfig(
+        **sizes,
+        out_channels=tree.get("out_channels") or tree.get("in_channels", 32),
+        mlp_ratio=float(tree.get("mlp_ratio", 2.5)),
+        interpolation_scale=tree.get("interpolation_scale"),
+        qk_norm=tree.get("qk_norm") is not None,
+    )
+    if tree.get("cross_attention_dim", config.channels) != config.channels:
+        raise ValueError(
+            f"convert: {path}: cross_attention_dim {tree['cross_attention_dim']} is not the width {config.channels}"
+        )
+    return config
+
+
+def to_diffusers(config: TransformerConfig) -> dict[str, Any]:
+    """The config.json with which SanaTransformer2DModel reads the same transformer (without EMF's two embedders)."""
+    return {
+        "_class_name": "SanaTransformer2DModel",
+        **{key: getattr(config, key) for key in SIZES},
+        **FIXED,
+        "out_channels": config.out_channels,
+        "cross_attention_dim": config.channels,
+        "mlp_ratio": config.mlp_ratio,
+        "interpolation_scale": config.interpolation_scale,
+        "qk_norm": QK_NORM if config.qk_norm else None,
+    }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ValueError where there is none."""
+    try:
+        tree = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"convert: {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"convert: {path} is not JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"convert: {path} holds {type(tree).__name__}; expected an object")
+    return tree
