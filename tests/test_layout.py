@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).parent.parent
 FILES = sorted(p for folder in ("emf", "kernels", "bench", "tests") for p in (ROOT / folder).rglob("*.py"))
 FILES.append(ROOT / "setup.py")
 SHIPPED = [p for p in FILES if p.relative_to(ROOT).parts[0] in ("emf", "kernels")]

@@ -19,7 +19,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-ROOT = Path(__file__).parent.parent
 PORTS = itertools.count(os.getpid())
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["emf.train.loop", "pytest"])

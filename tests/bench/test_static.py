@@ -6,16 +6,15 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from places import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emf_kernels import REGISTRY, launch
 
-ROOT = Path(__file__).parent.parent
 KEYS = {"op", "kernel", "case", "arch", "registers", "spill_bytes", "shared_bytes", "hgmma", "hmma", "ldg128", "config"}
 
 

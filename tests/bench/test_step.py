@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
+from places import ROOT
 
 from bench.providers import SIZES
 from bench.step import measure
@@ -45,7 +45,7 @@ def test_what_a_tangent_costs(rows: dict[str, dict[str, Any]]) -> None:
 
 def test_the_record() -> None:
     """`make bench` renews the record. Of what it must show: the operations, and what is held for backward."""
-    root = Path(__file__).parent.parent
+    root = ROOT
     record = json.loads((root / "profiles" / "cpu" / "step-cpu.json").read_text())
     rows = {row["provider"]: row for row in record["rows"]}
     assert rows["dual 1"]["flops_ratio"] <= 1.36 and rows["dual 0.25"]["flops_ratio"] <= 1.10

@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 from parity import Outcome, compare, eager, ours, outcome
+from places import ROOT
 
 import emf_kernels
 from emf_kernels import REGISTRY, Case, Op, backend
@@ -25,7 +26,7 @@ pytestmark = [
 ]
 
 FOLDER = Path(emf_kernels.__file__).parent
-RECORD = Path(__file__).parent.parent / "profiles" / "mutations.json"
+RECORD = ROOT / "profiles" / "mutations.json"
 # None may write outside an output: the interpreter would do it, to the memory of this process.
 MUTATIONS = {
     "adaln": [

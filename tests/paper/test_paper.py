@@ -15,7 +15,7 @@ pytest.importorskip("deepspeed")
 from emf.conditioning.small import EncoderConfig, SmallEncoder
 from emf.data.digits import VOCAB
 from emf.network.build import build
-from emf.paper import run as running
+from emf.paper import runs as running
 from emf.paper.parts import ABLATIONS, ENCODERS, FULL, QUICK, parts
 from emf.paper.results_page import Found, verdicts, write_paper
 from emf.paper.runs import run_all, scenes

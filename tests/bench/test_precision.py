@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import torch
+from places import ROOT
 
 from bench.precision import DEPTHS, PRECISIONS, TIMES, measure, random_network, to_tf32
 
@@ -27,6 +27,6 @@ def test_tf32_keeps_ten_bits() -> None:
 
 
 def test_the_record_has_every_depth_precision_and_time() -> None:
-    rows = json.loads((Path(__file__).parent.parent / "profiles" / "precision.json").read_text())
+    rows = json.loads((ROOT / "profiles" / "precision.json").read_text())
     found = {(row["layers"], row["precision"], row["t"]) for row in rows}
     assert found >= {(n, name, t) for n in DEPTHS for name in PRECISIONS for t in TIMES}

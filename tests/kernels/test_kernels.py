@@ -6,12 +6,12 @@ import os
 import re
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from parity import SEED, compare, eager, floating, make, ours, outcome, outside
+from places import ROOT
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -280,7 +280,7 @@ def test_flash_backward_takes_what_attention_hands_it(monkeypatch: pytest.Monkey
 
 def test_the_readme_is_right() -> None:
     """Its example runs, and its table has every op and says which have a kernel."""
-    text = (Path(__file__).parent.parent / "kernels" / "README.md").read_text()
+    text = (ROOT / "kernels" / "README.md").read_text()
     names: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
         exec(block, names)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from places import ROOT
 from safetensors.torch import load_file, save_file
 
 from emf import config as configs
@@ -19,8 +20,6 @@ from emf.cli import main as cli
 from emf.config import Config
 from emf.network.build import build
 from emf.recipes import RECIPES, from_file
-
-ROOT = Path(__file__).parent.parent
 
 
 def emf(*arguments: str) -> int:

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from image_files import encoded, noise, write_folder
 from PIL import Image
+from tiny import byte_tokenizer, clip_tokenizer
 from torch.nn import functional as F
 
 from emf.analyze import discriminability as on_retrieval
@@ -30,8 +32,6 @@ from emf.data.digits import VOCAB, make_batch
 from emf.evaluate.digits_scorer import Scorer
 from emf.model.transformer import TransformerConfig
 from emf.sample import sampler as generating
-from tests.pictures import encoded, noise, write_folder
-from tests.tiny import byte_tokenizer, clip_tokenizer
 
 WORDS = ["a red cat", "two blue dogs", "a red cat", "a tall tree, in the fog", "one green bus", "x"]
 

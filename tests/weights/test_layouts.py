@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from places import ROOT
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,12 +22,11 @@ import sana
 
 from emf.conditioning.small import Connector
 from emf.model.transformer import Transformer, TransformerConfig
-from emf.weights.branches import add_time_branches, layouts
+from emf.weights import layouts
+from emf.weights.branches import add_time_branches
 from emf.weights.convert import convert
 from emf.weights.folders import load_transformer, read_checkpoint
 from emf.weights.layouts import SANA, Layout, infer, read_config
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -375,7 +375,7 @@ def test_a_kill_leaves_a_part_that_the_next_call_replaces(tmp_path: Path, theirs
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("emf.weights._write_file", killed)
+        patched.setattr("emf.weights.tensors._write_file", killed)
         with pytest.raises(KeyboardInterrupt):
             convert(tmp_path / "a", tmp_path / "out")
     assert (tmp_path / "out.part").is_dir() and not (tmp_path / "out").exists()

@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import byte_tokenizer, ta_tok_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -32,7 +33,6 @@ from emf.conditioning.text import TextEncoder, sana_instruction
 from emf.flow import FlowConfig, meanflow_loss
 from emf.model.text_to_image import TextToImage
 from emf.model.transformer import Transformer, TransformerConfig
-from tests.tiny import byte_tokenizer, ta_tok_file
 
 IMAGE_TOKENS = 6
 CODES = 40

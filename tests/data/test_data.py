@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from image_files import encoded, noise, pairs, write_folder, write_tar
 from PIL import Image
 
 from emf.data import inspect as inspecting
@@ -20,7 +21,6 @@ from emf.data.images import Images, centre_crop, decode
 from emf.data.inspect import inspect
 from emf.data.mixture import BLOCK, Dataset, Mixture
 from emf.data.sources import Source, parse_source, read_tar, scan
-from tests.pictures import encoded, noise, pairs, write_folder, write_tar
 
 
 def captions(images: Images, source: int = 0) -> list[str]:

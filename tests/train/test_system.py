@@ -17,7 +17,7 @@ from torch import Tensor
 pytest.importorskip("deepspeed")
 pytest.importorskip("diffusers")
 import sana
-from pictures import pairs, small_autoencoder, write_tar
+from image_files import pairs, small_autoencoder, write_tar
 from tiny import byte_tokenizer, ta_tok_file
 from training import files, kill_in_second_save, metrics, train
 

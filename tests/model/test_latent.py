@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from image_files import small_autoencoder
 from safetensors.torch import load_file, save_file
 
 from emf.model.autoencoder import DCAE, Identity, draw, load_dcae
-from tests.pictures import small_autoencoder
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from image_files import pairs, small_autoencoder, write_folder, write_tar
 from torch import Tensor
 
 from emf.data import cache as caching
@@ -19,7 +20,6 @@ from emf.data.images import Images, Sample
 from emf.data.mixture import Dataset
 from emf.data.sources import Source
 from emf.model.autoencoder import DCAE, draw
-from tests.pictures import pairs, small_autoencoder, write_folder, write_tar
 
 SIZE, TOKEN_SIZE = 16, 6
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 from safetensors.torch import load_file
-from training import ROOT, assert_same_training, averaged, free_port, kill_in_second_save, metrics, train
+from training import assert_same_training, averaged, free_port, kill_in_second_save, metrics, train
 
 pytest.importorskip("deepspeed")
 
