@@ -1,0 +1,55 @@
+"""Files and folders: written whole, taken possession of, and read from whoever made them.
+
+This package imports nothing else of emf, and neither torch nor Pillow before a function needs it. What its functions
+raise is a ValueError of one line that names the file.
+"""
+
+from emf.files.claims import SETTINGS, check_folder, claim, write_settings
+from emf.files.decoding import FORMATS, BrokenImage, open_image
+from emf.files.reading import (
+    check_text,
+    decode_text,
+    numbered_jsonl,
+    numbered_lines,
+    parse_json,
+    read_csv,
+    read_json,
+    read_jsonl,
+    read_lines,
+    read_text,
+    why,
+)
+from emf.files.rows import append_rows, mend_rows, read_rows, write_rows
+from emf.files.writing import finite, make_folder, refuse_existing, whole_file, whole_folder, write_json, write_text
+
+__all__ = [
+    "FORMATS",
+    "SETTINGS",
+    "BrokenImage",
+    "append_rows",
+    "check_folder",
+    "check_text",
+    "claim",
+    "decode_text",
+    "finite",
+    "make_folder",
+    "mend_rows",
+    "numbered_jsonl",
+    "numbered_lines",
+    "open_image",
+    "parse_json",
+    "read_csv",
+    "read_json",
+    "read_jsonl",
+    "read_lines",
+    "read_rows",
+    "read_text",
+    "refuse_existing",
+    "whole_file",
+    "whole_folder",
+    "why",
+    "write_json",
+    "write_rows",
+    "write_settings",
+    "write_text",
+]

@@ -1,0 +1,127 @@
+"""Files and folders that are there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from emf.files.reading import why
+
+MARKER = ".emf-part"
+"""A file in an unfinished folder: what holds it was made here and may be removed."""
+
+
+@contextmanager
+def whole_file(path: Path, writer: int | None = None) -> Iterator[Path]:
+    """A file beside `path`, there and empty, to write to; it takes the place of `path` when the block ends, and is
+    removed where the block raises. It has the mode that the umask gives, whatever the block's writer sets.
+
+    writer: the number of this process, where several write the same file at the same time.
+    The file's name ends in .part, so a writer that goes by names must be told its format.
+    Raises ValueError where it cannot be written: a full disk, a folder that may not be written to.
+    """
+    part = path.with_name(f"{path.name}.part" if writer is None else f"{path.name}.{writer}.part")
+    make_folder(path.parent)
+    try:
+        part.open("wb").close()
+        mode = part.stat().st_mode & 0o777
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {why(error)}") from None
+    try:
+        yield part
+        part.chmod(mode)
+        os.replace(part, path)
+    except BaseException as error:
+        part.unlink(missing_ok=True)
+        if reason := _not_written(error, part):
+            raise ValueError(f"{path} cannot be written: {reason}") from None
+        raise
+
+
+def _not_written(error: BaseException, part: Path) -> str | None:
+    """Why `part` could not be written; None where the error is about something else. The writers of torch and
+    safetensors have errors of their own, which are known by name and text so that neither library is imported."""
+    if isinstance(error, OSError):
+        return why(error) if error.filename is None or str(error.filename) == str(part) else None
+    if type(error).__name__ == "SafetensorError":
+        return str(error)
+    if isinstance(error, RuntimeError) and ("unexpected pos" in str(error) or "PytorchStreamWriter" in str(error)):
+        return "the disk is full, or the file was cut"
+    return None
+
+
+def write_text(path: Path, text: str, writer: int | None = None) -> None:
+    """A whole file of `text` in UTF-8; half of a surrogate pair is written as its escape. See whole_file."""
+    with whole_file(path, writer) as part:
+        part.write_bytes(text.encode("utf-8", "backslashreplace"))
+
+
+def write_json(
+    path: Path, tree: Any, *, indent: int | None = 1, sort_keys: bool = False, writer: int | None = None
+) -> None:
+    """A whole file of JSON, null in place of nan and of infinities. See whole_file."""
+    text = json.dumps(finite(tree), indent=indent, sort_keys=sort_keys, allow_nan=False)
+    write_text(path, text + "\n", writer)
+
+
+def finite(tree: Any) -> Any:
+    """The same tree as JSON can hold it: names as text, tuples as lists, null in place of nan and of infinities."""
+    if isinstance(tree, dict):
+        return {k if isinstance(k, str) else json.dumps(k): finite(v) for k, v in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [finite(v) for v in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+def make_folder(path: Path) -> None:
+    """A folder and those above it, where they are missing. Raises ValueError where that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise ValueError(f"{path} is no folder") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be made a folder: {why(error)}") from None
+
+
+def refuse_existing(out: Path, who: str = "") -> None:
+    """Raises ValueError, its text beginning with `who`, where `out` is taken, a dangling link included."""
+    if os.path.lexists(out):
+        raise ValueError(f"{who}{out} exists; name a folder that does not")
+
+
+@contextmanager
+def whole_folder(out: Path, who: str = "") -> Iterator[Path]:
+    """A folder beside `out` to write into, renamed to `out` when the block ends, and removed where it raises. What a
+    kill left of an earlier one is replaced.
+
+    Raises ValueError, its text beginning with `who`, where `out` exists or cannot be written, and where a folder of
+    somebody else's is in the way.
+    """
+    refuse_existing(out, who)
+    part = out.with_name(out.name + ".part")
+    if os.path.lexists(part):
+        if not (part / MARKER).is_file():
+            raise ValueError(f"{who}{part} is in the way and not ours; move it")
+        shutil.rmtree(part)
+    try:
+        part.mkdir(parents=True)
+        (part / MARKER).touch()
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise ValueError(f"{who}{out} cannot be written: {why(error)}") from None
+    try:
+        yield part
+        refuse_existing(out, who)
+        (part / MARKER).unlink()
+        part.rename(out)
+    except Exception as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, OSError) and (error.filename is None or str(error.filename).startswith(str(part))):
+            raise ValueError(f"{who}{out} cannot be written: {why(error)}") from None
+        raise

@@ -1,0 +1,144 @@
+"""Whatever bytes a user's file holds, its reader gives a value or raises a ValueError of one line that names it."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from emf.files import (
+    decode_text,
+    open_image,
+    parse_json,
+    read_csv,
+    read_json,
+    read_jsonl,
+    read_lines,
+    read_text,
+)
+
+READERS: tuple[Callable[[Path], Any], ...] = (read_text, read_lines, read_json, read_jsonl, read_csv, open_image)
+
+
+def encoded(format: str, **options: Any) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, format, **options)
+    return out.getvalue()
+
+
+@st.composite
+def damaged(draw: st.DrawFn, whole: list[bytes]) -> bytes:
+    """One of `whole` with a part of it replaced."""
+    data = draw(st.sampled_from(whole))
+    start = draw(st.integers(0, len(data)))
+    end = draw(st.integers(start, min(len(data), start + 40)))
+    return data[:start] + draw(st.binary(max_size=20)) + data[end:]
+
+
+TEXTS = [
+    codecs.BOM_UTF8 + b'{"prompt": "a dog"}\r\n{"prompt": "a cat \\ud83d\\ude00"}',
+    codecs.BOM_UTF16_LE + 'item_id,text\n1,"a, b"\n'.encode("utf-16-le"),
+    b'{"a": [1, 2, {"b": null}]}',
+    "überall\n".encode("latin-1"),
+    b"[" * 3000,
+    b'{"n": ' + b"9" * 5000 + b"}",
+]
+IMAGES = [encoded("PNG"), encoded("JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0"), encoded("WEBP")]
+
+
+@given(data=st.one_of(st.binary(max_size=200), damaged(TEXTS), damaged(IMAGES)))
+@pytest.mark.parametrize("read", READERS, ids=lambda read: read.__name__)
+def test_any_bytes_give_a_value_or_one_line(
+    read: Callable[[Path], Any], data: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    file = tmp_path_factory.getbasetemp() / "any.bin"
+    file.write_bytes(data)
+    try:
+        read(file)
+    except ValueError as error:
+        assert "any.bin" in str(error) and len(str(error).splitlines()) == 1
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), max_size=40))
+def test_every_encoding_gives_the_same_text(text: str) -> None:
+    expected = text.removeprefix("\ufeff").replace("\n\ufeff", "\n")
+    if not text.startswith("\ufeff"):
+        assert decode_text(text.encode(), "x") == expected
+    for data in (text.encode("utf-8-sig"), text.encode("utf-16"), text.encode("utf-32")):
+        assert decode_text(data, "x") == expected
+    assert decode_text(text.replace("\n", "\r\n").encode("utf-8-sig"), "x") == expected
+
+
+def test_lines_end_with_line_ends_alone(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa\u2028b\r\n\r\n  c\x0cd \re\n\ufefff".encode())
+    assert read_lines(file) == ["a\u2028b", "c\x0cd", "e", "f"]
+
+
+def test_jsonl_needs_no_last_line_end(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"a": 1}\n\n{"a": 2}')
+    assert read_jsonl(file) == [{"a": 1}, {"a": 2}]
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"{}\n{", r"a.jsonl:2 is JSON that ends too early"),
+        (b"{}\n\n[1]", r"a.jsonl:3 is no JSON object"),
+        (b"{}\n{'a': 1}", r"a.jsonl:2 is not JSON: Expecting property name"),
+        (b'{"a": "\\ud83d"}', r"a.jsonl:1 holds half of a letter"),
+        (b"{}\n\xe9", r"a.jsonl:2 is not UTF-8 \(byte 0xe9\); save it as UTF-8"),
+        ('{"a": 1}'.encode("utf-16-le"), r"a.jsonl:1 holds a zero byte"),
+    ],
+)
+def test_broken_jsonl_names_file_and_line(tmp_path: Path, data: bytes, says: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(data)
+    with pytest.raises(ValueError, match=says):
+        read_jsonl(tmp_path / "a.jsonl")
+
+
+def test_json_errors_say_which(tmp_path: Path) -> None:
+    for text, says in (("", "x is empty"), ('{"a":\n 1', "ends too early"), ('{\n"a" 1}', "x:2 is not JSON")):
+        with pytest.raises(ValueError, match=says):
+            parse_json(text, "x")
+    with pytest.raises(ValueError, match="nested too deeply"):
+        parse_json("[" * 100_000, "x")
+    with pytest.raises(ValueError, match=r"no\.json does not exist"):
+        read_json(tmp_path / "no.json")
+    with pytest.raises(ValueError, match="is a folder; expected a file"):
+        read_json(tmp_path)
+
+
+def test_what_may_not_be_read_is_not_called_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    for read in READERS:
+        with pytest.raises(ValueError, match=r"a cannot be read: Permission denied$"):
+            read(tmp_path / "a")
+
+
+def test_csv(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_bytes(codecs.BOM_UTF8 + b'id,text\r\n1,"a\r\nb, c"\r\n2')
+    assert read_csv(file) == [(3, {"id": "1", "text": "a\nb, c"}), (4, {"id": "2", "text": ""})]
+    file.write_text("id,text\n1,a,b\n")
+    with pytest.raises(ValueError, match=r"a\.csv:2 has more cells than the first line"):
+        read_csv(file)
+
+
+def test_json_round_trip_of_names(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"é": "😀"}), encoding="utf-16")
+    assert read_json(tmp_path / "a.json") == {"é": "😀"}

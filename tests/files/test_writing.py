@@ -1,0 +1,144 @@
+"""What is written is there whole or not at all, readable by whom the umask lets; a folder belongs to one maker."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from emf.device import device
+from emf.files import (
+    append_rows,
+    check_folder,
+    claim,
+    mend_rows,
+    read_json,
+    read_rows,
+    whole_file,
+    whole_folder,
+    write_json,
+    write_settings,
+    write_text,
+)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_mode_is_the_umasks(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        with whole_file(tmp_path / "a.safetensors") as part:
+            save_file({"x": torch.zeros(1)}, part)
+        write_text(tmp_path / "a.txt", "a")
+    finally:
+        os.umask(before)
+    assert [f.stat().st_mode & 0o777 for f in sorted(tmp_path.iterdir())] == [mode, mode]
+
+
+def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    write_text(file, "old")
+    with pytest.raises(RuntimeError, match="mine"), whole_file(file) as part:
+        part.write_text("new")
+        raise RuntimeError("mine")
+    assert [f.name for f in tmp_path.iterdir()] == ["a"] and file.read_text() == "old"
+
+
+def test_two_writers_do_not_meet(tmp_path: Path) -> None:
+    with whole_file(tmp_path / "a", 0) as one, whole_file(tmp_path / "a", 1) as two:
+        one.write_text("one")
+        two.write_text("two")
+    assert (tmp_path / "a").read_text() == "one" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for file in (tmp_path / "a" / "b.part", tmp_path / "a" / "c"):
+        file.symlink_to("/dev/full")
+    with pytest.raises(ValueError, match=r"b cannot be written: No space left on device"):
+        write_text(tmp_path / "a" / "b", "x")
+    with pytest.raises(ValueError, match=r"c cannot be written: No space left on device"):
+        append_rows(tmp_path / "a" / "c", [{"x": 1}])
+
+
+def test_an_unwritable_place_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for write in (lambda p: write_text(p, "x"), lambda p: claim(p, {}, ())):
+        with pytest.raises(ValueError, match="file is no folder$|file/a cannot be made a folder: Not a directory"):
+            write(tmp_path / "file" / "a")
+    unwritable = pytest.raises(ValueError, match="^who: .*file/a cannot be written: Not a directory")
+    with unwritable, whole_folder(tmp_path / "file" / "a", "who: "):
+        pass
+
+
+def test_errors_about_other_files_stay_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), whole_file(tmp_path / "a"):
+        (tmp_path / "b").read_text()
+
+
+def test_json_knows_no_nan(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {1: (float("nan"), 1.5), "b": {"c": float("inf")}})
+    assert read_json(tmp_path / "a.json") == {"1": [None, 1.5], "b": {"c": None}}
+
+
+def test_rows_forgive_a_torn_last_line_alone(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    assert read_rows(log) == mend_rows(log) == []
+    append_rows(log, [{"step": 1}, {"step": 2}])
+    with log.open("a") as file:
+        file.write('{"step": 3}')  # a kill may fall between the object and its newline
+    assert read_rows(log) == [{"step": 1}, {"step": 2}]
+    assert mend_rows(log) == [{"step": 1}, {"step": 2}]
+    append_rows(log, [{"step": 3}])
+    assert read_rows(log, ["step"]) == [{"step": n} for n in (1, 2, 3)]
+    with pytest.raises(ValueError, match=r"log.jsonl:1 is no JSON object with loss"):
+        read_rows(log, ["loss"])
+    log.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"log.jsonl:2 is no JSON object; repair or remove"):
+        read_rows(log)
+
+
+def test_a_claimed_folder_is_gone_on_with_by_the_same_settings(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    assert not claim(out, {"size": 16, "weights": (1.0, 2.0)}, None)
+    assert claim(out, {"size": 16, "weights": (1.0, 2.0)}, None)
+    with pytest.raises(ValueError, match=r"^who: .*other settings \(size\); give another.*size was 16, is 32"):
+        claim(out, {"size": 32, "weights": (1.0, 2.0)}, None, who="who: ")
+    (out / "settings.json").write_text("{")
+    with pytest.raises(ValueError, match=r"settings.json is JSON that ends too early"):
+        claim(out, {"size": 16}, None)
+
+
+def test_what_others_made_is_not_claimed(tmp_path: Path) -> None:
+    (tmp_path / "shard.part").touch()
+    check_folder(tmp_path, None)
+    (tmp_path / "results.json").touch()
+    check_folder(tmp_path, ["scored.jsonl"])
+    for own in (None, ["results.json"]):
+        with pytest.raises(ValueError, match=r"results.json exists without settings.json.*; give another folder"):
+            check_folder(tmp_path, own)
+    with pytest.raises(ValueError, match="is no folder"):
+        claim(tmp_path / "results.json", {}, ())
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["results.json", "shard.part"]
+
+
+def test_a_claim_may_grow(tmp_path: Path) -> None:
+    claim(tmp_path, {"k": 1, "runs": {"a": "x"}}, (), growing="runs")
+    assert json.loads((tmp_path / "settings.json").read_text()) == {"k": 1, "runs": {}}
+    write_settings(tmp_path, {"k": 1, "runs": {"a": "x"}})
+    assert claim(tmp_path, {"k": 1, "runs": {"b": "y", "a": "x"}}, (), growing="runs")
+    for runs in ({"b": "y"}, {"a": "z"}):
+        with pytest.raises(ValueError, match=r"holds results of a \(x\); name it too"):
+            claim(tmp_path, {"k": 1, "runs": runs}, (), growing="runs")
+
+
+def test_a_device_is_there_or_one_line() -> None:
+    assert device("cpu") == torch.device("cpu") and device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("gpu", "cuda:99", "meta", "xpu", "cpu:7", "🙂"):
+        with pytest.raises(ValueError, match="^device: .*expected one of cpu") as error:
+            device(name)
+        assert len(str(error.value).splitlines()) == 1
