@@ -7,12 +7,8 @@ A config file is read by turning it back into command-line arguments, so the one
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
-import re
-from collections.abc import Callable
-from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -209,36 +205,9 @@ class Config:
             raise ValueError(f"config: drop {self.drop} must lie in [0, 1)")
 
 
-def one_line(parser: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A parser of tyro's, with what it found wrong as one line of a ValueError instead of a framed page and an
-    exit."""
-    page = io.StringIO()
-    try:
-        with redirect_stderr(page):
-            return parser(*args, **kwargs)
-    except SystemExit as end:
-        if not end.code:  # --help
-            raise
-        lines = (line.strip("│ ") for line in page.getvalue().splitlines() if not line.startswith(("╭", "╰")))
-        found = "; ".join(re.sub(r"[─ ]+", " ", " ".join(lines)).split("For full helptext")).strip()
-        raise ValueError(re.sub(r" ?; ?,? (run|see):? ", "; see ", found)) from None
-
-
 def to_json(config: Config) -> str:
     """The resolved config, one field a line."""
     return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
-
-
-def to_arguments(tree: dict[str, Any], prefix: str = "--") -> list[str]:
-    """A config file's contents as command-line arguments."""
-    arguments: list[str] = []
-    for key, value in tree.items():
-        name = prefix + key.replace("_", "-")
-        if isinstance(value, dict):
-            arguments += to_arguments(value, name + ".")
-        else:
-            arguments += [name, *map(str, value if isinstance(value, (list, tuple)) else [value])]
-    return arguments
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import tyro
-
 from emf import config as configs
+from emf.arguments import one_line, to_arguments
 from emf.config import ConditionConfig, Config, OptimConfig, RunConfig, ZeroConfig
 from emf.flow import FlowConfig
 from emf.model.transformer import TransformerConfig
@@ -144,11 +143,12 @@ def from_file(path: Path) -> Config:
     if tree.get("recipe") not in RECIPES:
         raise ValueError(f"config: {path}: recipe is {tree.get('recipe')!r}; expected one of {', '.join(RECIPES)}")
     default = RECIPES[tree["recipe"]]()
+    import tyro  # not needed by who takes a recipe from Python
+
     # as arguments, so that the one parser checks names, types and values
     style = (tyro.conf.FlagConversionOff,)
     try:
-        return configs.one_line(
-            tyro.cli, Config, args=configs.to_arguments(tree), default=default, prog="emf train RECIPE", config=style
-        )
+        arguments = to_arguments(tree)
+        return one_line(tyro.cli, Config, args=arguments, default=default, prog="emf train RECIPE", config=style)
     except ValueError as error:
         raise ValueError(f"config: {path}: {error}") from None

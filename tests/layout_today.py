@@ -2,12 +2,7 @@
 
 TODAY: dict[str, set[str]] = {
     "circle": {
-        "emf/cli/main.py",
-        "emf/cli/runs.py",
         "emf/network/build.py",
-        "emf/paper/results_page.py",
-        "emf/paper/runs.py",
-        "emf/train/loop.py",
         "emf/train/zero/engine.py",
         "emf/train/zero/universal.py",
         "emf/weights/folders.py",
@@ -21,16 +16,11 @@ TODAY: dict[str, set[str]] = {
         "emf/show/run_page.py -> emf/config.py",
         "emf/show/run_page.py -> emf/data/digits.py",
         "emf/show/run_page.py -> emf/evaluate/small_world.py",
-        "emf/train/loop.py -> emf/cli/main.py",
     },
-    "cli": {
-        "emf/train/loop.py",
-    },
+    "cli": set(),
     "name": {
         "bench/conftest.py",
         "bench/test_step.py",
-        "emf/cli/runs.py",
-        "emf/paper/runs.py",
         "tests/bench/test_step.py",
         "tests/conftest.py",
     },
@@ -54,9 +44,9 @@ TODAY: dict[str, set[str]] = {
         "emf/cli/evaluate.py dpg",
         "emf/cli/evaluate.py geneval",
         "emf/cli/evaluate.py hps",
-        "emf/cli/runs.py convert",
-        "emf/cli/runs.py generate",
-        "emf/cli/runs.py plan",
+        "emf/cli/generate.py generate",
+        "emf/cli/planning.py plan",
+        "emf/cli/weights.py convert",
         "emf/evaluate/dpg.py run_dpg",
         "emf/evaluate/dpg.py score_dpg",
         "emf/evaluate/geneval.py run_geneval",

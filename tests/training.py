@@ -21,7 +21,7 @@ from torch import Tensor
 
 PORTS = itertools.count(os.getpid())
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["emf.train.loop", "pytest"])
+FORKED.set_forkserver_preload(["emf.train.command", "emf.train.loop", "pytest"])
 
 TINY = [
     "--batch-size",
@@ -78,7 +78,7 @@ def _child(arguments: list[str], environment: dict[str, str], output: Path, befo
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ |= environment
-    from emf.train.loop import main
+    from emf.train.command import main
 
     if before:
         before()

@@ -2,87 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial, wraps
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
+
+from emf.arguments import NEEDS_EXTRA, one_line
+from emf.errors import report_errors
 
 try:
     import tyro
 except ImportError:
-    raise SystemExit(
-        "error: the emf commands need more than the kernels do: pip install 'emf-meanflow[train]'"
-    ) from None
+    raise SystemExit(NEEDS_EXTRA) from None
 
 from emf.cli import analyze as analyzing
 from emf.cli import data as on_data
 from emf.cli import evaluate as evaluating
-from emf.cli import runs as commands
-from emf.config import Config, one_line
-from emf.recipes import RECIPES, from_file
-
-
-class Diverged(RuntimeError):
-    """A run's loss is NaN or inf."""
-
-
-@contextmanager
-def report_errors() -> Iterator[None]:
-    """A ValueError is the user's: its line, exit code 2. A diverged run ends with 3, an interrupted one with 130."""
-    try:
-        yield
-    except (ValueError, Diverged) as error:
-        if os.environ.get("RANK", "0") == "0":  # every rank sees the same
-            print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, ValueError) else 3) from None
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted; --resume True continues from the last checkpoint", file=sys.stderr)
-        raise SystemExit(130) from None
-
-
-@dataclass(frozen=True)
-class _Run:
-    config: Annotated[Config, tyro.conf.arg(name="")]
-    out: Path | None = None
-    """Folder to write: config.json, metrics.jsonl, checkpoints."""
-    resume: bool = False
-    """Continue from the newest checkpoint in it; without one, start."""
-
-
-def parse_train(arguments: list[str]) -> tuple[Config, Path, bool]:
-    """(config, out, resume) from `<recipe | config.json> --out DIR [--resume True] [--field value ...]`."""
-    names = ", ".join(RECIPES)
-    first = arguments[0] if arguments else "--help"
-    if first in ("-h", "--help"):
-        print("usage: emf train RECIPE|CONFIG.json --out DIR [--resume True] [--field value ...]\n")
-        print(
-            "Trains in this process; `deepspeed --module emf.train ...` takes the same arguments, for several ranks.\n"
-        )
-        for name, recipe in RECIPES.items():
-            print(f"  {name:20} {(recipe.__doc__ or '').splitlines()[0]}")
-        print("\n`emf train RECIPE --help` lists every field with its default.")
-        raise SystemExit(0)
-    if first in RECIPES:
-        config = RECIPES[first]()
-    elif first.endswith(".json"):
-        config = from_file(Path(first))
-    else:
-        raise ValueError(f"train: no recipe {first!r}; recipes are {names}, or give a config.json")
-    # every field takes a value (`--resume True`), as config.json's fields do
-    style = (tyro.conf.FlagConversionOff,)
-    parsed = one_line(tyro.cli, _Run, args=arguments[1:], default=_Run(config), prog=f"emf train {first}", config=style)
-    if parsed.out is None:
-        raise ValueError("train: say where to write: --out DIR")
-    return parsed.config, parsed.out, parsed.resume
+from emf.cli import generate as generating
+from emf.cli import pages, planning
+from emf.cli import weights as on_weights
+from emf.train.command import main as train
 
 
 def _deferred(command: Callable[..., None]) -> Callable[..., Any]:
@@ -99,8 +38,6 @@ def main() -> None:
     """Entry of `emf`."""
     arguments = sys.argv[1:]
     if arguments[:1] == ["train"]:
-        from emf.train.loop import main as train
-
         return train(arguments[1:])
 
     def train_help() -> None:
@@ -115,7 +52,7 @@ def main() -> None:
     def data_help() -> None:
         """Look at image-text data: inspect."""
 
-    c, e, a = commands, evaluating, analyzing
+    e, a = evaluating, analyzing
     groups: dict[str, dict[str, Any]] = {
         "evaluate": {"digits": e.on_digits, "geneval": e.geneval, "dpg": e.dpg, "hps": e.hps},
         "analyze": {
@@ -127,17 +64,17 @@ def main() -> None:
     }
     chosen: dict[str, Any] = {
         "train": train_help,
-        "generate": c.generate,
+        "generate": generating.generate,
         "evaluate": evaluate_help,
         "analyze": analyze_help,
-        "report": c.report,
-        "plan": c.plan,
-        "convert": c.convert,
+        "report": pages.report,
+        "plan": planning.plan,
+        "convert": on_weights.convert,
         "data": data_help,
         "cache": on_data.cache,
-        "export": c.export,
-        "release": c.release,
-        "paper": c.paper,
+        "export": on_weights.export,
+        "release": on_weights.release,
+        "paper": pages.paper,
     }
     with report_errors():
         parser = tyro.extras.subcommand_cli_from_dict

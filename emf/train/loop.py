@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -21,9 +20,9 @@ import torch
 from torch import Tensor
 
 from emf import config as configs
-from emf.cli.main import Diverged, parse_train, report_errors
 from emf.config import Config
 from emf.data.feed import Feed, feed
+from emf.errors import Diverged
 from emf.evaluate.digits_scorer import Scorer
 from emf.flow import flow_matching_loss, meanflow_loss, times
 from emf.network.build import build, checkpoints
@@ -261,11 +260,3 @@ def run(
             if log and done < config.steps:
                 print(f"asked to stop: saved {last}; --resume True continues from it", flush=True)
             return
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Entry of `emf train` and of the deepspeed launcher."""
-    # the launcher hands every process --local_rank=N; the environment says the same
-    arguments = [a for a in (sys.argv[1:] if arguments is None else arguments) if not a.startswith("--local_rank")]
-    with report_errors():
-        train(*parse_train(arguments))

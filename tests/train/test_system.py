@@ -22,7 +22,8 @@ from tiny import byte_tokenizer, ta_tok_file
 from training import files, kill_in_second_save, metrics, train
 
 from emf.cli.data import cache
-from emf.cli.runs import export, generate
+from emf.cli.generate import generate
+from emf.cli.weights import export
 from emf.weights.convert import convert
 from emf.weights.folders import load_any, load_run
 

@@ -1,0 +1,68 @@
+"""`emf generate`: what the command does; its arguments as the command line has them, its help from the docstring."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+def generate(
+    captions: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="CAPTIONS")],
+    run: Path,
+    out: Path,
+    prompts: Path | None = None,
+    steps: int = 1,
+    guidance: float | None = None,
+    seed: int = 0,
+    n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1,
+    flow_matching: bool = False,
+    vae: Path | None = None,
+    batch: int = 4,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    device: str | None = None,
+) -> None:
+    """Captions to images with a trained run or an exported folder.
+
+    Args:
+        captions: for example "a red seven" "two blue threes"
+        run: a run's folder, one of its checkpoints, or a folder from emf export
+        out: folder for the PNG files; files of the same name are not overwritten
+        prompts: a text file of further captions, one a line
+        steps: of the sampler; two network evaluations each, one where the run was trained at this guidance
+        guidance: classifier-free guidance, 1 is none; default: 1.25 for the digits, else 2
+        seed: of the noise
+        n: images of each caption
+        flow_matching: sample the instantaneous velocity with Euler's method instead
+        vae: a diffusers folder with the autoencoder; default: that of the run's data, or of the export
+        batch: images computed at once
+        dtype: default: float32 on a CPU, bfloat16 on a GPU
+        device: cpu or cuda; default: the GPU where there is one
+    """
+    from emf.sample.sampler import Sampler, write_images
+
+    every = [c for c in (*captions, *read_prompts(prompts)) for _ in range(n)]
+    if not every or n < 1 or batch < 1:
+        raise ValueError(f"generate: {len(every)} images, batch {batch}; give captions or --prompts, and at least 1")
+    sampler = Sampler.load(run, vae, dtype, device, flow_matching)
+    guidance = sampler.guidance if guidance is None else guidance
+    told = dict(steps=steps, guidance=guidance, seed=seed, run=str(run), flow_matching=flow_matching)
+    for first in range(0, len(every), batch):
+        here = every[first : first + batch]
+        numbers = range(first, first + len(here))
+        images = sampler.images(here, steps, guidance=guidance, seed=seed, numbers=numbers, batch=batch)
+        for path in write_images(images, here, out, told):
+            print(path, flush=True)
+    each = ", ".join(f"{stage} {took / len(every) * 1e3:.0f} ms" for stage, took in sampler.seconds.items())
+    print(f"{len(every)} images; each: {each}", file=sys.stderr)  # stdout is the files' names alone
+
+
+def read_prompts(file: Path | None) -> list[str]:
+    if file is None:
+        return []
+    try:
+        return [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"generate: prompts {file} cannot be read: {error}") from None

@@ -1,0 +1,45 @@
+"""`emf report` and `emf paper`: what the commands do, one function each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+RunFolder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+
+
+def report(run: RunFolder) -> None:
+    """A run's figures, curves and samples as one page: report.html in its folder.
+
+    Args:
+        run: a run's folder, evaluated
+    """
+    from emf.show.run_page import write_report
+
+    print(f"open {write_report(run)}")
+
+
+def paper(out: Path = Path("runs/paper"), quick: bool = False, jobs: int | None = None, seeds: int = 3) -> None:
+    """The paper's tables and figures in miniature, on the digits: results.json and report-paper.html. Stopped, it goes
+    on.
+
+    Args:
+        out: folder of its runs
+        quick: minutes instead of hours, to try the machinery; the figures mean nothing
+        jobs: runs at once, a core each; default: as many as there are cores
+        seeds: of every run
+    """
+    import os
+    from dataclasses import replace
+
+    from emf.paper.parts import FULL, QUICK
+    from emf.paper.results_page import write_paper
+    from emf.paper.runs import run_all
+
+    if seeds < 1 or (jobs is not None and jobs < 1):
+        raise ValueError(f"paper: {seeds} seeds, {jobs} jobs; expected at least 1 of each")
+    budget = QUICK if quick else replace(FULL, seeds=tuple(range(seeds)))
+    run_all(out, budget, jobs or os.cpu_count() or 1)
+    print(f"open {write_paper(out, budget)}")

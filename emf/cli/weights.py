@@ -1,0 +1,93 @@
+"""`emf convert`, `emf export` and `emf release`: what the commands do, one function each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+RunFolder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+
+
+def convert(
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")],
+    out: Path,
+    config: Path | None = None,
+    embedder_init: Literal["duplicate", "preserve"] = "duplicate",
+    time_scale: float = 1.0,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    allow_missing: tuple[str, ...] = (),
+    allow_extra: tuple[str, ...] = (),
+    allow_misshaped: tuple[str, ...] = (),
+    shard_gb: float = 5.0,
+) -> None:
+    """Published weights into a folder to start from (--init): SANA, BLIP3o-NEXT, or EMF's own.
+
+    Args:
+        source: a diffusers SANA folder, an original .pth, a BLIP3o-NEXT folder or a released EMF checkpoint
+        out: the folder; must not exist
+        config: diffusers' config.json of the transformer, where the source has none
+        embedder_init: of EMF's two time embedders, where the source has none: a copy each, or the function kept
+        time_scale: what they multiply t and t - r with
+        dtype: default: each tensor's own
+        allow_missing: patterns of the source's names that may be missing
+        allow_extra: ... that may be there without a use
+        allow_misshaped: ... that may have another shape, and are then missing
+        shard_gb: largest file written, in 1e9 bytes
+    """
+    from emf.weights.convert import convert as run
+
+    allowed: dict[str, Any] = dict(allow_missing=allow_missing, allow_extra=allow_extra)
+    print(run(source, out, config, embedder_init, time_scale, dtype, **allowed, allow_misshaped=allow_misshaped))
+    print(f"{out}: whole; train with --init {out}")
+
+
+def export(
+    run: RunFolder,
+    out: Path,
+    base: Path | None = None,
+    text: Path | None = None,
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+) -> None:
+    """A run as a folder in diffusers' layout, for EMFPipeline.from_pretrained and `emf generate`.
+
+    Args:
+        run: a run's folder, or one of its checkpoints; low-rank adapters are merged
+        out: the folder; must not exist
+        base: a diffusers folder whose vae, text encoder and tokenizer go with it; default: that of the run's data
+        text: a folder from emf convert whose language model goes with it; default: the run's condition
+        dtype: of the transformer
+    """
+    import torch
+
+    from emf.network.adapters import merged
+    from emf.weights.export import export as run_export
+    from emf.weights.folders import load_run
+    from emf.weights.tensors import refuse_existing
+
+    refuse_existing(out)
+    config, network = load_run(run)
+    if text is None and config.condition.kind == "blip3o":
+        text = config.condition.folder or config.init
+    state = {k: v.to(getattr(torch, dtype)) for k, v in merged(network.transformer).items()}
+    small = config.condition.kind == "small"
+    trained = network.encoder if network.own_encoder and not small else None
+    how = {k: getattr(config.condition, k) for k in ("kind", "scale", "window")}
+    run_export(state, config.transformer, out, base or config.data.vae, text, trained, how)
+    if small:
+        print(f"{out}: the transformer; diffusers has no place for the digits' text encoder, which stays with the run")
+    else:
+        print(f"{out}: whole; emf generate ... --run {out}")
+
+
+def release(run: RunFolder, out: Path) -> None:
+    """A run's averaged weights in half precision as one safetensors file, to start other runs from (--init).
+
+    Args:
+        run: a run's folder, or one of its checkpoints
+        out: the file; must not exist
+    """
+    from emf.evaluate.small_world import release_run
+
+    print(f"{out}: {release_run(run, out) / 1e6:.2f} MB")

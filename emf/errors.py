@@ -1,0 +1,32 @@
+"""What ends a command: errors that are the user's to mend, and a run that diverged."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Diverged(RuntimeError):
+    """A run's loss, gradient or weights are NaN or inf."""
+
+
+@contextmanager
+def report_errors() -> Iterator[None]:
+    """A ValueError is the user's: its line is printed, and the exit code is 2. A diverged run ends with 3, an
+    interrupted one with 130."""
+    try:
+        yield
+    except (ValueError, Diverged) as error:
+        if os.environ.get("RANK", "0") == "0":  # every rank sees the same
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, ValueError) else 3) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted; --resume True continues from the last checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None

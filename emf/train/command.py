@@ -1,0 +1,65 @@
+"""The command line of training: `emf train ...`, and `deepspeed --module emf.train ...` on every rank."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from emf.arguments import NEEDS_EXTRA, one_line
+from emf.config import Config
+from emf.errors import report_errors
+from emf.recipes import RECIPES, from_file
+
+try:
+    import tyro
+except ImportError:
+    raise SystemExit(NEEDS_EXTRA) from None
+
+
+@dataclass(frozen=True)
+class _Run:
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    out: Path | None = None
+    """Folder to write: config.json, metrics.jsonl, checkpoints."""
+    resume: bool = False
+    """Continue from the newest checkpoint in it; without one, start."""
+
+
+def parse_train(arguments: list[str]) -> tuple[Config, Path, bool]:
+    """(config, out, resume) from `<recipe | config.json> --out DIR [--resume True] [--field value ...]`."""
+    names = ", ".join(RECIPES)
+    first = arguments[0] if arguments else "--help"
+    if first in ("-h", "--help"):
+        print("usage: emf train RECIPE|CONFIG.json --out DIR [--resume True] [--field value ...]\n")
+        print(
+            "Trains in this process; `deepspeed --module emf.train ...` takes the same arguments, for several ranks.\n"
+        )
+        for name, recipe in RECIPES.items():
+            print(f"  {name:20} {(recipe.__doc__ or '').splitlines()[0]}")
+        print("\n`emf train RECIPE --help` lists every field with its default.")
+        raise SystemExit(0)
+    if first in RECIPES:
+        config = RECIPES[first]()
+    elif first.endswith(".json"):
+        config = from_file(Path(first))
+    else:
+        raise ValueError(f"train: no recipe {first!r}; recipes are {names}, or give a config.json")
+    # every field takes a value (`--resume True`), as config.json's fields do
+    style = (tyro.conf.FlagConversionOff,)
+    parsed = one_line(tyro.cli, _Run, args=arguments[1:], default=_Run(config), prog=f"emf train {first}", config=style)
+    if parsed.out is None:
+        raise ValueError("train: say where to write: --out DIR")
+    return parsed.config, parsed.out, parsed.resume
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry of `emf train` and of the deepspeed launcher."""
+    # the launcher hands every process --local_rank=N; the environment says the same
+    arguments = [a for a in (sys.argv[1:] if arguments is None else arguments) if not a.startswith("--local_rank")]
+    with report_errors():
+        config, out, resume = parse_train(arguments)
+        from emf.train.loop import train  # seconds, which --help need not take
+
+        train(config, out, resume)
