@@ -13,10 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from emf.conditioning.small import EncoderConfig
-from emf.data.digits import World
-from emf.flow import FlowConfig
-from emf.model.transformer import TransformerConfig
+from emf.data.world import World
+from emf.files import read_json
+from emf.flow_config import FlowConfig
+from emf.model.sizes import EncoderConfig, TransformerConfig
+
+
+def at_least(section: str, settings: Any, **least: float) -> None:
+    """Raises ValueError where one of a section's settings is smaller than its least value."""
+    for name, smallest in least.items():
+        if (value := getattr(settings, name)) < smallest:
+            raise ValueError(f"config: {section}.{name} {value} must be at least {smallest}")
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,13 @@ class OptimConfig:
     ema_cpu: bool = False
     """Keep the moving average in the host's memory."""
 
+    def __post_init__(self) -> None:
+        at_least("optim", self, warmup=0, clip=0)
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"config: optim.lr {self.lr} must be a positive number")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"config: optim.ema {self.ema} must lie in [0, 1)")
+
 
 @dataclass(frozen=True)
 class ZeroConfig:
@@ -55,6 +69,9 @@ class ZeroConfig:
     json: Path | None = None
     """A DeepSpeed JSON merged over the derived config."""
 
+    def __post_init__(self) -> None:
+        at_least("zero", self, accumulation=1)
+
 
 @dataclass(frozen=True)
 class LoraConfig:
@@ -66,6 +83,9 @@ class LoraConfig:
     """The adapters' product is scaled by alpha / rank."""
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Ends of the names of the linear layers that get one."""
+
+    def __post_init__(self) -> None:
+        at_least("lora", self, rank=0)
 
 
 @dataclass(frozen=True)
@@ -84,6 +104,13 @@ class ConditionConfig:
     padded sequence, as the released training code takes them."""
     ar_weight: float = 0.0
     """BLIP3o-NEXT: weight of the language model's own loss, next-token cross entropy, beside the transformer's."""
+
+    def __post_init__(self) -> None:
+        if self.ar_weight and self.kind != "blip3o":
+            raise ValueError(
+                f"config: condition.ar_weight {self.ar_weight} needs condition.kind blip3o; the others have no loss of "
+                "their own"
+            )
 
 
 @dataclass(frozen=True)
@@ -123,6 +150,11 @@ class RunConfig:
     monitor: tuple[Literal["tensorboard", "wandb", "csv"], ...] = ()
     """DeepSpeed's monitors, beside metrics.jsonl."""
 
+    def __post_init__(self) -> None:
+        at_least("run", self, log_every=1, save_every=1, eval_every=0, eval_prompts=1, keep=1, skip=0)
+        if self.prompts and not self.eval_every:
+            raise ValueError("config: run.prompts needs run.eval_every, the steps between two grids of samples")
+
 
 @dataclass(frozen=True)
 class Config:
@@ -156,53 +188,40 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        """What concerns the run, or several sections; each section has checked itself."""
         if self.steps < 1 or self.batch_size < 1:
             raise ValueError(f"config: steps {self.steps} and batch_size {self.batch_size} must be at least 1")
-        least = {"run.log_every": 1, "run.save_every": 1, "run.eval_every": 0, "run.eval_prompts": 1, "run.keep": 1}
-        least |= {"run.skip": 0, "zero.accumulation": 1, "optim.warmup": 0, "optim.clip": 0}
-        for name, smallest in least.items():
-            part, leaf = name.split(".")
-            value = getattr(getattr(self, part), leaf)
-            if value < smallest:
-                raise ValueError(f"config: {name} {value} must be at least {smallest}")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"config: seed {self.seed} must lie in [0, 2^31)")
-        if self.lora.rank < 0 or (self.lora.rank and self.trained):
+        if not 0 <= self.drop < 1:
+            raise ValueError(f"config: drop {self.drop} must lie in [0, 1)")
+        if self.lora.rank and self.trained:
             raise ValueError(f"config: lora.rank {self.lora.rank}, trained {self.trained}; expected a rank, or weights")
-        if not (math.isfinite(self.optim.lr) and self.optim.lr > 0):
-            raise ValueError(f"config: optim.lr {self.optim.lr} must be a positive number")
-        if not 0 <= self.optim.ema < 1:
-            raise ValueError(f"config: optim.ema {self.optim.ema} must lie in [0, 1)")
-        if self.condition.ar_weight and self.condition.kind != "blip3o":
-            raise ValueError(
-                f"config: condition.ar_weight {self.condition.ar_weight} needs condition.kind blip3o; the others have "
-                "no loss of their own"
-            )
-        if self.condition.kind == "small" and self.data.sources:
-            raise ValueError("config: the small encoder knows the digits' words alone; choose a --condition.kind")
-        if self.condition.kind == "small" and self.world.size != self.transformer.sample_size:
-            raise ValueError(
-                f"config: world.size {self.world.size} is not transformer.sample_size {self.transformer.sample_size}; "
-                "make them equal"
-            )
-        if self.run.prompts and not self.run.eval_every:
-            raise ValueError("config: run.prompts needs run.eval_every, the steps between two grids of samples")
-        if self.run.prompts and self.transformer.in_channels != 3 and self.data.vae is None:
-            raise ValueError("config: run.prompts needs data.vae, which makes images of the latents")
         if self.batch_size % self.zero.accumulation:
             raise ValueError(
                 f"config: batch_size {self.batch_size} is no multiple of zero.accumulation {self.zero.accumulation}"
             )
-        if self.condition.kind == "small" and self.encoder.out_channels != self.transformer.caption_channels:
+        if self.objective == "meanflow" and not self.transformer.dual_time:
+            raise ValueError("config: objective meanflow needs transformer.dual_time True")
+        if self.run.prompts and self.transformer.in_channels != 3 and self.data.vae is None:
+            raise ValueError("config: run.prompts needs data.vae, which makes images of the latents")
+        if self.condition.kind == "small":
+            self._check_digits()
+
+    def _check_digits(self) -> None:
+        """The small world's own sections."""
+        if self.data.sources:
+            raise ValueError("config: the small encoder knows the digits' words alone; choose a --condition.kind")
+        if self.world.size != self.transformer.sample_size:
+            raise ValueError(
+                f"config: world.size {self.world.size} is not transformer.sample_size {self.transformer.sample_size}; "
+                "make them equal"
+            )
+        if self.encoder.out_channels != self.transformer.caption_channels:
             raise ValueError(
                 f"config: encoder.out_channels {self.encoder.out_channels} is not transformer.caption_channels "
                 f"{self.transformer.caption_channels}; make them equal"
             )
-        if self.objective == "meanflow" and not self.transformer.dual_time:
-            raise ValueError("config: objective meanflow needs transformer.dual_time True")
-        self.flow.check()
-        if not 0 <= self.drop < 1:
-            raise ValueError(f"config: drop {self.drop} must lie in [0, 1)")
 
 
 def to_json(config: Config) -> str:
@@ -212,14 +231,12 @@ def to_json(config: Config) -> str:
 
 def read(path: Path) -> dict[str, Any]:
     """A config file as a tree. Raises ValueError where it is missing or no JSON object."""
+    if not path.exists():
+        raise ValueError(f"config: no file {path}")
     try:
-        tree = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"config: no file {path}") from None
-    except OSError as error:
-        raise ValueError(f"config: {path} cannot be read: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"config: {path} is not JSON: {error}") from None
+        tree = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"config: {error}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"config: {path} holds {type(tree).__name__}; expected an object")
     return tree

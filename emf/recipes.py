@@ -8,8 +8,8 @@ from pathlib import Path
 from emf import config as configs
 from emf.arguments import one_line, to_arguments
 from emf.config import ConditionConfig, Config, OptimConfig, RunConfig, ZeroConfig
-from emf.flow import FlowConfig
-from emf.model.transformer import TransformerConfig
+from emf.flow_config import FlowConfig
+from emf.model.sizes import TransformerConfig
 
 BASE = Path("digits-base.safetensors")  # shipped in emf/assets; by name, so that config.json holds on any machine
 

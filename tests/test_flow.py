@@ -244,4 +244,4 @@ def test_a_share_of_pairs_ends_at_zero() -> None:
 def test_settings_out_of_range_are_named(wrong: Any) -> None:
     (name,) = wrong
     with pytest.raises(ValueError, match=f"flow.{name} .*; expected"):
-        FlowConfig(**wrong).check()
+        FlowConfig(**wrong)

@@ -3,31 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from emf.conditioning.encoder import Encoder
 from emf.model.layers import Linear, RMSNorm
-
-
-@dataclass(frozen=True)
-class EncoderConfig:
-    """Sizes under transformers' names."""
-
-    hidden_size: int = 128
-    intermediate_size: int = 256
-    num_hidden_layers: int = 2
-    """0: a bag of words, their embeddings without order or context."""
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 2
-    head_dim: int = 32
-    out_channels: int = 128
-    """Channels of the condition states; the transformer's caption_channels."""
-    blurred: bool = False
-    """Words of a pair are read as one: colours two by two, left and right, above and below. For the study of what a
-    worse encoder does (emf.paper)."""
+from emf.model.sizes import EncoderConfig
 
 
 class Connector(nn.Module):

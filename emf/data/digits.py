@@ -7,13 +7,14 @@ resumed run sees the same batches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from emf.data.world import GLYPH, World
 
 Split = Literal["train", "held_out"]
 Spec = dict[str, Any]
@@ -38,34 +39,11 @@ PALETTE = {
 }
 COLORS = tuple(PALETTE)
 BACKGROUND = 128
-GLYPH = 8  # scans are 8 x 8
 CELLS = 2  # a scene has 2 x 2 cells
 
 VOCAB = ("<pad>", "a", "an", "and", "to", "the", "of", "left", "right", "above", "below", *CLASSES, *PLURALS, *COLORS)
 MAX_TOKENS = 10  # "a blue three to the left of a green five"
 _IDS = {word: i for i, word in enumerate(VOCAB)}
-
-
-@dataclass(frozen=True)
-class World:
-    """Geometry of a scene: glyphs keep at least pitch - 8 - jitter pixels distance."""
-
-    size: int = 18
-    """Pixels along a side."""
-    pitch: int = 10
-    """Distance of the two cells along a side."""
-    shift: int = 0
-    """The whole scene is moved by 0..shift pixels down and right."""
-    jitter: int = 0
-    """Each glyph is moved by 0..jitter pixels down and right on its own."""
-
-    def __post_init__(self) -> None:
-        needed = self.pitch + GLYPH + self.shift + self.jitter
-        if min(self.shift, self.jitter) < 0 or self.pitch < GLYPH + self.jitter or needed > self.size:
-            raise ValueError(
-                f"world: size {self.size}, pitch {self.pitch}, shift {self.shift}, jitter {self.jitter} do not fit; "
-                f"shift and jitter are at least 0, pitch at least {GLYPH} + jitter, size here at least {needed}"
-            )
 
 
 @cache

@@ -1,0 +1,67 @@
+"""The settings of the method (emf.flow), without what computes: a config and its help need no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    sampler: Literal["logit_normal", "uniform"] = "logit_normal"
+    """Distribution of the two draws whose larger is t and whose smaller is r."""
+    schedule: Literal["linear", "cosine"] = "linear"
+    """How mean, spread and share move from their first to their second value with training progress."""
+    mean: tuple[float, float] = (-0.5, 0.5)
+    """Logit-normal location at progress 0 and 1."""
+    spread: tuple[float, float] = (1.0, 2.0)
+    """Logit-normal scale at progress 0 and 1."""
+    share: tuple[float, float] = (0.25, 0.75)
+    """Probability of r < t at progress 0 and 1."""
+    weight_p: float = 1.0
+    """Adaptive weight 1 / (L + c)^p of a sample with summed squared error L; 0 switches it off."""
+    weight_c: float = 1e-3
+    guidance: float = 1.0
+    """Guidance omega inside the target, so that a step of the sampler needs one evaluation and no extrapolation: v
+    becomes omega v + kappa u(z, t, t) + (1 - omega - kappa) u(z, t, t | no condition), at one or two more forwards
+    without gradient a step (MeanFlow, arXiv 2505.13447, eq. 13, 19 and 21). 1: none, as in EMF."""
+    kappa: float = 0.0
+    """The share of the network's own conditional velocity in it; the guidance that results is omega / (1 - kappa)."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Times t at which there is guidance inside the target."""
+    along: Literal["data", "network"] = "data"
+    """What the tangent runs along: e - x (MeanFlow, EMF), or the network's own u(z, t, t), at one more forward without
+    gradient (improved MeanFlow's v-loss, arXiv 2512.02012: || u + (t - r) stopgrad(du/dt) - v ||^2)."""
+    derivative: Literal["jvp", "difference", "alpha"] = "jvp"
+    """du/dt by one dual pass; by a central difference along the path (TiM, arXiv 2509.04394), for networks that know no
+    Duals, at two more forwards; or alpha-Flow's target without a derivative (arXiv 2510.20771), at one."""
+    difference_step: float = 0.005
+    """Distance in t of the central difference to either side."""
+    alpha: tuple[float, float] = (1.0, 0.05)
+    """alpha-Flow's alpha at progress 0 and 1: at 1 trajectory flow matching, towards 0 MeanFlow."""
+    zero_share: float = 0.0
+    """Share of the samples with r < t whose r is 0 (TiM: 0.2, a tenth of all): pairs for the one-step sampler."""
+
+    def __post_init__(self) -> None:
+        low, high = self.guidance_interval
+        ranges = {
+            "share": (min(self.share) >= 0 and max(self.share) <= 1, "probabilities"),
+            "spread": (min(self.spread) >= 0, "at least 0"),
+            "zero_share": (0 <= self.zero_share <= 1, "a probability"),
+            "guidance": (math.isfinite(self.guidance) and self.guidance > 0, "a positive number; 1 is none"),
+            "kappa": (0 <= self.kappa < 1, "at least 0 and below 1"),
+            "guidance_interval": (0 <= low <= high <= 1, "two times in [0, 1], the smaller first"),
+            "difference_step": (0 < self.difference_step < 0.5, "above 0 and below 0.5"),
+            "alpha": (min(self.alpha) > 0 and max(self.alpha) <= 1, "above 0 and at most 1"),
+            "weight_p": (math.isfinite(self.weight_p) and self.weight_p >= 0, "at least 0"),
+            "weight_c": (math.isfinite(self.weight_c) and self.weight_c > 0, "positive"),
+        }
+        for name, (holds, expected) in ranges.items():
+            if not holds:
+                raise ValueError(f"config: flow.{name} {getattr(self, name)}; expected {expected}")
+
+    @property
+    def built_in(self) -> float:
+        """The guidance that a network trained so has already."""
+        return self.guidance / (1 - self.kappa)
