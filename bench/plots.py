@@ -8,9 +8,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from emf.show.run_page import EMF, FM, GREY, STYLE
+from emf.show.plot import EMF, FM, GREY, INK
 
 KINDS = ("GEMM", "attention", "conv", "norm and modulate", "activation", "copies", "elementwise", "communication")
 KINDS += ("optimizer", "launch gaps", "other")
@@ -80,7 +79,7 @@ def ratios(key: str, label: str, low: str = "", high: str = "", log: bool = Fals
         where = np.arange(len(rows))
         bounds = np.abs(np.array([[r[low] for r in rows], [r[high] for r in rows]]) - y) if low else None
         colors = [EMF if own else FM for own in ours]
-        axes.barh(where, y, color=colors, xerr=bounds, error_kw=dict(ecolor="#1d2430", lw=1), height=0.7)
+        axes.barh(where, y, color=colors, xerr=bounds, error_kw=dict(ecolor=INK, lw=1), height=0.7)
         for i, value in enumerate(y):
             text = f"{value:.0e}" if log else f"{value:.2f}"
             end = value + (bounds[1][i] if bounds is not None else 0)
@@ -96,10 +95,3 @@ def ratios(key: str, label: str, low: str = "", high: str = "", log: bool = Fals
         axes.margins(x=0.12)
 
     return draw
-
-
-def figure(draw: Callable[[Axes, dict[str, Any]], None], record: dict[str, Any], size: tuple[float, float]) -> Figure:
-    with matplotlib.rc_context(STYLE):
-        made = Figure(figsize=size)
-        draw(made.subplots(), record)
-        return made

@@ -125,33 +125,31 @@ def trained_network(run: Path) -> tuple[Transformer, dict[str, Tensor]]:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from emf.show.plot import COLORS, write_plot
 
     depths = [r for r in rows if r["layers"] is not None]
-    figure, axes = plt.subplots(1, len(TIMES), figsize=(3.6 * len(TIMES), 3.4), sharey=True)
-    for axis, t in zip(axes, TIMES, strict=True):
-        for color, name in enumerate(PRECISIONS):
-            mine = [r for r in depths if r["t"] == t and r["precision"] == name]
-            for what, style in (("u", "--"), ("u_dot", "-")):
-                axis.plot([r["layers"] for r in mine], [r[what] for r in mine], style, color=f"C{color}", marker=".",
-                          label=f"{what}: {name}")  # fmt: skip
-        axis.set(title=f"t = {t}", xlabel="blocks", yscale="log")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("relative error against float64")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=4, fontsize=7)
-    figure.subplots_adjust(left=0.07, right=0.99, top=0.91, bottom=0.3, wspace=0.06)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots(1, len(TIMES), sharey=True)
+        for axis, t in zip(axes, TIMES, strict=True):
+            for color, name in zip(COLORS, PRECISIONS, strict=False):
+                mine = [r for r in depths if r["t"] == t and r["precision"] == name]
+                for what, style in (("u", "--"), ("u_dot", "-")):
+                    axis.plot([r["layers"] for r in mine], [r[what] for r in mine], style, color=color, marker=".",
+                              label=f"{what}: {name}")  # fmt: skip
+            axis.set(title=f"t = {t}", xlabel="blocks", yscale="log")
+        axes[0].set_ylabel("relative error against float64")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
+
+    write_plot(path, draw, (3.6 * len(TIMES), 3.4), 110)
 
 
 def main(run: Path | None) -> None:
     """run: a trained run of the digits, measured too."""
-    from rich.console import Console
-    from rich.progress import track
-    from rich.table import Table
+    from emf.show.progress import track
+    from emf.show.table import console, terminal
 
     jobs: list[tuple[str, int | None, float]] = [("random weights", n, t) for n in DEPTHS for t in TIMES]
     jobs += [(f"trained: {run.name}", None, t) for t in TIMES] if run else []
@@ -165,13 +163,13 @@ def main(run: Path | None) -> None:
         rows += [dict(network=title, layers=layers) | row for row in measure(network, inputs, t)]
     (OUT / "precision.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     plot(rows, OUT / "precision.png")
-    table = Table("network", "blocks", "t", "precision", "u", "u_dot", "|u_dot| / |u|")
+    printed = []
     for r in rows:
-        figures = (f"{r[k]:.1e}" for k in ("u", "u_dot"))
-        table.add_row(
-            r["network"], str(r["layers"] or ""), str(r["t"]), r["precision"], *figures, f"{r['u_dot_over_u']:.2f}"
-        )
-    Console(width=120).print(table)
+        errors = (f"{r[k]:.1e}" for k in ("u", "u_dot"))
+        where = [r["network"], str(r["layers"] or ""), str(r["t"]), r["precision"]]
+        printed.append([*where, *errors, f"{r['u_dot_over_u']:.2f}"])
+    heads = ("network", "blocks", "t", "precision", "u", "u_dot", "|u_dot| / |u|")
+    console().print(terminal(heads, printed, words=(0, 3)))
 
 
 if __name__ == "__main__":

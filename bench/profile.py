@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from bench.ops import DEVICE, GPU, OUT, ceilings, device_name, revision
 from bench.providers import SIZES, Setting
 from bench.roofline import roofline
 from emf.flow import meanflow_loss
+from emf.show.plot import write_plot
 from emf.train.ranges import mark_network, span
 
 PHASES = ("data", "forward", "backward", "optimizer")
@@ -177,7 +179,8 @@ def main() -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(rounded(record)) + "\n")
     for name, draw in dict(breakdown=plots.shares, roofline=plots.roof, memory=plots.memory).items():
-        plots.figure(draw, record, (8, 4)).savefig(options.out / f"{name}.png", dpi=130)
+        drawn = partial(draw, record=record)
+        write_plot(options.out / f"{name}.png", lambda figure, drawn=drawn: drawn(figure.subplots()), (8, 4), 130)
     for phase, kinds in record["shares"].items():
         print(f"{phase:10} {sum(kinds.values()):5.1%}  " + "  ".join(f"{k} {v:.1%}" for k, v in kinds.items()))
     print(f"at most {record['peak_bytes'] / 2**20:.0f} MiB beyond weights and batch ({DEVICE})")

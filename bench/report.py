@@ -3,25 +3,24 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import re
-from collections.abc import Callable
-from html import escape
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 
 from bench import plots
 from bench.ops import OUT
 from bench.step import CAPABILITIES, table
-from emf.show.run_page import EMF, FM, GREY, STYLE, page, plot
+from emf.show import page
+from emf.show.page import Html, code, note, words
+from emf.show.plot import EMF, FM, GREY, plot
 
 README = OUT.parent / "README.md"
-NO_GPU = "No GPU has run this yet: no time here is a GPU's; <code>make gpu</code> fills those parts."
+NO_GPU = Html(f"No GPU has run this yet: no time here is a GPU's; {code('make gpu')} fills those parts.")
 ARCHES = ("sm_80", "sm_90", "sm_100")
 
 
@@ -29,44 +28,31 @@ def read(file: Path) -> Any:
     return json.loads(file.read_text())
 
 
-def html_table(heads: list[str], rows: list[list[str]], text: bool = False) -> str:
-    """text: cells but the first are sentences."""
-    top, kind = "".join(f"<th>{escape(head)}</th>" for head in heads), ' class="text"' if text else ""
-    body = ""
-    for first, *rest in rows:
-        cells = "".join(f"<td{kind}>{escape(cell)}</td>" for cell in rest)
-        body += f"<tr><td>{escape(first)}</td>{cells}</tr>"
-    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def from_markdown(text: str) -> str:
+def from_markdown(text: str) -> Html:
+    """A table of ours, of words and numbers alone."""
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
-    return html_table(lines[0], lines[2:])
-
-
-def drawn(title: str, note: str, alt: str, draw: Callable[..., None], record: Any, size: tuple[float, float]) -> str:
-    return plot(title, note, alt, lambda axes: draw(axes, record), size)
+    return page.table(lines[0], lines[2:])
 
 
 def spoken(rows: list[dict[str, Any]], key: str, form: str) -> str:
     return "; ".join(f"{r['provider']} {r[key]:{form}}" for r in rows if r.get(key) is not None)
 
 
-def lead(cpu: dict[str, Any], devices: list[str]) -> str:
+def lead(cpu: dict[str, Any], devices: list[str]) -> Html:
     """What is claimed, in four cards."""
     rows = {r["provider"]: r for r in cpu["rows"]}
     one, paper = rows["dual 1"], rows["paper"]
-    cards = [
-        (f"{one['time']:.2f}", "times plain flow matching's time, a tangent in every sample", ""),
-        (f"{paper['time']:.2f}", "times it: the released step, in the same run", " fm"),
-        (f"{one['saved_bytes_ratio']:.2f}", "times the bytes held for backward", ""),
-        (f"{one['flops_ratio']:.2f}", "times the operations; 1.33 is the limit of one dual pass", ""),
-    ]
-    made = "".join(f'<div class="card{kind}"><b>{number}</b>{escape(what)}</div>' for number, what, kind in cards)
-    measured = f"Measured on {', '.join(devices)}." if devices else NO_GPU
-    return f"""<h1>What a tangent costs</h1><p class="lead">A MeanFlow step needs du/dt through the whole network.
-Here it travels with the value, once.</p><div class="cards">{made}</div>
-<p class="quiet">These four: {about(cpu)}. {measured}</p>"""
+    made = page.cards(
+        [
+            page.card(f"{one['time']:.2f}", "times plain flow matching's time, a tangent in every sample"),
+            page.card(f"{paper['time']:.2f}", "times it: the released step, in the same run", "fm"),
+            page.card(f"{one['saved_bytes_ratio']:.2f}", "times the bytes held for backward"),
+            page.card(f"{one['flops_ratio']:.2f}", "times the operations; 1.33 is the limit of one dual pass"),
+        ]
+    )
+    measured = words(f"Measured on {', '.join(devices)}.") if devices else NO_GPU
+    return Html(f"""<h1>What a tangent costs</h1><p class="lead">A MeanFlow step needs du/dt through the whole network.
+Here it travels with the value, once.</p>{made}{note(Html(f"These four: {words(about(cpu))}. {measured}"))}""")
 
 
 def about(record: dict[str, Any]) -> str:
@@ -78,7 +64,7 @@ def about(record: dict[str, Any]) -> str:
     )
 
 
-def step_section(file: Path, can: dict[str, dict[str, str]]) -> str:
+def step_section(file: Path, can: dict[str, dict[str, str]]) -> Html:
     """Ratios of a whole step's providers to plain flow matching."""
     record = read(file)
     rows, memory = record["rows"], "process" if record["head"]["device"] == "cpu" else "CUDA allocator"
@@ -96,47 +82,57 @@ def step_section(file: Path, can: dict[str, dict[str, str]]) -> str:
         ("Operations", "products, by formula", "flops_ratio", "x fm", ("", ""), ".2f"),
         ("Error of du/dt", "relative, against float64", "u_dot_error", "relative error", ("", ""), ".0e"),
     ]
-    figures = ""
-    for title, note, key, label, (low, high), form in kinds:
+    figures = []
+    for title, said, key, unit, (low, high), form in kinds:
         if any(r.get(key) is not None for r in rows):
-            draw = plots.ratios(key, label, low, high, log=form == ".0e")
-            figures += drawn(title, note, f"{title}: {spoken(rows, key, form)}", draw, record, (4.8, 3.9))
-    without = "".join(f"<li>{escape(k)}: {escape(v)}</li>" for k, v in record["without"].items())
-    left_out = f'<p class="quiet">Not in this record:</p><ul class="quiet">{without}</ul>' if without else ""
-    return f"""<h2>A whole step, {escape(file.parent.name)}, {escape(record["head"]["size"])}</h2><p class="quiet">
-{escape(about(record))}. Blue: this project and plain flow matching on its model; orange: other ways.
-<code>{escape(file.name)}</code></p><div class="plots">{figures}</div>{from_markdown(table(record, can))}{left_out}"""
+            draw = partial(plots.ratios(key, unit, low, high, log=form == ".0e"), record=record)
+            figures.append(plot(title, said, f"{title}: {spoken(rows, key, form)}", draw, (4.8, 3.9)))
+    without = "".join(f"<li>{words(k)}: {words(v)}</li>" for k, v in record["without"].items())
+    left_out = f'{note("Not in this record:")}<ul class="quiet">{without}</ul>' if without else ""
+    told = Html(
+        f"{words(about(record))}. Blue: this project and plain flow matching on its model; orange: other ways. "
+        f"{code(file.name)}"
+    )
+    title = words(f"A whole step, {file.parent.name}, {record['head']['size']}")
+    made = from_markdown(table(record, can))
+    return Html(f"<h2>{title}</h2>{note(told)}{page.figures(figures)}{made}{left_out}")
 
 
-def capability_section(can: dict[str, dict[str, str]]) -> str:
+def capability_section(can: dict[str, dict[str, str]]) -> Html:
     rows = [[way, *(found[name] for name in CAPABILITIES)] for way, found in can.items()]
-    return f"""<h2>What each way can be combined with</h2><p class="quiet">Each combination is run and held to the same
-step without it: the same du/dt and gradients, and under checkpointing less held (<code>bench/capabilities.py</code>;
-tests run it again).</p>{html_table(["way", *CAPABILITIES], rows, text=True)}"""
+    told = Html(
+        "Each combination is run and held to the same step without it: the same du/dt and gradients, and under "
+        f"checkpointing less held ({code('bench/capabilities.py')}; tests run it again)."
+    )
+    made = page.table(["way", *CAPABILITIES], rows, told=range(1, 1 + len(CAPABILITIES)))
+    return Html(f"<h2>What each way can be combined with</h2>{note(told)}{made}")
 
 
-def profile_section(file: Path) -> str:
+def profile_section(file: Path) -> Html:
     record = read(file)
     head, size = record["head"], (6.4, 3.4)
     whole = {phase: sum(kinds.values()) for phase, kinds in record["shares"].items()}
     first, *_ = record["roofline"]
     peak = record["peak_bytes"] / 2**20
-    said = "; ".join(f"{k} {v:.0%}" for k, v in whole.items())
-    note = "by phase and kind; the tangent is the forward's beyond that of a step without one"
-    figures = drawn("Where the time goes", note, said, plots.shares, record, size)
-    said = (
-        f"{first['op']}: {first['time_share']:.0%} of the forward, {first['product_share']:.0%} of the product's rate"
+    shares, roof, memory = (partial(draw, record=record) for draw in (plots.shares, plots.roof, plots.memory))
+    alt = "; ".join(f"{k} {v:.0%}" for k, v in whole.items())
+    said = "by phase and kind; the tangent is the forward's beyond that of a step without one"
+    figures = [plot("Where the time goes", said, alt, shares, size)]
+    alt = f"{first['op']}: {first['time_share']:.0%} of the forward, {first['product_share']:.0%} of the product's rate"
+    figures.append(
+        plot("Roofline of the forward's ops", "under this device's own measured roofs", alt, roof, (6.4, 3.8))
     )
-    note = "under this device's own measured roofs"
-    figures += drawn("Roofline of the forward's ops", note, said, plots.roof, record, (6.4, 3.8))
-    note = "allocated beyond weights and batch"
-    figures += drawn("Memory over the step", note, f"at most {peak:.0f} MiB", plots.memory, record, size)
-    return f"""<h2>Where the rest goes, {escape(file.parent.name)}, {head["size"]}</h2><p class="quiet">One dual step,
-{head["share"]:.0%} of the samples with a tangent, {head["dtype"]}, commit {head["commit"] or "unknown"}.
-<code>make profile</code> also writes the trace.</p><div class="plots">{figures}</div>"""
+    said = "allocated beyond weights and batch"
+    figures.append(plot("Memory over the step", said, f"at most {peak:.0f} MiB", memory, size))
+    told = Html(
+        f"One dual step, {head['share']:.0%} of the samples with a tangent, {words(head['dtype'])}, commit "
+        f"{words(head['commit'] or 'unknown')}. {code('make profile')} also writes the trace."
+    )
+    title = words(f"Where the rest goes, {file.parent.name}, {head['size']}")
+    return Html(f"<h2>{title}</h2>{note(told)}{page.figures(figures)}")
 
 
-def ops_section(file: Path) -> str:
+def ops_section(file: Path) -> Html:
     """Every op alone on a GPU."""
     record = read(file)
     timed = [r for r in record["rows"] if "ms" in r]
@@ -146,11 +142,11 @@ def ops_section(file: Path) -> str:
         name = [r["op"], r["case"], r["provider"], r["mode"]]
         rows.append([*name, f"{r['ms']:.3f}", f"{r['to_lift']:.2f}", *shares, f"{r['error']:.0e}"])
     heads = ["op", "case", "provider", "mode", "ms", "x lift", "of a copy's rate", "of a product's rate", "error"]
-    return f"""<h2>Every op alone, {escape(file.parent.name)}</h2><details><summary>{len(rows)} timings</summary>
-{html_table(heads, rows)}</details>"""
+    made = page.folded(f"{len(rows)} timings", page.table(heads, rows))
+    return Html(f"<h2>{words(f'Every op alone, {file.parent.name}')}</h2>{made}")
 
 
-def static_section() -> str:
+def static_section() -> Html:
     """What the compiler makes of every kernel."""
     found = {arch: read(OUT / "static" / f"{arch}.json") for arch in ARCHES}
 
@@ -172,38 +168,41 @@ def static_section() -> str:
     keys = ("registers", "spill_bytes", "shared_bytes", "hgmma", "hmma", "ldg128", "ldg")
     rows = [[r["op"], r["kernel"], r["case"], arch, *(str(r[k]) for k in keys)] for arch in ARCHES for r in found[arch]]
     heads = ["op", "kernel", "case", "arch", *(k.replace("_", " ") for k in keys)]
-    return f"""<h2>What the compiler makes of every kernel</h2><p class="quiet">Compiled ahead of time, without a GPU
-(<code>make static</code>). {said}; the sinusoid's range reduction keeps a stack of its own.</p>
-<div class="plots">{figure}</div><details><summary>All {len(rows)}</summary>{html_table(heads, rows)}</details>"""
+    told = Html(
+        f"Compiled ahead of time, without a GPU ({code('make static')}). {words(said)}; the sinusoid's range reduction "
+        "keeps a stack of its own."
+    )
+    every = page.folded(f"All {len(rows)}", page.table(heads, rows))
+    return Html(
+        f"<h2>What the compiler makes of every kernel</h2>{note(told)}{page.figures([figure])}{every}",
+    )
 
 
-def precision_section() -> str:
-    data = base64.b64encode((OUT / "precision.png").read_bytes()).decode()
+def precision_section() -> Html:
     alt = "Relative error of u and of du/dt by depth, for four precisions, at three times"
-    return f"""<h2>How exact a tangent is</h2><p class="quiet">A kernel's rounding imitated
-(<code>python -m bench.precision</code>).</p>
-<div class="wide"><img src="data:image/png;base64,{data}" alt="{alt}"></div>"""
+    told = Html(f"A kernel's rounding imitated ({code('python -m bench.precision')}).")
+    drawn = page.wide(page.picture((OUT / "precision.png").read_bytes(), alt))
+    return Html(f"<h2>How exact a tangent is</h2>{note(told)}{drawn}")
 
 
-def mutation_section() -> str:
+def mutation_section() -> Html:
     rows = read(OUT / "mutations.json")
     rows = rows["rows"] if isinstance(rows, dict) else rows
-    return f"""<h2>Can the parity tests fail?</h2><p>{len(rows)} mutations of the kernels, one line each; a test notices
-every one (<code>profiles/mutations.json</code>, run one by one in <code>make test</code>).</p>"""
+    return Html(f"""<h2>Can the parity tests fail?</h2><p>{len(rows)} mutations of the kernels, one line each; a test
+notices every one ({code("profiles/mutations.json")}, run one by one in {code("make test")}).</p>""")
 
 
 def render() -> str:
     can = read(OUT / "capabilities.json")["rows"]
     steps = sorted(OUT.glob("*/step-*.json"), key=lambda f: (f.parent.name != "cpu", f.name))
     devices = sorted({f.parent.name for f in [*steps, *OUT.glob("*/ops.json")]} - {"cpu"})
-    with matplotlib.rc_context(STYLE):
-        sections = [lead(read(OUT / "cpu" / "step-cpu.json"), devices)]
-        sections += [step_section(file, can) for file in steps]
-        sections += [capability_section(can)]
-        sections += [profile_section(file) for file in sorted(OUT.glob("*/profile-*.json"))]
-        sections += [ops_section(file) for file in sorted(OUT.glob("*/ops.json"))]
-        sections += [precision_section(), static_section(), mutation_section()]
-    return page("What a tangent costs: EMF-MeanFlow", "\n".join(sections))
+    sections = [lead(read(OUT / "cpu" / "step-cpu.json"), devices)]
+    sections += [step_section(file, can) for file in steps]
+    sections += [capability_section(can)]
+    sections += [profile_section(file) for file in sorted(OUT.glob("*/profile-*.json"))]
+    sections += [ops_section(file) for file in sorted(OUT.glob("*/ops.json"))]
+    sections += [precision_section(), static_section(), mutation_section()]
+    return page.page("What a tangent costs: EMF-MeanFlow", *sections)
 
 
 def readme() -> str:

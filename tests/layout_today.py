@@ -12,10 +12,6 @@ TODAY: dict[str, set[str]] = {
         "emf/data/feed.py -> emf/config.py",
         "emf/network/build.py -> emf/weights/branches.py",
         "emf/network/build.py -> emf/weights/folders.py",
-        "emf/show/run_page.py -> emf/__init__.py",
-        "emf/show/run_page.py -> emf/config.py",
-        "emf/show/run_page.py -> emf/data/digits.py",
-        "emf/show/run_page.py -> emf/evaluate/small_world.py",
     },
     "cli": set(),
     "name": {

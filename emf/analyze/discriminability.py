@@ -18,11 +18,13 @@ import numpy as np
 from emf.analyze.bootstrap import RESAMPLES, Interval, bootstrap
 from emf.analyze.dino import DINO, Dino, ImagePooling
 from emf.analyze.encoders import CUT, Embedding, EncoderName, TextVectors, folder_stamp
-from emf.analyze.figures import Cell, plot_scores, write_sheet
-from emf.analyze.outcome import PAPER, Row, check_out, claim, write_outcome
+from emf.analyze.figures import plot_scores
+from emf.analyze.outcome import Row, check_out, claim, write_outcome
 from emf.analyze.pairs import Choice, Pairs, choose_captions, choose_queries, read_pairs
 from emf.analyze.retrieval import BLOCK, cosine, mean_vector, nearest
 from emf.analyze.vectors import Gathered, VectorCache
+from emf.evaluate.published import ENCODERS
+from emf.show.sheet import Cell, write_sheet
 
 PLOT, SHEET = "discriminability.png", "retrieved.png"
 SHOWN = 8  # queries on the sheet
@@ -180,7 +182,7 @@ def run_discriminability(
     assumed = protocol.assumed(how, dino, len(captions), len({*image.tolist()}), len(queries))
     write_outcome(out, "discriminability", rows, settings | {"encoders": named}, assumed, notes, shared)
     plot_scores(
-        out / PLOT, rows, PAPER["discriminability"], "mean cosine of DINO features, query and retrieved", random
+        out / PLOT, rows, ENCODERS["discriminability"], "mean cosine of DINO features, query and retrieved", random
     )
     _write_sheet(out / SHEET, pairs, chosen, queries, hits, features, image)
     return rows
@@ -243,4 +245,4 @@ def _write_sheet(
             alike = float(image_similarity(features, image[[q]], image[hit][None])[0])
             row.append(Cell(f"DINO {alike:.3f}\n{pairs.captions[chosen[hit[0]]]}", pairs.open(int(image[hit[0]]))))
         rows.append(row)
-    write_sheet(path, ["query", *hits], rows)
+    write_sheet(path, rows, ["query", *hits])

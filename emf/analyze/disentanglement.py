@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import track
 
 from emf.analyze.bootstrap import RESAMPLES, Interval, bootstrap
 from emf.analyze.encoders import CUT, Embedding, EncoderName, TextVectors, embed_texts
-from emf.analyze.figures import Cell, plot_scores, write_sheet
-from emf.analyze.outcome import PAPER, Row, cell, check_out, claim, write_outcome
+from emf.analyze.figures import plot_scores
+from emf.analyze.outcome import Row, cell, check_out, claim, write_outcome
 from emf.analyze.prompts import Shortening, read_prompts, shortened
 from emf.analyze.retrieval import cosine, mean_vector
 from emf.conditioning.encoder import Encoder
+from emf.evaluate.published import ENCODERS
+from emf.show.progress import track
+from emf.show.sheet import Cell, write_sheet
 
 PLOT, SHEET = "disentanglement.png", "shortened.png"
 SHOWN = 6  # prompts on the sheet and below the table
@@ -158,10 +160,10 @@ def run_disentanglement(
         scores = " | ".join(f"{result.each[p, 0]:.3f}" for result in results.values())
         tail.append(f"| {cell(texts[used[p]])} | {cell(versions[p][0])} | {scores} |")
     write_outcome(out, "disentanglement", rows, settings | {"encoders": named}, assumed, notes, {"each": each}, tail)
-    plot_scores(out / PLOT, rows, PAPER["disentanglement"], "cosine of the prompt and the shortened prompt")
+    plot_scores(out / PLOT, rows, ENCODERS["disentanglement"], "cosine of the prompt and the shortened prompt")
     sheet = []
     for p in places:
         scored = [Cell(f"{r.each[p, 0]:.3f}\ncentred {r.each_centred[p, 0]:.3f}") for r in results.values()]
         sheet.append([Cell(texts[used[p]]), Cell(versions[p][0]), *scored])
-    write_sheet(out / SHEET, ["prompt", "shortened", *results], sheet, lines=9)
+    write_sheet(out / SHEET, sheet, ["prompt", "shortened", *results], lines=9)
     return rows

@@ -11,14 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from emf.analyze.bootstrap import LEVEL, Interval
+from emf.evaluate.published import ENCODERS
 
 RESULTS, TABLE, SETTINGS = "results.json", "results.md", "settings.json"
-
-PAPER = {
-    "discriminability": {"BLIP3o-NEXT": 0.734, "CLIP": 0.730, "Gemma": 0.713, "T5": 0.634},
-    "disentanglement": {"BLIP3o-NEXT": 0.999, "CLIP": 0.967, "Gemma": 0.987, "T5": 0.893},
-}
-"""The paper's figures by encoder (arXiv 2604.18168, its comparison of text encoders)."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +91,12 @@ def write_outcome(
 ) -> None:
     """results.json and results.md: ours beside the paper's, what was assumed, what else there is to know; notes the
     settings."""
-    tree: dict[str, Any] = {"analysis": analysis, "rows": [asdict(row) for row in rows], "paper": PAPER[analysis]}
+    tree: dict[str, Any] = {"analysis": analysis, "rows": [asdict(row) for row in rows], "paper": ENCODERS[analysis]}
     tree |= {"settings": settings, "assumed": list(assumed), "notes": list(notes)} | (further or {})
     write_whole(out / RESULTS, json.dumps(finite(tree), indent=1) + "\n")
     note(out, settings)
     lines = [f"# {analysis.capitalize()}", "", f"| text encoder | {analysis} | of centred embeddings |", "|--|--|--|"]
-    lines += [f"| {name}, paper | {x:.3f} | |" for name, x in PAPER[analysis].items()]
+    lines += [f"| {name}, paper | {x:.3f} | |" for name, x in ENCODERS[analysis].items()]
     lines += [f"| **{cell(row.name)}** | **{row.plain}** | {row.centred} |" for row in rows]
     lines += ["", f"In brackets the {LEVEL:.0%} bootstrap interval. Higher is better in the paper's reading.", ""]
     lines += ["The paper does not say the following; here it is assumed:"]

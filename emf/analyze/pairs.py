@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
-from rich.progress import track
 
 from emf.data.drops import Drops
 from emf.data.images import decode, read_caption
 from emf.data.sources import Source, scan
+from emf.show.progress import track
 
 Choice = Literal["first", "random", "all"]
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor
+
+from emf.show.progress import track
 
 BLOCK = 2048
 """Captions compared at once, with four times as many queries: three matrices of 134 MB."""

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.progress import track
 
 from emf.analyze.bootstrap import Interval, bootstrap
 from emf.analyze.dino import Dino
@@ -29,8 +28,11 @@ from emf.analyze.outcome import RESULTS, TABLE, cell, check_out, claim, finite, 
 from emf.analyze.prompts import read_prompts
 from emf.analyze.retrieval import cosine
 from emf.config import read
-from emf.evaluate.benchmark import PAPER, open_image
+from emf.evaluate.benchmark import open_image
+from emf.evaluate.published import BENCHMARKS, FLOW_MATCHING, by_steps
 from emf.sample.sampler import default_guidance, generate, to_uint8
+from emf.show.progress import track
+from emf.show.sheet import captioned, write_sheet
 
 STEPS = (1, 2, 4, 8, 30)
 PLOT, SHEET = "steps.png", "samples.png"
@@ -268,14 +270,14 @@ def _titled(panels: dict[str, Any], last: int) -> dict[str, Any]:
 
 
 def _write(out: Path, settings: dict[str, Any], panels: dict[str, dict[str, dict[int, Interval]]], n: int) -> None:
-    rows = [
+    measured = [
         {"measure": measure, "name": name, "steps": k, **asdict(x)}
         for measure, lines in panels.items()
         for name, line in lines.items()
         for k, x in line.items()
     ]
-    paper = {name: PAPER[name][:3] for name in PAPER}
-    tree = {"analysis": "steps", "rows": rows, "paper": paper, "settings": settings}
+    paper = {name: [row for row in rows if row[0] == FLOW_MATCHING] for name, rows in BENCHMARKS.items()}
+    tree = {"analysis": "steps", "rows": measured, "paper": paper, "settings": settings}
     write_whole(out / RESULTS, json.dumps(finite(tree), indent=1) + "\n")
     counts = settings["steps"]
     lines = ["# Flow matching at few steps"]
@@ -286,9 +288,9 @@ def _write(out: Path, settings: dict[str, Any], panels: dict[str, dict[str, dict
             cells = [format(line[k], digits) if k in line else "" for k in counts]
             lines.append(f"| **{cell(name)}** | {' | '.join(cells)} |")
     lines += ["", "| the paper's BLIP3o-NEXT | 1 step | 4 | 30 |", "|--|--|--|--|"]
-    for name, figures in paper.items():
-        by_steps = {k: x for _, k, x in figures}
-        lines.append(f"| {name} | {' | '.join(f'{by_steps[k]:.2f}' for k in (1, 4, 30))} |")
+    for name in paper:
+        theirs = by_steps(name, FLOW_MATCHING)
+        lines.append(f"| {name} | {' | '.join(f'{theirs[k]:.2f}' for k in (1, 4, 30))} |")
     guidance = settings["guidance"]
     lines += [
         "",
@@ -308,12 +310,10 @@ def _write_sheet(
     path: Path, runs: dict[str, Path], sampling: Sampling, texts: list[str], picture: Picture, specs: list[Any]
 ) -> None:
     """Backbones down, prompt by prompt; steps across."""
-    from emf.evaluate.small_world import contact_sheet
-
     stride = sampling.per_tag if specs else 1
     shown = list(range(0, len(texts), stride))[:SHOWN]
     rows = [(name, i) for i in shown for name in runs]
-    captions = [f"{name}: {texts[i]}" if len(texts[i]) < 60 else f"{name}: {texts[i][:57]}..." for name, i in rows]
+    captions = [f"{name}: {texts[i]}" for name, i in rows]
     counts = sorted({*sampling.steps})
     columns = {steps_of(n): [np.asarray(picture(name, n, i)) for name, i in rows] for n in counts}
-    contact_sheet(path, captions, columns)
+    write_sheet(path, captioned(captions, columns), ["", *columns], cell=120, lines=7)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import track
+
+from emf.show.progress import track
 
 HEADER = 128  # bytes of a .npy header, padded so that its row count can grow in place
 

@@ -16,7 +16,7 @@ def report(run: RunFolder) -> None:
     Args:
         run: a run's folder, evaluated
     """
-    from emf.show.run_page import write_report
+    from emf.evaluate.run_page import write_report
 
     print(f"open {write_report(run)}")
 

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-from rich.text import Text
 
 from emf.data.drops import Dropped
 from emf.data.images import Images, Sample, fetch
 from emf.data.mixture import Mixture
 from emf.data.sources import Source
+from emf.show.progress import track
+from emf.show.sheet import Cell, write_sheet
+from emf.show.table import terminal
 
 QUANTILES = (0, 5, 25, 50, 75, 95, 100)  # percent
 CELL = 192  # pixels of a picture on the contact sheet
@@ -95,58 +93,32 @@ def inspect(
     out.mkdir(parents=True, exist_ok=True)
     written[0].write_text(json.dumps(figures, indent=2) + "\n")
     if shown:
-        contact_sheet(shown[:CELLS]).save(written[1])
+        write_sheet(written[1], contact_sheet(shown[:CELLS]), cell=CELL, lines=LINES)
     return figures
 
 
-def show(figures: dict[str, Any], console: Console) -> None:
-    """Print the figures as tables. Names are Text: a [ in them is no markup."""
-
-    def table(title: str, *columns: str) -> Table:
-        made = Table(title=title, title_justify="left")
-        for name in columns:
-            made.add_column(name, overflow="fold", justify="left" if name in TEXT else "right")
-        return made
-
-    sources = table("sources", "source", "weight", "samples", "read", "usable", f"below {figures['crop']} px")
+def show(figures: dict[str, Any], out: Console) -> None:
+    """Print the figures as tables."""
+    rows = []
     for s in figures["sources"]:
         share = f"{s['upscaled']} ({s['upscaled'] / max(1, s['usable']):.1%})"
-        sources.add_row(
-            Text(s["path"]), f"{s['weight']:g}", *(f"{s[k]:,}" for k in ("samples", "read", "usable")), share
-        )
-    drops = table("dropped", "source", "reason", "count", "first")
-    for d in figures["drops"]:
-        drops.add_row(Text(d["source"]), d["reason"], f"{d['count']:,}", Text("\n".join(d["first"])))
-    spread = table("what is usable", "", *(f"{q} %" for q in QUANTILES))
-    for name, values in figures["quantiles"].items():
-        spread.add_row(name, *(f"{v:g}" for v in values.values()))
-    console.print(sources)
+        rows.append([s["path"], f"{s['weight']:g}", *(f"{s[k]:,}" for k in ("samples", "read", "usable")), share])
+    heads = ("source", "weight", "samples", "read", "usable", f"below {figures['crop']} px")
+    out.print(terminal(heads, rows, "sources", words=(0,)))
     if figures["drops"]:
-        console.print(drops)
+        rows = [[d["source"], d["reason"], f"{d['count']:,}", "\n".join(d["first"])] for d in figures["drops"]]
+        out.print(terminal(("source", "reason", "count", "first"), rows, "dropped", words=(0, 1, 3)))
     else:
-        console.print("nothing was dropped")
-    console.print(spread)
+        out.print("nothing was dropped")
+    rows = [[name, *(f"{v:g}" for v in values.values())] for name, values in figures["quantiles"].items()]
+    out.print(terminal(("", *(f"{q} %" for q in QUANTILES)), rows, "what is usable", words=(0,)))
 
 
-TEXT = ("source", "reason", "first", "")  # columns of words, not numbers
-
-
-def contact_sheet(samples: Sequence[Sample]) -> Image.Image:
-    """The crops in a grid, each above the beginning of its caption. A letter that the font (DejaVu Sans) does not have,
-    Chinese for one, is an empty box."""
-    from matplotlib import get_data_path
-
-    font = ImageFont.truetype(str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), 11)
-    gap, line = 8, 14
-    columns = min(COLUMNS, len(samples))
-    step, row = CELL + gap, CELL + LINES * line + gap
-    sheet = Image.new("RGB", (gap + columns * step, gap + -(-len(samples) // columns) * row), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, sample in enumerate(samples):
-        x, y = gap + i % columns * step, gap + i // columns * row
+def contact_sheet(samples: Sequence[Sample]) -> list[list[Cell]]:
+    """The crops in rows, each above the beginning of its caption."""
+    cells = []
+    for sample in samples:
         assert sample.image is not None
         pixels = ((sample.image.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
-        sheet.paste(Image.fromarray(pixels), (x, y))
-        text = textwrap.wrap(sample.caption, 30, max_lines=LINES, placeholder=" …")
-        pen.multiline_text((x, y + CELL + 2), "\n".join(text), "black", font, spacing=2)
-    return sheet
+        cells.append(Cell(sample.caption, pixels))
+    return [cells[i : i + COLUMNS] for i in range(0, len(cells), COLUMNS)]

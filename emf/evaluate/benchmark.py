@@ -14,40 +14,11 @@ from typing import Any
 from PIL import Image, ImageOps, UnidentifiedImageError
 from rich.progress import track
 
+from emf.evaluate.published import BENCHMARKS
+
 Row = dict[str, Any]
 
 SCORED, SETTINGS, RESULTS, TABLE = "scored.jsonl", "settings.json", "results.json", "results.md"
-
-PAPER: dict[str, tuple[tuple[str, int, float], ...]] = {
-    "GenEval": (
-        ("BLIP3o-NEXT", 30, 0.91),
-        ("BLIP3o-NEXT", 4, 0.86),
-        ("BLIP3o-NEXT", 1, 0.46),
-        ("SANA-Sprint", 4, 0.77),
-        ("rCM", 4, 0.83),
-        ("EMF", 1, 0.74),
-        ("EMF", 2, 0.85),
-        ("EMF", 4, 0.90),
-    ),
-    "DPG-Bench": (
-        ("BLIP3o-NEXT", 30, 82.05),
-        ("BLIP3o-NEXT", 4, 78.15),
-        ("BLIP3o-NEXT", 1, 57.05),
-        ("EMF", 1, 77.36),
-        ("EMF", 2, 79.44),
-        ("EMF", 4, 81.20),
-        ("EMF", 8, 81.94),
-    ),
-    "HPSv2.1": (
-        ("BLIP3o-NEXT", 30, 29.42),
-        ("BLIP3o-NEXT", 4, 26.96),
-        ("BLIP3o-NEXT", 1, 18.54),
-        ("EMF", 1, 25.77),
-        ("EMF", 2, 27.21),
-        ("EMF", 4, 29.25),
-    ),
-}
-"""(model, steps, overall) in the paper's tables (arXiv 2604.18168)."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +26,7 @@ class Result:
     """A benchmark's outcome: results.json holds these fields."""
 
     benchmark: str
-    """A key of PAPER."""
+    """A key of published.BENCHMARKS."""
     label: str
     """The benchmark's name with what replaces the official part of it: only equal labels may be compared."""
     name: str
@@ -192,7 +163,7 @@ def replace_text(path: Path, text: str, rank: int = 0) -> None:
 
 def write_results(out: Path, result: Result) -> None:
     """results.json and results.md in `out`; a later run over more images renews them."""
-    replace_text(out / RESULTS, json.dumps(asdict(result) | {"paper": PAPER[result.benchmark]}, indent=1) + "\n")
+    replace_text(out / RESULTS, json.dumps(asdict(result) | {"paper": BENCHMARKS[result.benchmark]}, indent=1) + "\n")
     replace_text(out / TABLE, markdown([result]))
 
 
@@ -201,7 +172,7 @@ def write_comparison(out: Path, results: Sequence[Result]) -> None:
     first = results[0]
     claim(out, {"benchmark": first.benchmark, "label": first.label, "name": first.name})
     tree = {"benchmark": first.benchmark, "label": first.label, "results": [asdict(r) for r in results]}
-    replace_text(out / RESULTS, json.dumps(tree | {"paper": PAPER[first.benchmark]}, indent=1) + "\n")
+    replace_text(out / RESULTS, json.dumps(tree | {"paper": BENCHMARKS[first.benchmark]}, indent=1) + "\n")
     replace_text(out / TABLE, markdown(results))
 
 
@@ -210,7 +181,7 @@ def markdown(results: Sequence[Result]) -> str:
     first = results[0]
     digits = 3 if first.benchmark == "GenEval" else 2
     lines = [f"# {first.label}", "", f"| model | steps | {first.benchmark} |", "|--|--|--|"]
-    lines += [f"| {model}, paper | {steps} | {x:.2f} |" for model, steps, x in PAPER[first.benchmark]]
+    lines += [f"| {model}, paper | {steps} | {x:.2f} |" for model, steps, x in BENCHMARKS[first.benchmark]]
     heads = ["" if r.steps is None else str(r.steps) for r in results]
     for r, steps in zip(results, heads, strict=True):
         lines += [f"| **{_cell(r.name)}**, {r.label} | {steps} | **{r.overall:.{digits}f}** |"]

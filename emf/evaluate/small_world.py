@@ -6,14 +6,9 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from textwrap import fill
 from typing import Any
 
-import matplotlib
 import torch
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from safetensors.torch import save_file
 
 from emf.config import Config
@@ -22,10 +17,10 @@ from emf.evaluate.digits_scorer import Scorer, calibrate
 from emf.model.text_to_image import TextToImage
 from emf.network.build import build, read_weights
 from emf.sample.sampler import generate, to_uint8
+from emf.show.progress import track
+from emf.show.sheet import captioned, write_sheet
+from emf.show.table import console, terminal
 from emf.weights.folders import load_run, newest
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 EULER, FEW = (1, 4, 30), (1, 2, 4, 8)
 
@@ -64,7 +59,9 @@ def evaluate_run(run: Path, per_tag: int, guidance: float, seed: int) -> dict[st
         pictures[f"{model.upper()} {steps}"] = to_uint8(images[shown])
     scores |= calibrate(scorer, world=config.world)
     (run / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
-    contact_sheet(run / "samples.png", [specs[i]["prompt"] for i in shown], pictures)
+    write_sheet(
+        run / "samples.png", captioned([specs[i]["prompt"] for i in shown], pictures), ["", *pictures], cell=120
+    )
     show(scores)
     return scores
 
@@ -80,48 +77,16 @@ def closed(scores: dict[str, Any]) -> dict[int, float]:
 
 def show(scores: dict[str, Any]) -> None:
     """The scores as a table in the terminal."""
-    table, share = Table("model", "steps", "overall", *TAGS, "gap closed"), closed(scores)
+    share, rows = closed(scores), []
     for r in scores["rows"]:
         cells = [f"{r['overall']:.3f}", *(f"{r['by_tag'][tag]:.2f}" for tag in TAGS)]
-        table.add_row(r["model"], str(r["steps"]), *cells, f"{share[r['steps']]:.0%}" if r["model"] == "emf" else "")
-    console = Console(width=None if Console().is_terminal else 130)
-    console.print(table)
-    console.print(
+        rows.append([r["model"], str(r["steps"]), *cells, f"{share[r['steps']]:.0%}" if r["model"] == "emf" else ""])
+    out = console()
+    out.print(terminal(("model", "steps", "overall", *TAGS, "gap closed"), rows, words=(0,)))
+    out.print(
         f"scorer: real scenes {scores['ceiling']:.3f}, noise {scores['noise']:.3f}, "
         f"shuffled captions {scores['shuffled']:.3f}"
     )
-
-
-def contact_sheet(path: Path, captions: list[str], columns: dict[str, Any]) -> None:
-    """Captions down, samplers across."""
-    figure, axes = plt.subplots(
-        len(captions), len(columns), figsize=(1.15 * len(columns) + 1.9, 1.15 * len(captions)), squeeze=False
-    )
-    for j, (name, images) in enumerate(columns.items()):
-        for i, image in enumerate(images):
-            axes[i, j].imshow(image, interpolation="nearest")
-            axes[i, j].set_axis_off()
-        axes[0, j].set_title(name, fontsize=10)
-    for i, caption in enumerate(captions):
-        axes[i, 0].text(
-            -0.15,
-            0.5,
-            fill(caption, 20),
-            ha="right",
-            va="center",
-            transform=axes[i, 0].transAxes,
-            fontsize=9,
-        )
-    figure.subplots_adjust(
-        left=1.85 / figure.get_figwidth(),
-        right=0.99,
-        bottom=0.01,
-        top=1 - 0.35 / figure.get_figheight(),
-        wspace=0.06,
-        hspace=0.06,
-    )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def release_run(run: Path, out: Path) -> int:

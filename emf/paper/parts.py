@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from emf.config import Config
 from emf.recipes import digits, digits_base
+from emf.sample.sampler import GUIDANCE
 
-GUIDANCE = 1.25  # of every sampler
 FM_STEPS, EMF_STEPS = (1, 2, 4, 8, 30), (1, 2, 4, 8)
 
 
@@ -48,7 +48,7 @@ ABLATIONS = {
     "share fixed": "half of the samples have r < t throughout; else from 25 to 75 %",
     "times fixed": "logit-normal times do not move with progress; else location -0.5 to 0.5, scale 1 to 2",
     "no adaptive weight": "p = 0, the plain squared error; else p = 1",
-    "guidance in the target": "omega 1.25 inside the target, one evaluation a step; else at the sampler",
+    "guidance in the target": f"omega {GUIDANCE:g} inside the target, one evaluation a step; else at the sampler",
 }
 
 

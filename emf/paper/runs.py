@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from emf.config import Config
 from emf.network.build import build, checkpoints, read_weights
-from emf.paper.parts import EMF_STEPS, FM_STEPS, GUIDANCE, Budget, Part, parts
+from emf.paper.parts import EMF_STEPS, FM_STEPS, Budget, Part, parts
 from emf.recipes import BASE
 
 SCORES, LOG, ENCODER, BUDGET, START = "scores.json", "log.txt", "encoder.json", "budget.json", "start.safetensors"
@@ -121,7 +121,7 @@ def score(run: Path, budget: Budget) -> dict[str, Any]:
     sampler, or Euler's for a base. Keeps samples.npy, one image of each task at each number of steps."""
     from emf.data.digits import TAGS, prompts
     from emf.evaluate.digits_scorer import Scorer
-    from emf.sample.sampler import generate, to_uint8
+    from emf.sample.sampler import GUIDANCE, generate, to_uint8
     from emf.weights.folders import load_run
 
     config, network = load_run(run)

@@ -1,1 +1,2 @@
-"""Pages, sheets, plots and tables: one way to draw each."""
+"""Pages, sheets, plots, tables and progress bars: one way to draw each. A text is shown as it is written, whatever
+characters it holds."""

@@ -15,6 +15,7 @@ from emf.model.autoencoder import load_dcae
 from emf.model.text_to_image import TextToImage
 from emf.network.build import build, load_weights
 from emf.sample.sampler import GUIDANCE, default_guidance, generate, to_uint8
+from emf.show.sheet import captioned, write_sheet
 
 
 def validate(config: Config, engine: Any, step: int, out: Path, scorer: Scorer | None) -> dict[str, float] | None:
@@ -37,10 +38,9 @@ def validate(config: Config, engine: Any, step: int, out: Path, scorer: Scorer |
         for n in steps if config.run.prompts else ():
             columns[f"{name} {n}"] = to_uint8(pictures(network, config, n, meanflow, engine.device))
     if columns:
-        from emf.evaluate.small_world import contact_sheet
-
         (out / "samples").mkdir(exist_ok=True)
-        contact_sheet(out / "samples" / f"step_{step:07d}.png", list(config.run.prompts), columns)
+        rows = captioned(config.run.prompts, columns)
+        write_sheet(out / "samples" / f"step_{step:07d}.png", rows, ["", *columns])
     return overall
 
 

@@ -21,6 +21,7 @@ from emf.data.images import Images, centre_crop, decode
 from emf.data.inspect import inspect
 from emf.data.mixture import BLOCK, Dataset, Mixture
 from emf.data.sources import Source, parse_source, read_tar, scan
+from emf.show.sheet import GAP
 
 
 def captions(images: Images, source: int = 0) -> list[str]:
@@ -545,10 +546,10 @@ def test_inspect_tells_and_draws(two_sources: list[Source], tmp_path: Path, caps
         assert word in text, word
     sheet = np.asarray(Image.open(out / "contact.png").convert("RGB")).astype(int)
     cell = inspecting.CELL
-    picture = sheet[8 : 8 + cell, 8 : 8 + cell]
+    picture = sheet[GAP : GAP + cell, GAP : GAP + cell]
     images = Images(two_sources, cell)
     assert np.abs(picture - ((images.get(0, 0).image.permute(1, 2, 0).numpy() + 1) * 127.5)).max() <= 1
-    assert (sheet[8 + cell : 8 + cell + 14, 8 : 8 + cell] < 128).any()  # its caption
+    assert (sheet[GAP + cell : GAP + cell + 17, GAP : GAP + cell] < 128).any()  # its caption
 
 
 def test_inspect_writes_over_nothing(two_sources: list[Source], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tiny import clip_tokenizer
 
 from emf.data.digits import COLORS, TAGS
 from emf.evaluate import benchmark
-from emf.evaluate.benchmark import PAPER, mean, read_jsonl
+from emf.evaluate.benchmark import mean, read_jsonl
 from emf.evaluate.clip import Clip, center_square, normalized
 from emf.evaluate.detector import (
     CLASSES,
@@ -26,6 +26,7 @@ from emf.evaluate.detector import (
     instances,
 )
 from emf.evaluate.geneval import run_geneval, score_geneval
+from emf.evaluate.published import BENCHMARKS
 from emf.evaluate.rules import Detection, check_metadata, evaluate, select
 
 # The rules: (tag, include, exclude, detections as (class, score, x, y, colour) of 10 x 10 pixels, correct)
@@ -337,7 +338,7 @@ def test_results_stand_beside_the_papers(folder: tuple[Path, Path], tmp_path: Pa
     result = run_geneval(folder[0], tmp_path / "out", detections=folder[1], name="mine", steps=4)
     written = json.loads((tmp_path / "out" / "results.json").read_text())
     assert written["overall"] == result.overall and written["deviations"] == result.deviations
-    assert [tuple(row) for row in written["paper"]] == list(PAPER["GenEval"])
+    assert [tuple(row) for row in written["paper"]] == list(BENCHMARKS["GenEval"])
     page = (tmp_path / "out" / "results.md").read_text()
     assert "| EMF, paper | 4 | 0.90 |" in page and "| BLIP3o-NEXT, paper | 30 | 0.91 |" in page
     assert f"| **mine**, GenEval (recorded detections) | 4 | **{result.overall:.3f}** |" in page

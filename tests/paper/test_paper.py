@@ -16,8 +16,9 @@ from emf.conditioning.small import EncoderConfig, SmallEncoder
 from emf.data.digits import VOCAB
 from emf.network.build import build
 from emf.paper import runs as running
+from emf.paper.found import Found, verdicts
 from emf.paper.parts import ABLATIONS, ENCODERS, FULL, QUICK, parts
-from emf.paper.results_page import Found, verdicts, write_paper
+from emf.paper.results_page import write_paper
 from emf.paper.runs import run_all, scenes
 
 

@@ -8,9 +8,9 @@ import pytest
 
 from emf import config as configs
 from emf.data.digits import TAGS
-from emf.evaluate.small_world import contact_sheet
+from emf.evaluate.run_page import write_report
 from emf.recipes import digits, digits_base
-from emf.show.run_page import write_report
+from emf.show.sheet import captioned, write_sheet
 
 FM = {1: 0.12, 4: 0.48, 30: 0.72}
 EMF = {1: 0.43, 2: 0.58, 4: 0.69, 8: 0.71}
@@ -51,7 +51,8 @@ def fake_run(run, config, scores=(), curve=(), seed=0):
 @pytest.fixture
 def emf_run(tmp_path):
     run = fake_run(tmp_path / "demo", digits(), score_rows("fm", FM) + score_rows("emf", EMF), EMF)
-    contact_sheet(run / "samples.png", ["two red <sevens>"], {"FM 1": [[[0.2, 0.4, 0.6]]], "EMF 1": [[[1, 0, 0]]]})
+    columns = {"FM 1": [[[[51, 102, 153]]]], "EMF 1": [[[[255, 0, 0]]]]}
+    write_sheet(run / "samples.png", captioned(["two red <sevens>"], columns), ["", *columns])
     return run
 
 
