@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from emf.data.batches import Batches, DataConfig
 from emf.data.world import World
 from emf.files import read_json
 from emf.flow_config import FlowConfig
@@ -114,23 +115,6 @@ class ConditionConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Images with captions; without sources the digits."""
-
-    sources: tuple[str, ...] = ()
-    """Tars of webdataset, folders of images and texts: PATH, PATH@WEIGHT or PATH@WEIGHT@CAPTION-KEY
-    (emf.data.sources); or the one folder that emf cache wrote."""
-    size: int = 1024
-    """Pixels along a side of the centre crop."""
-    vae: Path | None = None
-    """A diffusers folder with the autoencoder (DC-AE); none: the flow works on pixels."""
-    ta_tok: Path | None = None
-    """BLIP3o-NEXT: ta_tok.pth, for images whose tokens no cache holds."""
-    listings: Path | None = None
-    """A file that keeps what is in the tars, so that the next start need not read them."""
-
-
-@dataclass(frozen=True)
 class RunConfig:
     """What is written and when; nothing here changes the weights that come out."""
 
@@ -222,6 +206,14 @@ class Config:
                 f"config: encoder.out_channels {self.encoder.out_channels} is not transformer.caption_channels "
                 f"{self.transformer.caption_channels}; make them equal"
             )
+
+    @property
+    def batches(self) -> Batches:
+        """What the feed of a run is asked for."""
+        side = self.transformer.sample_size
+        latent = self.transformer.in_channels, side, side
+        scale = self.condition.scale if self.condition.kind == "blip3o" else None
+        return Batches(self.seed, self.batch_size, latent, self.data, self.world, scale)
 
 
 def to_json(config: Config) -> str:

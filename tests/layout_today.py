@@ -8,8 +8,6 @@ TODAY: dict[str, set[str]] = {
         "emf/weights/folders.py",
     },
     "upwards": {
-        "emf/conditioning/small.py -> emf/data/digits.py",
-        "emf/data/feed.py -> emf/config.py",
         "emf/network/build.py -> emf/weights/branches.py",
         "emf/network/build.py -> emf/weights/folders.py",
     },

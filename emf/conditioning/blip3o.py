@@ -12,7 +12,6 @@ connector and are attended to. Text states are not: the caption acts through the
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from emf.conditioning.encoder import Encoder, is_frozen, set_frozen
 from emf.conditioning.sampling import Sampling, draw, uniforms
 from emf.conditioning.small import Connector
+from emf.files import read_json, write_json
 
 SYSTEM = "You are a helpful assistant."
 REQUEST = "Please generate image based on the following caption: {}"
@@ -223,11 +223,6 @@ class Blip3oNext(Encoder):
         """ids, mask [B, L] of `tokenize` -> condition states [B, 1 + n, C]; no key mask: all are attended to."""
         return self.condition(self.states(ids, mask)[0], drop)
 
-    def null(self, n: int) -> tuple[Tensor, None]:
-        """Zeros through the connector."""
-        weight = self.connector.linear_1.weight
-        return self.condition(weight.new_zeros(n, 1 + self.image_tokens, weight.shape[1]))
-
     def text_states(self, captions: Sequence[str], template: bool = True) -> tuple[Tensor, Tensor]:
         """Of the chat prompt before <im_start>, or of the caption alone; see Encoder."""
         texts = [self.prompt(c) if template else c for c in captions]
@@ -239,8 +234,7 @@ class Blip3oNext(Encoder):
         language = folder / "language_model"
         self.language_model.save_pretrained(language)
         self.tokenizer.save_pretrained(language)
-        tree = json.loads((language / "config.json").read_text()) | asdict(self.tokens)
-        (language / "config.json").write_text(json.dumps(tree, indent=2) + "\n")
+        write_json(language / "config.json", read_json(language / "config.json") | asdict(self.tokens), indent=2)
         save_file(self.connector.state_dict(), folder / "connector.safetensors")
 
     # -- the language model itself -----------------------------------------------------------------------------------

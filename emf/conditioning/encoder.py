@@ -35,10 +35,6 @@ class Encoder(nn.Module):
         """Condition states [B, M, channels] and key mask; drop [B] bool: samples that get the null condition."""
         raise NotImplementedError
 
-    def null(self, n: int) -> States:
-        """The null condition of n samples, as forward gives it for dropped ones."""
-        raise NotImplementedError
-
     def text_states(self, captions: Sequence[str], template: bool = True) -> tuple[Tensor, Tensor]:
         """Last hidden states [B, L, hidden] of the captions' tokens, and their mask [B, L] bool.
 
@@ -87,38 +83,3 @@ def mean_pool(states: Tensor, mask: Tensor | None) -> Tensor:
     kept = mask.to(states.device)[..., None]
     # where, not a product: what stands at padding may be anything, NaN included
     return torch.where(kept, states.float(), 0.0).sum(1) / kept.sum(1).clamp(min=1)
-
-
-@torch.no_grad()
-def embed(
-    encoder: Encoder,
-    captions: Sequence[str],
-    image_ids: Tensor | None = None,
-    *,
-    template: bool = True,
-    batch: int = 32,
-    progress: bool = False,
-) -> Tensor:
-    """Text embeddings [n, hidden], float32 on the CPU: the mean of the last hidden states over the caption's tokens,
-    padding excluded (EMF, arXiv 2604.18168, its comparison of text encoders), before any connector.
-
-    image_ids [n, m]: pool the states that condition the transformer instead (BLIP3o-NEXT: those of the image tokens).
-    template: read captions inside the encoder's own prompt, as the transformer's condition is. The prompt's tokens are
-              in the mean then, the same in every caption; False leaves them out.
-    Raises ValueError where there are no captions.
-    """
-    if not captions:
-        raise ValueError("embed: no captions; expected at least one")
-    from rich.progress import track
-
-    parts = range(0, len(captions), batch)
-    means = []
-    for start in track(parts, description="embed", disable=not progress):
-        here = slice(start, start + batch)
-        if image_ids is None:
-            states, mask = encoder.text_states(captions[here], template)
-        else:
-            ids, keep = encoder.tokenize(captions[here], image_ids[here])
-            states, mask = encoder.states(ids.to(encoder.device), keep.to(encoder.device))  # type: ignore[assignment]
-        means.append(mean_pool(states, mask).cpu())
-    return torch.cat(means)

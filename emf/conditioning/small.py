@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from emf.conditioning.encoder import Encoder
+from emf.conditioning.words import Words
 from emf.model.layers import Linear, RMSNorm
 from emf.model.sizes import EncoderConfig
 
@@ -30,16 +31,16 @@ class Connector(nn.Module):
 
 
 class SmallEncoder(Encoder):
-    """The digits' words -> condition states [B, M, C] and key mask [B, M]; jointly trained."""
+    """A small world's words -> condition states [B, M, C] and key mask [B, M]; jointly trained."""
 
-    def __init__(self, config: EncoderConfig, vocabulary: int) -> None:
+    def __init__(self, config: EncoderConfig, words: Words) -> None:
         from transformers import Qwen3Config, Qwen3Model  # seconds, which `emf --help` need not take
 
         super().__init__()
-        self.channels = config.out_channels
+        self.words, self.channels = words, config.out_channels
         self.language_model = Qwen3Model(
             Qwen3Config(
-                vocab_size=vocabulary,
+                vocab_size=len(words.vocabulary),
                 hidden_size=config.hidden_size,
                 intermediate_size=config.intermediate_size,
                 num_hidden_layers=config.num_hidden_layers,
@@ -56,13 +57,11 @@ class SmallEncoder(Encoder):
         nn.init.normal_(self.language_model.embed_tokens.weight)
         self.connector = Connector(config.hidden_size, config.out_channels)
         self.read_as: Tensor | None
-        self.register_buffer("read_as", _pairs(vocabulary) if config.blurred else None, persistent=False)
+        self.register_buffer("read_as", words.blurred() if config.blurred else None, persistent=False)
 
     def tokenize(self, captions: Sequence[str], image_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Right-padded. Raises ValueError on a word that is none of the digits' world."""
-        from emf.data.digits import encode
-
-        return encode(list(captions))
+        """Right-padded. Raises ValueError on a word that is none of the world's."""
+        return self.words.encode(captions)
 
     def states(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         ids = ids if self.read_as is None else self.read_as[ids]
@@ -76,20 +75,5 @@ class SmallEncoder(Encoder):
             states, mask = torch.where(drop[:, None, None], 0.0, states), mask | drop[:, None]
         return self.connector(states), mask
 
-    def null(self, n: int) -> tuple[Tensor, Tensor]:
-        """Of one position: all are alike."""
-        zeros = self.connector.linear_1.weight.new_zeros(n, 1, self.connector.linear_1.in_features)
-        return self.connector(zeros), torch.ones(n, 1, dtype=torch.bool, device=zeros.device)
-
     def text_states(self, captions: Sequence[str], template: bool = True) -> tuple[Tensor, Tensor]:
         return self.states(*(x.to(self.device) for x in self.tokenize(captions)))
-
-
-def _pairs(vocabulary: int) -> Tensor:
-    """[vocabulary] int64: each word's id, of a pair the first one's."""
-    from emf.data.digits import COLORS, VOCAB
-
-    ids = torch.arange(vocabulary)
-    for first, second in [*zip(COLORS[::2], COLORS[1::2], strict=True), ("left", "right"), ("above", "below")]:
-        ids[VOCAB.index(second)] = VOCAB.index(first)
-    return ids

@@ -112,10 +112,6 @@ class TextEncoder(Encoder):
         dropped = drop[:, None]
         return self.states(torch.where(dropped, self.empty_ids, ids), torch.where(dropped, self.empty_mask, mask))
 
-    def null(self, n: int) -> tuple[Tensor, Tensor]:
-        ids, mask = (x.expand(n, -1) for x in (self.empty_ids, self.empty_mask))
-        return self.forward(ids, mask, torch.ones(n, dtype=torch.bool, device=ids.device))
-
     def text_states(self, captions: Sequence[str], template: bool = True) -> tuple[Tensor, Tensor]:
         """See Encoder; the template is the instruction."""
         tokens = self.tokenize(captions) if template else self._tokens(self._clean(captions), self.length)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from emf.conditioning.words import Words
 from emf.data.world import GLYPH, World
 
 Split = Literal["train", "held_out"]
@@ -43,7 +44,8 @@ CELLS = 2  # a scene has 2 x 2 cells
 
 VOCAB = ("<pad>", "a", "an", "and", "to", "the", "of", "left", "right", "above", "below", *CLASSES, *PLURALS, *COLORS)
 MAX_TOKENS = 10  # "a blue three to the left of a green five"
-_IDS = {word: i for i, word in enumerate(VOCAB)}
+PAIRS = (*zip(COLORS[::2], COLORS[1::2], strict=True), ("left", "right"), ("above", "below"))
+WORDS = Words("digits", VOCAB, MAX_TOKENS, PAIRS)
 
 
 @cache
@@ -147,21 +149,3 @@ def prompts(per_tag: int, seed: int = 0) -> list[Spec]:
         pool = list(seen.values())
         chosen += [pool[i % len(pool)] for i in range(per_tag)]
     return chosen
-
-
-def encode(captions: list[str], length: int = MAX_TOKENS) -> tuple[Tensor, Tensor]:
-    """(ids [B, length] int64, mask [B, length] bool), right-padded with 0.
-
-    Raises ValueError on an unknown word, an empty caption or one of more than `length` words.
-    """
-    ids = torch.zeros(len(captions), length, dtype=torch.int64)
-    for row, caption in zip(ids, captions, strict=True):
-        words = caption.lower().split()
-        unknown = [w for w in words if w not in _IDS]
-        if unknown:
-            known = " ".join(VOCAB[1:])
-            raise ValueError(f"digits: word {unknown[0]!r} of caption {caption!r} is unknown; known words: {known}")
-        if not 0 < len(words) <= length:
-            raise ValueError(f"digits: caption {caption!r} has {len(words)} words; expected 1 to {length}")
-        row[: len(words)] = torch.tensor([_IDS[w] for w in words])
-    return ids, ids > 0

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from emf.config import Config
 from emf.data import digits
+from emf.data.batches import Batches
+from emf.files import SETTINGS
 
 TOKEN_PIXELS = 384  # of the crop that BLIP3o-NEXT's image tokenizer sees
 
@@ -23,61 +24,58 @@ class Feed(Protocol):
 class Digits:
     """The small world."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
 
     def __call__(self, step: int, part: int, parts: int) -> tuple[Tensor, Tensor, Tensor]:
-        c = self.config
-        x, captions = digits.make_batch(c.seed * 1_000_003 + step, c.batch_size, "train", c.world)
+        b = self.batches
+        x, captions = digits.make_batch(b.seed_of(step), b.size, "train", b.world)
         mine = slice(part, None, parts)
-        return x[mine].contiguous(), *digits.encode(captions[mine])
+        return x[mine].contiguous(), *digits.WORDS.encode(captions[mine])
 
 
 class Pictures:
     """Images with captions, from their files or from a cache; encoded here where no cache has done it."""
 
-    def __init__(self, config: Config, encoder: Any, device: torch.device) -> None:
+    def __init__(self, batches: Batches, encoder: Any, device: torch.device) -> None:
         from emf.data.cache import Cache
         from emf.data.images import Images
         from emf.data.mixture import Dataset
         from emf.data.sources import parse_source
         from emf.model.autoencoder import Identity, load_dcae
 
-        c, d = config, config.data
-        self.config, self.encoder, self.device = config, encoder, device
+        b, d = batches, batches.data
+        self.batches, self.encoder, self.device = batches, encoder, device
         self.latent: Any = None
         self.tokenizer: Any = None
-        self.wants_tokens = wants_tokens = c.condition.kind == "blip3o"
-        if len(d.sources) == 1 and (Path(d.sources[0]) / "settings.json").is_file():
+        if len(d.sources) == 1 and (Path(d.sources[0]) / SETTINGS).is_file():
             store: Any = Cache(Path(d.sources[0]))
-            if wants_tokens and store.settings["tokenizer"] is None:
+            if b.token_scale and store.settings["tokenizer"] is None:
                 raise ValueError(f"data: {d.sources[0]} holds no image tokens; cache it again with --ta-tok")
         else:
             self.latent = load_dcae(d.vae, device=device) if d.vae else Identity()
-            if wants_tokens:
+            if b.token_scale:
                 if d.ta_tok is None:
                     raise ValueError("data: BLIP3o-NEXT reads the image's tokens; give --data.ta-tok or a cache")
                 from emf.conditioning.ta_tok import load_ta_tok
 
-                self.tokenizer = load_ta_tok(d.ta_tok, scale=c.condition.scale).to(device)
-            small = TOKEN_PIXELS if wants_tokens else None
+                self.tokenizer = load_ta_tok(d.ta_tok, scale=b.token_scale).to(device)
+            small = TOKEN_PIXELS if b.token_scale else None
             store = Images([parse_source(text) for text in d.sources], d.size, small, d.listings)
-        self.dataset = Dataset(store, config.seed)
-        self.check(self.dataset.batch(0, c.batch_size, 0, c.batch_size)[0].mean)
+        self.dataset = Dataset(store, b.seed)
+        self.check(self.dataset.batch(0, b.size, 0, b.size)[0].mean)
 
     def check(self, cached: Tensor | None) -> None:
         """Raises ValueError where the latents, of which one may be given, are not what the model takes."""
-        c = self.config
-        want = (c.transformer.in_channels, c.transformer.sample_size, c.transformer.sample_size)
         shape: tuple[int, ...]
         if cached is None:
-            side = c.data.size // self.latent.scale
+            side = self.batches.data.size // self.latent.scale
             shape = (self.latent.channels, side, side)
         else:
             shape = tuple(cached.shape)
-        if shape != want:
+        if shape != self.batches.latent:
             raise ValueError(
-                f"data: latents are {shape}, the model takes {want}; set data.size, data.vae or "
+                f"data: latents are {shape}, the model takes {self.batches.latent}; set data.size, data.vae or "
                 "transformer.sample_size to fit"
             )
 
@@ -85,23 +83,25 @@ class Pictures:
         from emf.data.cache import encode_samples
         from emf.model.autoencoder import draw
 
-        c = self.config
-        samples = self.dataset.batch(step, c.batch_size, part, parts)
+        samples = self.dataset.batch(step, self.batches.size, part, parts)
         if samples[0].mean is None:
             encode = lambda images: self.latent.encode(images.to(self.device)).cpu()  # noqa: E731
             tokenize = (lambda images: self.tokenizer(images.to(self.device)).cpu()) if self.tokenizer else None
             samples = encode_samples(samples, encode, tokenize)
         latents = []
         for row, s in enumerate(samples):  # a posterior is drawn from by the row's place, whatever the ranks
-            generator = torch.Generator().manual_seed((c.seed * 1_000_003 + step) * 65_537 + part + row * parts)
+            generator = torch.Generator().manual_seed(self.batches.seed_of(step) * 65_537 + part + row * parts)
             assert s.mean is not None
             latents.append(draw(s.mean.float(), s.std, generator))
         x = torch.stack(latents)
         tokens = [s.ids for s in samples if s.ids is not None]
-        ids = self.encoder.from_codes(torch.stack(tokens)) if tokens and self.wants_tokens else None
+        ids = self.encoder.from_codes(torch.stack(tokens)) if tokens and self.batches.token_scale else None
         return x, *self.encoder.tokenize([s.caption for s in samples], ids)
 
 
-def feed(config: Config, encoder: Any, device: torch.device) -> Feed:
-    """The feed of a config. Raises ValueError on sources that hold no samples or do not fit."""
-    return Pictures(config, encoder, device) if config.data.sources else Digits(config)
+def feed(batches: Batches, encoder: Any, device: torch.device) -> Feed:
+    """The feed of these batches. encoder: what tokenizes the captions (emf.conditioning.encoder.Encoder).
+
+    Raises ValueError on sources that hold no samples or do not fit.
+    """
+    return Pictures(batches, encoder, device) if batches.data.sources else Digits(batches)

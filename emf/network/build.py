@@ -69,9 +69,9 @@ def encoder(config: Config) -> nn.Module:
     c = config.condition
     if c.kind == "small":
         from emf.conditioning.small import SmallEncoder
-        from emf.data.digits import VOCAB
+        from emf.data.digits import WORDS
 
-        return SmallEncoder(config.encoder, len(VOCAB))
+        return SmallEncoder(config.encoder, WORDS)
     from emf.conditioning.load import load
 
     folder = c.folder or (config.init if c.kind == "blip3o" else None)

@@ -128,7 +128,7 @@ def train(config: Config, out: Path, resume: bool = False) -> None:
         start = engine.load(saved[-1]) if saved else 0
         if start > config.steps:
             raise ValueError(f"resume: {saved[-1]} is at step {start} already, past --steps {config.steps}")
-        source = feed(config, network.encoder, engine.device)
+        source = feed(config.batches, network.encoder, engine.device)
         scorer = Scorer.fit() if rank == 0 and config.run.eval_every and not config.data.sources else None
         log = None
         if rank == 0:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from emf.config import ConditionConfig, Config, DataConfig
+from emf.config import ConditionConfig, Config
+from emf.data.batches import DataConfig
 from emf.model.text_to_image import TextToImage
 from emf.model.transformer import Transformer, TransformerConfig
 from emf.network.build import build, checkpoints, encoder, load_weights

@@ -28,7 +28,8 @@ from emf.analyze.vectors import VectorCache
 from emf.conditioning.blip3o import Blip3oNext, SpecialTokens
 from emf.conditioning.small import Connector, EncoderConfig, SmallEncoder
 from emf.config import ConditionConfig, Config, to_json
-from emf.data.digits import VOCAB, make_batch
+from emf.data.digits import WORDS as DIGITS
+from emf.data.digits import make_batch
 from emf.evaluate.digits_scorer import Scorer
 from emf.model.transformer import TransformerConfig
 from emf.sample import sampler as generating
@@ -469,7 +470,7 @@ def test_disentanglement_of_a_folder_as_a_whole(models, tmp_path):
 
 def test_the_digits_own_encoder_is_analysed_too():
     torch.manual_seed(0)
-    encoder = SmallEncoder(EncoderConfig(32, 48, 1, 2, 1, 16, 24), len(VOCAB)).eval()
+    encoder = SmallEncoder(EncoderConfig(32, 48, 1, 2, 1, 16, 24), DIGITS).eval()
     images, captions = make_batch(0, 24)
     made = disentanglement(encoder, captions, Shortening(fraction=0.3))
     assert 0 < made.plain.mean < 1 and 0 < len(made.used) <= 24

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from emf.conditioning.blip3o import Blip3oNext, SpecialTokens
-from emf.conditioning.encoder import embed
+from emf.conditioning.encoder import mean_pool
 from emf.conditioning.load import load
 from emf.conditioning.sampling import Sampling, distribution, draw
 from emf.conditioning.small import Connector
@@ -180,7 +180,6 @@ def test_drop_zeroes_the_states_before_the_connector(blip3o, qwen_tokenizer, con
     torch.testing.assert_close(dropped[1], null, **CLOSE)
     assert null.abs().max() > 0.1
     torch.testing.assert_close(dropped[[0, 2]], kept[[0, 2]], rtol=0, atol=0)
-    torch.testing.assert_close(encoder.null(2)[0], null.expand(2, -1, -1), **CLOSE)
 
 
 @torch.no_grad()
@@ -406,9 +405,6 @@ def test_null_of_text_encoders(text_model, kind):
     model, tokenizer = text_model
     encoder = TextEncoder(model, tokenizer, 77, null=kind)
     states, mask = encoder(*encoder.tokenize(CAPTIONS), torch.tensor([False, True, False]))
-    null, null_mask = encoder.null(1)
-    assert torch.equal(null_mask[0], mask[1])
-    torch.testing.assert_close(null[0][null_mask[0]], states[1][mask[1]], **CLOSE)
     if kind == "zeros":
         assert mask[1].all() and not states[1].any() and states[0].any()
     else:
@@ -417,28 +413,27 @@ def test_null_of_text_encoders(text_model, kind):
 
 
 @torch.no_grad()
-def test_embed_is_the_mean_over_the_captions_tokens(text_model, blip3o, qwen, qwen_tokenizer):
+def test_the_mean_is_over_the_captions_tokens(text_model):
     model, tokenizer = text_model
     plain = torch.stack([model(**tokenizer(c, return_tensors="pt")).last_hidden_state[0].mean(0) for c in CAPTIONS])
-    torch.testing.assert_close(embed(TextEncoder(model, tokenizer, 77), CAPTIONS, batch=2), plain, **CLOSE)
+    alone = TextEncoder(model, tokenizer, 77)
+    torch.testing.assert_close(mean_pool(*alone.text_states(CAPTIONS)), plain, **CLOSE)
     instructed = TextEncoder(model, tokenizer, 60, instruction="Describe: ")
-    torch.testing.assert_close(embed(instructed, CAPTIONS, template=False), plain, **CLOSE)
-    assert not torch.allclose(embed(instructed, CAPTIONS), plain, atol=1e-3)
+    torch.testing.assert_close(mean_pool(*instructed.text_states(CAPTIONS, template=False)), plain, **CLOSE)
+    assert not torch.allclose(mean_pool(*instructed.text_states(CAPTIONS)), plain, atol=1e-3)
 
 
 @torch.no_grad()
-def test_embed_of_blip3o(blip3o, qwen, qwen_tokenizer):
+def test_text_states_of_blip3o(blip3o, qwen, qwen_tokenizer):
     encoder = blip3o()
     bare = torch.stack([plain_states(qwen, qwen_tokenizer, c).mean(0) for c in CAPTIONS])
-    torch.testing.assert_close(embed(encoder, CAPTIONS, template=False, batch=2), bare, **CLOSE)
+    torch.testing.assert_close(mean_pool(*encoder.text_states(CAPTIONS, template=False)), bare, **CLOSE)
     chat = torch.stack([plain_states(qwen, qwen_tokenizer, encoder.prompt(c)).mean(0) for c in CAPTIONS])
-    torch.testing.assert_close(embed(encoder, CAPTIONS), chat, **CLOSE)
+    torch.testing.assert_close(mean_pool(*encoder.text_states(CAPTIONS)), chat, **CLOSE)
     codes, ids = image_ids(qwen_tokenizer)
     rows = [plain_states(qwen, qwen_tokenizer, conversation(*r)) for r in zip(CAPTIONS, codes, strict=True)]
     image = torch.stack([r[-IMAGE_TOKENS - 4 : -3].mean(0) for r in rows])
-    torch.testing.assert_close(embed(encoder, CAPTIONS, ids, batch=2), image, **CLOSE)
-    with pytest.raises(ValueError, match="embed: no captions"):
-        embed(encoder, [])
+    torch.testing.assert_close(mean_pool(*encoder.states(*encoder.tokenize(CAPTIONS, ids))), image, **CLOSE)
 
 
 @pytest.mark.parametrize("which", ["blip3o", "gemma"])

@@ -16,9 +16,9 @@ from emf.data.digits import (
     RELATIONS,
     TAGS,
     VOCAB,
+    WORDS,
     World,
     arrange,
-    encode,
     make_batch,
     prompts,
     render,
@@ -137,7 +137,7 @@ def test_counted_objects_share_a_mentioned_colour():
 def test_the_vocabulary_covers_every_caption():
     rng = np.random.default_rng(0)
     captions = [sample_spec(rng)["prompt"] for _ in range(5000)]
-    ids, mask = encode(captions)
+    ids, mask = WORDS.encode(captions)
     assert ids.shape == mask.shape == (5000, MAX_TOKENS) and ids.dtype == torch.int64 and mask.dtype == torch.bool
     assert max(len(c.split()) for c in captions) == MAX_TOKENS
     assert (ids[~mask] == 0).all() and (ids[mask] > 0).all()
@@ -150,7 +150,7 @@ def test_the_vocabulary_covers_every_caption():
 )
 def test_a_caption_that_cannot_be_read_is_named(caption, says):
     with pytest.raises(ValueError, match=says):
-        encode(["a seven", caption])
+        WORDS.encode(["a seven", caption])
 
 
 def test_unknown_tags_and_impossible_worlds_are_refused():

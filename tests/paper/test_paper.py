@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("deepspeed")
 
 from emf.conditioning.small import EncoderConfig, SmallEncoder
-from emf.data.digits import VOCAB
+from emf.data.digits import WORDS
 from emf.network.build import build
 from emf.paper import runs as running
 from emf.paper.found import Found, verdicts
@@ -24,7 +24,7 @@ from emf.paper.runs import run_all, scenes
 
 def encoder(**further: Any) -> SmallEncoder:
     torch.manual_seed(0)
-    return SmallEncoder(EncoderConfig(**further), len(VOCAB)).eval()
+    return SmallEncoder(EncoderConfig(**further), WORDS).eval()
 
 
 @torch.no_grad()

@@ -187,7 +187,7 @@ def batch_of(run: Path, step: int, part: int, parts: int) -> Any:
     from emf.train.loop import make_batch
 
     config = from_file(run / "config.json")
-    return make_batch(config, Digits(config), step, part, parts)
+    return make_batch(config, Digits(config.batches), step, part, parts)
 
 
 def test_nan_stops_the_run_and_says_where(recipe: list[str], straight: Path, tmp_path: Path) -> None:

@@ -1,0 +1,44 @@
+"""What a run's feed is asked for, without what makes it: a config and its help need no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from emf.data.world import World
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Images with captions; without sources the digits."""
+
+    sources: tuple[str, ...] = ()
+    """Tars of webdataset, folders of images and texts: PATH, PATH@WEIGHT or PATH@WEIGHT@CAPTION-KEY
+    (emf.data.sources); or the one folder that emf cache wrote."""
+    size: int = 1024
+    """Pixels along a side of the centre crop."""
+    vae: Path | None = None
+    """A diffusers folder with the autoencoder (DC-AE); none: the flow works on pixels."""
+    ta_tok: Path | None = None
+    """BLIP3o-NEXT: ta_tok.pth, for images whose tokens no cache holds."""
+    listings: Path | None = None
+    """A file that keeps what is in the tars, so that the next start need not read them."""
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Which batches a run takes, and what its network expects in them."""
+
+    seed: int
+    size: int
+    """Samples a step, over all ranks."""
+    latent: tuple[int, int, int]
+    """[C, H, W] of a latent."""
+    data: DataConfig = field(default_factory=DataConfig)
+    world: World = field(default_factory=World)
+    """The digits', where there are no sources."""
+    token_scale: int | None = None
+    """Pooling of the image's tokens, where the text encoder reads them (BLIP3o-NEXT)."""
+
+    def seed_of(self, step: int) -> int:
+        return self.seed * 1_000_003 + step
