@@ -30,8 +30,8 @@ base: $(VENV)/installed-demo ## make the shipped base again: flow matching from 
 paper: $(VENV)/installed-demo ## the paper in miniature: runs/paper/report-paper.html in two hours on 2 cores; QUICK=1: minutes
 	$(BIN)/emf paper --out runs/paper$(if $(QUICK),-quick --quick)
 
-test: $(VENV)/installed-test ## run the tests
-	env -u TRITON_INTERPRET $(BIN)/python -m pytest -q -n 2 --dist loadfile
+test: $(VENV)/installed-test ## run the tests; prints the slowest 15
+	env -u TRITON_INTERPRET $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=15
 
 check: $(VENV)/installed-test ## check formatting, lint and types
 	$(BIN)/ruff format --check .
@@ -54,7 +54,7 @@ endif
 profile: $(VENV)/installed-test ## where a step's time goes: runs/profile/breakdown.png and a trace for Perfetto
 	env -u TRITON_INTERPRET $(BIN)/python -m bench.profile
 
-report: $(VENV)/installed-test ## profiles/ as one page, profiles/report.html, and the README's tables
+report: $(VENV)/installed-test ## profiles/ as one page, profiles/report.html, and the table of docs/benchmarks.md
 	$(BIN)/python -m bench.report
 
 tune: $(VENV)/installed-test ## launch configurations, by a GPU's timings or by the compiler's figures

@@ -19,7 +19,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     # the folder kernels/ is no package itself: that import name belongs to Hugging Face's distribution `kernels`
-    packages=["emf_kernels", *find_packages(include=["emf", "emf.*"])],
+    packages=[
+        *find_packages(include=["emf", "emf.*"]),
+        *find_packages("kernels", include=["emf_kernels", "emf_kernels.*"]),
+    ],
     package_dir={"emf_kernels": "kernels/emf_kernels", "emf": "emf"},
     package_data={"emf": ["py.typed", "assets/*"], "emf_kernels": ["py.typed", "configs/*.json"]},
     install_requires=["torch>=2.11", "triton>=3.6", "numpy"],

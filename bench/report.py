@@ -1,5 +1,5 @@
-"""profiles/ as one self-contained page, profiles/report.html, and the tables between markers in README.md:
-`make report`."""
+"""profiles/ as one self-contained page, profiles/report.html, and the table between markers in
+docs/benchmarks.md: `make report`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from emf.show import page
 from emf.show.page import Html, code, note, words
 from emf.show.plot import EMF, FM, GREY, plot
 
-README = OUT.parent / "README.md"
+BENCHMARKS = OUT.parent / "docs" / "benchmarks.md"
 NO_GPU = Html(f"No GPU has run this yet: no time here is a GPU's; {code('make gpu')} fills those parts.")
 ARCHES = ("sm_80", "sm_90", "sm_100")
 
@@ -205,22 +205,22 @@ def render() -> str:
     return page.page("What a tangent costs: EMF-MeanFlow", *sections)
 
 
-def readme() -> str:
-    """README.md with its generated table renewed."""
+def benchmarks() -> str:
+    """docs/benchmarks.md with its generated table renewed."""
     can = read(OUT / "capabilities.json")["rows"]
     made = table(read(OUT / "cpu" / "step-cpu.json"), can)
     return re.sub(
         r"(<!-- step-cpu -->\n).*?(\n<!-- /step-cpu -->)",
         lambda found: found[1] + made + found[2],
-        README.read_text(),
+        BENCHMARKS.read_text(),
         flags=re.DOTALL,
     )
 
 
 def main() -> None:
     (OUT / "report.html").write_text(render(), encoding="utf-8")
-    README.write_text(readme())
-    print(f"open {OUT / 'report.html'}; the README's table is renewed")
+    BENCHMARKS.write_text(benchmarks())
+    print(f"open {OUT / 'report.html'}; the table of docs/benchmarks.md is renewed")
 
 
 if __name__ == "__main__":

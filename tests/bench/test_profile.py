@@ -69,8 +69,8 @@ def test_kinds(name: str, want: str) -> None:
     assert kind(name) == want
 
 
-def test_the_page_and_the_readme_are_of_the_records() -> None:
+def test_the_page_and_the_table_are_of_the_records() -> None:
     """`make report` renews both. Pictures are compared by what their alternative text says."""
     bare = lambda page: re.sub(r'src="data:[^"]*"', "", page)  # noqa: E731
     assert bare((report.OUT / "report.html").read_text()) == bare(report.render())
-    assert report.README.read_text() == report.readme()
+    assert report.BENCHMARKS.read_text() == report.benchmarks()
