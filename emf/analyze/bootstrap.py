@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-RESAMPLES, LEVEL = 2000, 0.95
+from emf.analyze.choices import RESAMPLES
+
+LEVEL = 0.95
 CHUNK = 2**22  # numbers drawn at once
 
 

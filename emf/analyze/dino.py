@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from emf.analyze.choices import DINO, ImagePooling
 from emf.evaluate.clip import pretrained
 
-DINO = "facebook/dinov3-vitb16-pretrain-lvd1689m"
 TYPES = ("dinov2", "dinov2_with_registers", "dinov3_vit", "dinov3_convnext")
-ImagePooling = Literal["cls", "pooler", "mean"]
 
 
 class Dino:
@@ -26,7 +25,7 @@ class Dino:
     """
 
     def __init__(self, model: Any, processor: Any, pooling: ImagePooling = "cls") -> None:
-        if pooling not in ("cls", "pooler", "mean"):
+        if pooling not in get_args(ImagePooling):
             raise ValueError(f"analyze: image pooling {pooling!r}; expected cls, pooler or mean")
         self.model, self.processor, self.pooling = model.eval(), processor, pooling
         self.skipped = 1 + int(getattr(model.config, "num_register_tokens", 0) or 0)

@@ -14,15 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from emf.analyze.bootstrap import RESAMPLES, Interval, bootstrap
-from emf.analyze.dino import DINO, Dino, ImagePooling
-from emf.analyze.encoders import CUT, Embedding, EncoderName, TextVectors, folder_stamp
+from emf.analyze.bootstrap import Interval, bootstrap
+from emf.analyze.choices import DINO, RESAMPLES, Computing, Embedding, Protocol
+from emf.analyze.dino import Dino
+from emf.analyze.encoders import CUT, TextVectors
 from emf.analyze.figures import plot_scores
-from emf.analyze.outcome import Row, check_out, claim, write_outcome
-from emf.analyze.pairs import Choice, Pairs, choose_captions, choose_queries, read_pairs
+from emf.analyze.names import EncoderName, folder_stamp
+from emf.analyze.outcome import Outcome, Row, check_out, claim
+from emf.analyze.pairs import Pairs, choose_captions, choose_queries, read_pairs
 from emf.analyze.retrieval import BLOCK, cosine, mean_vector, nearest
 from emf.analyze.vectors import Gathered, VectorCache
+from emf.device import device as checked
 from emf.evaluate.published import ENCODERS
 from emf.show.sheet import Cell, write_sheet
 
@@ -87,43 +91,43 @@ def chance(features: Any, query: np.ndarray, seed: int = 0) -> float:
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """What the paper leaves open, and its value here. Raises ValueError on what cannot be."""
+class Retrieved:
+    """What was searched, and what was found."""
 
-    split: str = "train2017"
-    k: int = 1
-    """Captions retrieved by query."""
-    queries: int = 5000
-    """Queries, one caption each of so many random images; 0: of every image."""
-    captions: Choice = "first"
-    """Of an image's several: the first, a random one, or all are retrieved from."""
-    image_pooling: ImagePooling = "cls"
-    resamples: int = RESAMPLES
-    seed: int = 0
+    pairs: Pairs
+    chosen: np.ndarray
+    """[N] int64: which of the pairs' captions are retrieved from and queried."""
+    image: np.ndarray
+    """[N] int64: number of each one's image."""
+    queries: np.ndarray
+    """[Q] int64: places in chosen."""
+    hits: dict[str, tuple[np.ndarray, np.ndarray]]
+    """By encoder: places in chosen [Q, k], of embeddings as they are and of centred ones."""
 
-    def __post_init__(self) -> None:
-        if self.k < 1 or self.queries < 0 or self.resamples < 1 or self.seed < 0:
-            raise ValueError(
-                f"analyze: k {self.k}, {self.queries} queries, {self.resamples} resamples, seed {self.seed}; expected "
-                "at least 1, 0, 1 and 0"
-            )
+    def caption(self, place: int) -> str:
+        return self.pairs.captions[self.chosen[place]]
 
-    def assumed(self, how: Embedding, dino: str, captions: int, images: int, queries: int) -> list[str]:
-        """A sentence for each choice that the paper does not state."""
-        choice = {
-            "first": "the first caption",
-            "random": f"one random caption (seed {self.seed})",
-            "all": "all captions",
-        }
-        return [
-            f"k = {self.k}: so many captions are retrieved by query",
-            f"{queries} queries: one caption each of so many random images (seed {self.seed})",
-            f"{choice[self.captions]} of each image: {captions} captions of {images} images to retrieve from",
-            "captions of the query's own image are never retrieved",
-            f"text embedding: {how.pooling} over the last hidden states, `{how.states}`",
-            f"image feature: {dino}, {self.image_pooling}",
-            "the encoders' sizes: the paper names families alone",
-        ]
+    def picture(self, place: int) -> Image.Image:
+        return self.pairs.open(int(self.image[place]))
+
+
+def assumed(protocol: Protocol, how: Embedding, dino: str, found: Retrieved) -> list[str]:
+    """A sentence for each choice that the paper does not state."""
+    choice = {
+        "first": "the first caption",
+        "random": f"one random caption (seed {protocol.seed})",
+        "all": "all captions",
+    }
+    images = len({*found.image.tolist()})
+    return [
+        f"k = {protocol.k}: so many captions are retrieved by query",
+        f"{len(found.queries)} queries: one caption each of so many random images (seed {protocol.seed})",
+        f"{choice[protocol.captions]} of each image: {len(found.chosen)} captions of {images} images to retrieve from",
+        "captions of the query's own image are never retrieved",
+        f"text embedding: {how.pooling} over the last hidden states, `{how.states}`",
+        f"image feature: {dino}, {protocol.image_pooling}",
+        "the encoders' sizes: the paper names families alone",
+    ]
 
 
 def run_discriminability(
@@ -134,41 +138,40 @@ def run_discriminability(
     how: Embedding | None = None,
     dino: str = DINO,
     *,
-    dtype: str = "float32",
-    device: str = "cpu",
-    batch: int = 32,
+    compute: Computing | None = None,
 ) -> list[Row]:
     """Every encoder's score on COCO, or other images with captions: results.json, results.md, a plot and a sheet of
     retrieved images in `out`. Vectors are kept there (cache/): stopped, it goes on.
 
     Raises ValueError where something is missing or `out` holds something else."""
-    protocol, how = protocol or Protocol(), how or Embedding()
+    protocol, how, compute = protocol or Protocol(), how or Embedding(), compute or Computing()
+    device = str(checked(compute.device))
     check_out(out, (PLOT, SHEET))
     pairs = read_pairs(data, protocol.split)
     network = Dino.load(dino, protocol.image_pooling, device)
-    settings = {"analysis": "discriminability", "data": str(data), "dino": dino, "dtype": dtype}
+    settings: dict[str, Any] = {"analysis": "discriminability", "data": str(data), "dino": dino, "dtype": compute.dtype}
     settings |= asdict(protocol) | {"text": asdict(how)}
     named = {e.name: f"{e.kind}:{e.folder}" for e in encoders}
     claim(out, settings | {"encoders": named}, "encoders", (PLOT, SHEET))
     chosen = choose_captions(pairs.image, protocol.captions, protocol.seed)
     captions, image = [pairs.captions[i] for i in chosen], pairs.image[chosen]
     queries = choose_queries(image, protocol.queries or None, protocol.seed)
-    hits: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    found = Retrieved(pairs, chosen, image, queries, {})
     for encoder in encoders:
-        vectors = TextVectors(encoder, how, out, dtype, device)(captions, batch)
-        hits[encoder.name] = tuple(  # type: ignore[assignment]
+        vectors = TextVectors(encoder, how, out, compute.dtype, device)(captions, compute.batch)
+        found.hits[encoder.name] = tuple(  # type: ignore[assignment]
             nearest(vectors, image, queries, protocol.k, mean=mean, device=device, progress=True)[0]
             for mean in (None, mean_vector(vectors))
         )
-    features = _features(pairs, network, dino, out, image, queries, hits, batch)
+    features = _features(found, network, dino, out, compute.batch)
     rows, further = [], {}
-    for name, found in hits.items():
-        each = [image_similarity(features, image[queries], image[index]) for index in found]
+    for name, hits in found.hits.items():
+        each = [image_similarity(features, image[queries], image[index]) for index in hits]
         scores = [bootstrap(x, resamples=protocol.resamples, seed=protocol.seed) for x in each]
         rows.append(Row(name, *scores))
         further[name] = [
             {"query": int(chosen[q]), "plain": chosen[a].tolist(), "centred": chosen[b].tolist()}
-            for q, a, b in zip(queries[:1000], *found, strict=False)
+            for q, a, b in zip(queries[:1000], *hits, strict=False)
         ]
     random = chance(features, image[queries], protocol.seed)
     notes = [
@@ -179,12 +182,11 @@ def run_discriminability(
         CUT,
     ]
     shared = {"queries": len(queries), "captions": len(captions), "chance": random, "retrieved": further}
-    assumed = protocol.assumed(how, dino, len(captions), len({*image.tolist()}), len(queries))
-    write_outcome(out, "discriminability", rows, settings | {"encoders": named}, assumed, notes, shared)
-    plot_scores(
-        out / PLOT, rows, ENCODERS["discriminability"], "mean cosine of DINO features, query and retrieved", random
-    )
-    _write_sheet(out / SHEET, pairs, chosen, queries, hits, features, image)
+    told, settings = assumed(protocol, how, dino, found), settings | {"encoders": named}
+    Outcome("discriminability", rows, settings, told, notes, shared).write(out)
+    label = "mean cosine of DINO features, query and retrieved"
+    plot_scores(out / PLOT, rows, ENCODERS["discriminability"], label, random)
+    _write_sheet(out / SHEET, found, features)
     return rows
 
 
@@ -201,18 +203,10 @@ class _ByImage:
         return self.vectors[where]
 
 
-def _features(
-    pairs: Pairs,
-    network: Dino,
-    dino: str,
-    out: Path,
-    image: np.ndarray,
-    queries: np.ndarray,
-    hits: dict[str, tuple[np.ndarray, np.ndarray]],
-    batch: int,
-) -> _ByImage:
+def _features(found: Retrieved, network: Dino, dino: str, out: Path, batch: int) -> _ByImage:
     """DINO's features of the images that are asked for, not of all."""
-    asked = [image[queries], *(image[index].ravel() for found in hits.values() for index in found)]
+    pairs, image = found.pairs, found.image
+    asked = [image[found.queries], *(image[index].ravel() for hits in found.hits.values() for index in hits)]
     needed = np.unique(np.concatenate(asked))
     said = [folder_stamp(Path(dino)) if Path(dino).is_dir() else dino, network.pooling]
     digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12]
@@ -225,24 +219,16 @@ def _features(
     return _ByImage(vectors, needed, len(pairs.keys))
 
 
-def _write_sheet(
-    path: Path,
-    pairs: Pairs,
-    chosen: np.ndarray,
-    queries: np.ndarray,
-    hits: dict[str, tuple[np.ndarray, np.ndarray]],
-    features: _ByImage,
-    image: np.ndarray,
-) -> None:
+def _write_sheet(path: Path, found: Retrieved, features: _ByImage) -> None:
     """Queries down; across the query, then by encoder what is nearest to it, with the cosine of the images."""
-    places = np.unique(np.linspace(0, len(queries) - 1, SHOWN).round().astype(int))
+    places = np.unique(np.linspace(0, len(found.queries) - 1, SHOWN).round().astype(int))
     rows = []
     for place in places:
-        q = queries[place]
-        row = [Cell(pairs.captions[chosen[q]], pairs.open(int(image[q])))]
-        for found in hits.values():
-            hit = found[0][place, :1]
-            alike = float(image_similarity(features, image[[q]], image[hit][None])[0])
-            row.append(Cell(f"DINO {alike:.3f}\n{pairs.captions[chosen[hit[0]]]}", pairs.open(int(image[hit[0]]))))
+        q = found.queries[place]
+        row = [Cell(found.caption(q), found.picture(q))]
+        for plain, _ in found.hits.values():
+            hit = plain[place, 0]
+            alike = float(image_similarity(features, found.image[[q]], found.image[[[hit]]])[0])
+            row.append(Cell(f"DINO {alike:.3f}\n{found.caption(hit)}", found.picture(hit)))
         rows.append(row)
-    write_sheet(path, rows, ["query", *hits])
+    write_sheet(path, rows, ["query", *found.hits])

@@ -14,16 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from emf.analyze.bootstrap import RESAMPLES, Interval, bootstrap
-from emf.analyze.encoders import CUT, Embedding, EncoderName, TextVectors, embed_texts
+from emf.analyze.bootstrap import Interval, bootstrap
+from emf.analyze.choices import RESAMPLES, Computing, Embedding, Shortening
+from emf.analyze.encoders import CUT, TextVectors, embed_texts
 from emf.analyze.figures import plot_scores
-from emf.analyze.outcome import Row, cell, check_out, claim, write_outcome
-from emf.analyze.prompts import Shortening, read_prompts, shortened
+from emf.analyze.names import EncoderName
+from emf.analyze.outcome import Outcome, Row, check_out, claim
+from emf.analyze.prompts import read_prompts, shortened
 from emf.analyze.retrieval import cosine, mean_vector
 from emf.conditioning.encoder import Encoder
+from emf.device import device as checked
 from emf.evaluate.published import ENCODERS
 from emf.show.progress import track
 from emf.show.sheet import Cell, write_sheet
+from emf.show.table import markdown
 
 PLOT, SHEET = "disentanglement.png", "shortened.png"
 SHOWN = 6  # prompts on the sheet and below the table
@@ -108,29 +112,30 @@ def run_disentanglement(
     *,
     limit: int | None = None,
     resamples: int = RESAMPLES,
-    dtype: str = "float32",
-    device: str = "cpu",
-    batch: int = 32,
+    compute: Computing | None = None,
 ) -> list[Row]:
     """Every encoder's score over a file's prompts: results.json, results.md, a plot and a sheet of examples in `out`.
     Vectors are kept there (cache/): stopped, it goes on.
 
     Raises ValueError where something is missing or `out` holds something else."""
-    how, embedding = how or Shortening(), embedding or Embedding()
+    how, embedding, compute = how or Shortening(), embedding or Embedding(), compute or Computing()
+    device = str(checked(compute.device))
+    if resamples < 1:
+        raise ValueError(f"analyze: --resamples {resamples} must be at least 1")
     check_out(out, (PLOT, SHEET))
     texts, names = read_prompts(prompts)
     if limit is not None and limit < 1:
         raise ValueError(f"analyze: --limit {limit} must be at least 1")
     texts, names = texts[:limit], names[:limit]
     used, versions = usable(texts, how)
-    settings: dict[str, Any] = {"analysis": "disentanglement", "prompts": str(prompts), "limit": limit, "dtype": dtype}
-    settings |= asdict(how) | {"resamples": resamples, "text": asdict(embedding)}
+    settings: dict[str, Any] = {"analysis": "disentanglement", "prompts": str(prompts), "limit": limit}
+    settings |= asdict(how) | {"resamples": resamples, "dtype": compute.dtype, "text": asdict(embedding)}
     named = {e.name: f"{e.kind}:{e.folder}" for e in encoders}
     claim(out, settings | {"encoders": named}, "encoders", (PLOT, SHEET))
     every = _texts(texts, used, versions)
     results = {}
     for encoder in encoders:
-        vectors = TextVectors(encoder, embedding, out, dtype, device)(every, batch)
+        vectors = TextVectors(encoder, embedding, out, compute.dtype, device)(every, compute.batch)
         results[encoder.name] = summarize(vectors[:], used, versions, resamples, how.seed)
     rows = [Row(name, result.plain, result.centred) for name, result in results.items()]
     assumed = [
@@ -155,11 +160,11 @@ def run_disentanglement(
         for name, result in results.items()
     }
     places = np.unique(np.linspace(0, len(used) - 1, SHOWN).round().astype(int)).tolist()
-    tail = [f"| prompt | shortened | {' | '.join(cell(n) for n in results)} |", "|--" * (2 + len(results)) + "|"]
-    for p in places:
-        scores = " | ".join(f"{result.each[p, 0]:.3f}" for result in results.values())
-        tail.append(f"| {cell(texts[used[p]])} | {cell(versions[p][0])} | {scores} |")
-    write_outcome(out, "disentanglement", rows, settings | {"encoders": named}, assumed, notes, {"each": each}, tail)
+    examples = [
+        [texts[used[p]], versions[p][0], *(f"{result.each[p, 0]:.3f}" for result in results.values())] for p in places
+    ]
+    tail, settings = markdown(["prompt", "shortened", *results], examples), settings | {"encoders": named}
+    Outcome("disentanglement", rows, settings, assumed, notes, {"each": each}, tail).write(out)
     plot_scores(out / PLOT, rows, ENCODERS["disentanglement"], "cosine of the prompt and the shortened prompt")
     sheet = []
     for p in places:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from emf.analyze.choices import Choice
 from emf.data.drops import Drops
-from emf.data.images import decode, read_caption
+from emf.data.images import read_caption
 from emf.data.sources import Source, scan
+from emf.files import open_image, read_json, why
 from emf.show.progress import track
-
-Choice = Literal["first", "random", "all"]
 
 
 @dataclass(frozen=True)
@@ -58,11 +57,11 @@ def read_coco(data: Path, split: str) -> Pairs:
                 f"in {folder}, or another --split"
             )
     try:
-        tree: dict[str, Any] = json.loads(file.read_text())
+        tree: dict[str, Any] = read_json(file)
         names = {int(i["id"]): str(i["file_name"]) for i in tree["images"]}
         said = sorted((int(a["image_id"]), int(a["id"]), str(a["caption"]).strip()) for a in tree["annotations"])
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else (str(error).splitlines() or ["not readable"])[0]
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else why(error)
         raise ValueError(f"analyze: {file} is no file of COCO captions: {reason}") from None
     there = {entry.name for entry in os.scandir(folder)}
     kept = [(i, text) for i, _, text in said if text and names.get(i) in there]
@@ -76,7 +75,7 @@ def read_coco(data: Path, split: str) -> Pairs:
     image = np.array([number[i] for i, _ in kept], np.int64)
 
     def opened(i: int) -> Image.Image:
-        return decoded((folder / keys[i]).read_bytes(), str(folder / keys[i]))
+        return open_image(folder / keys[i])
 
     return Pairs([text for _, text in kept], image, keys, opened, notes)
 
@@ -104,19 +103,10 @@ def read_source(path: str) -> Pairs:
         raise ValueError(f"analyze: {path} holds no usable caption; {'; '.join(drops.lines())}")
 
     def opened(i: int) -> Image.Image:
-        return decoded(read(index.image[rows[i]]), f"{path}: {index.keys[rows[i]]}")
+        return open_image(read(index.image[rows[i]]), f"{path}: {index.keys[rows[i]]}")
 
     keys = [f"{index.keys[row]} {index.image[row][2]}" for row in rows]  # the bytes too: a name may get another image
     return Pairs(captions, np.arange(len(rows)), keys, opened, list(drops.lines()))
-
-
-def decoded(data: bytes, name: str) -> Image.Image:
-    """An image's bytes as upright RGB. Raises ValueError where they cannot be read."""
-    try:
-        return decode(data)
-    except Exception as error:  # Pillow's readers meet broken bytes with many kinds
-        reason = f"{type(error).__name__}: {str(error)[:80]}"
-        raise ValueError(f"analyze: {name} cannot be read as an image ({reason}); repair or remove it") from None
 
 
 def choose_captions(image: np.ndarray, choice: Choice, seed: int) -> np.ndarray:

@@ -1,18 +1,17 @@
-"""Prompts from files, and prompts with random parts removed."""
+"""Prompts from a file, and prompts without some of their parts."""
 
 from __future__ import annotations
 
-import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-Unit = Literal["word", "phrase", "sentence"]
+from emf.analyze.choices import Shortening, Unit
+from emf.files import numbered_jsonl, numbered_lines, read_text
+
 # where a prompt is cut: between words; after a comma, semicolon, colon or sentence end; after a sentence end
-CUTS = {"word": r"\s+", "phrase": r"(?<=[,;:.!?])\s+", "sentence": r"(?<=[.!?])\s+"}
+CUTS: dict[Unit, str] = {"word": r"\s+", "phrase": r"(?<=[,;:.!?])\s+", "sentence": r"(?<=[.!?])\s+"}
 KEYS = ("prompt", "caption", "text")
 
 
@@ -21,52 +20,25 @@ def read_prompts(path: Path) -> tuple[list[str], list[str]]:
     (one object a line, its `prompt`, `caption` or `text`), or of a text file (one prompt a line). Raises ValueError
     where there is none."""
     expected = "expected a folder of texts, a jsonl file, or a text file with a prompt a line"
-    try:
-        if path.is_dir():
-            files = sorted(f for f in path.glob("*.txt") if f.is_file())
-            found = [(" ".join(f.read_text().split()), f.stem) for f in files]
-        else:
-            lines = enumerate(path.read_text().splitlines(), 1)
-            read = _json_prompt if path.suffix in (".jsonl", ".json") else lambda line, _: line
-            found = [(" ".join(read(line, f"{path}:{n}").split()), str(n)) for n, line in lines if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise ValueError(f"analyze: {path} cannot be read: {reason}; {expected}") from None
-    found = [(text, name) for text, name in found if text]
+    if path.is_dir():
+        found = [(read_text(f), f.stem) for f in sorted(path.glob("*.txt")) if f.is_file()]
+    elif path.suffix in (".jsonl", ".json"):
+        found = [(_prompt(row, f"{path}:{n}"), str(n)) for n, row in numbered_jsonl(path)]
+    elif path.exists():
+        found = [(line, str(n)) for n, line in numbered_lines(path)]
+    else:
+        raise ValueError(f"analyze: {path} does not exist; {expected}")
+    found = [(" ".join(text.split()), name) for text, name in found if text.strip()]
     if not found:
         raise ValueError(f"analyze: {path} holds no prompt; {expected}")
     return [text for text, _ in found], [name for _, name in found]
 
 
-def _json_prompt(line: str, where: str) -> str:
-    try:
-        tree = json.loads(line)
-    except ValueError:
-        tree = None
-    texts = [tree[k] for k in KEYS if isinstance(tree.get(k), str)] if isinstance(tree, dict) else []
+def _prompt(row: dict[str, object], where: str) -> str:
+    texts = [text for key in KEYS if isinstance(text := row.get(key), str)]
     if not texts:
         raise ValueError(f"analyze: {where} is no JSON object with {', '.join(KEYS[:-1])} or {KEYS[-1]}")
-    return str(texts[0])
-
-
-@dataclass(frozen=True)
-class Shortening:
-    """How parts are removed from a prompt. Raises ValueError on what cannot be."""
-
-    unit: Unit = "word"
-    """word; phrase: what commas, semicolons, colons and sentence ends part; sentence."""
-    fraction: float = 0.5
-    """Of a prompt's units that are removed, rounded; at least one is removed and one is left."""
-    repeats: int = 4
-    """Random removals of each prompt."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.unit not in CUTS or not 0 < self.fraction < 1 or self.repeats < 1 or self.seed < 0:
-            raise ValueError(
-                f"analyze: unit {self.unit!r}, fraction {self.fraction}, {self.repeats} repeats, seed {self.seed}; "
-                f"expected {', '.join(CUTS)}; above 0 and below 1; at least 1; at least 0"
-            )
+    return texts[0]
 
 
 def split_units(prompt: str, unit: Unit) -> list[str]:

@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
-from emf.analyze.dino import DINO
+from emf.analyze.choices import DINO, RESAMPLES, Computing, DType, Embedding, Protocol, Sampling, Shortening
 
 Encoders = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="NAME=KIND:FOLDER")]
 Runs = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="NAME=FOLDER")]
-States = Literal["prompt", "caption", "condition", "connector"]
+# their fields are flags of the command itself
+Retrieving = Annotated[Protocol, tyro.conf.arg(name="")]
+Removing = Annotated[Shortening, tyro.conf.arg(name="")]
+Reading = Annotated[Embedding, tyro.conf.arg(name="")]
+Running = Annotated[Computing, tyro.conf.arg(name="")]
+Drawing = Annotated[Sampling, tyro.conf.arg(name="")]
 
 
 def discriminability(
     encoders: Encoders,
     data: Path,
     out: Path,
+    *,
     dino: str = DINO,
-    split: str = "train2017",
-    k: int = 1,
-    queries: int = 5000,
-    captions: Literal["first", "random", "all"] = "first",
-    pooling: Literal["mean", "last"] = "mean",
-    states: States = "prompt",
-    image_pooling: Literal["cls", "pooler", "mean"] = "cls",
-    resamples: int = 2000,
-    seed: int = 0,
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    device: str = "cpu",
-    batch: int = 32,
+    protocol: Retrieving = Protocol(),  # noqa: B008 (frozen)
+    embedding: Reading = Embedding(),  # noqa: B008
+    compute: Running = Computing(),  # noqa: B008
 ) -> None:
     """Are the images of captions that a text encoder holds for alike alike? Goes on where it was stopped; more encoders
     can be named later.
@@ -40,30 +37,11 @@ def discriminability(
         data: COCO 2017 (annotations/captions_SPLIT.json and SPLIT/), or tars or a folder of images with texts
         out: folder for results.json, results.md, discriminability.png, retrieved.png and cache/
         dino: folder or Hub name of a DINOv3 or DINOv2
-        split: COCO's, train2017 in the paper
-        k: captions retrieved by query
-        queries: one caption each of so many random images; 0: of every image
-        captions: of an image's several: the first, a random one, or all are retrieved from
-        pooling: of the text states: mean over the tokens, or the last token
-        states: prompt: of the caption in the encoder's own prompt; caption: of the bare caption; condition: those that
-            the transformer's condition is made of (BLIP3o-NEXT: of image tokens, drawn first: slow); connector: after
-            the connector
-        image_pooling: cls token, the model's pooler output, or the mean over patches
-        resamples: of the bootstrap
-        seed: of queries, random captions and bootstrap
-        dtype: of the text encoder
-        device: cpu or cuda
-        batch: captions, or images, at once
     """
-    from emf.analyze.discriminability import Protocol, run_discriminability
-    from emf.analyze.encoders import Embedding, parse_encoders
+    from emf.analyze.discriminability import run_discriminability
+    from emf.analyze.names import parse_encoders
 
-    named, protocol = parse_encoders(encoders), Protocol(split, k, queries, captions, image_pooling, resamples, seed)
-    how = Embedding(pooling, states)
-    rows = run_discriminability(
-        named, data, out, protocol, how, dino, dtype=dtype, device=device, batch=positive(batch)
-    )
-    for row in rows:
+    for row in run_discriminability(parse_encoders(encoders), data, out, protocol, embedding, dino, compute=compute):
         print(f"{row.name}: discriminability {row.plain}, centred {row.centred}")
     print(f"open {out / 'results.md'}")
 
@@ -72,17 +50,12 @@ def disentanglement(
     encoders: Encoders,
     prompts: Path,
     out: Path,
-    unit: Literal["word", "phrase", "sentence"] = "word",
-    fraction: float = 0.5,
-    repeats: int = 4,
+    *,
+    how: Removing = Shortening(),  # noqa: B008 (frozen)
     limit: int | None = None,
-    pooling: Literal["mean", "last"] = "mean",
-    states: States = "prompt",
-    resamples: int = 2000,
-    seed: int = 0,
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    device: str = "cpu",
-    batch: int = 32,
+    embedding: Reading = Embedding(),  # noqa: B008
+    resamples: int = RESAMPLES,
+    compute: Running = Computing(),  # noqa: B008
 ) -> None:
     """How much of a prompt's embedding is left when parts of the prompt are removed? Goes on where it was stopped; more
     encoders can be named later.
@@ -91,25 +64,16 @@ def disentanglement(
         encoders: KIND is blip3o, gemma, clip or t5; NAME=FOLDER alone is a run or an export
         prompts: a folder of texts (DPG-Bench's prompts), a jsonl file, or a text file with a prompt a line
         out: folder for results.json, results.md, disentanglement.png, shortened.png and cache/
-        unit: what is removed: words, phrases (between commas, semicolons, colons, sentence ends) or sentences
-        fraction: of a prompt's units that are removed; one is removed and one is left at least
-        repeats: random removals of each prompt
         limit: only the first prompts
-        pooling: of the text states: mean over the tokens, or the last token
-        states: as of discriminability
         resamples: of the bootstrap
-        seed: of removals and bootstrap
-        dtype: of the text encoder
-        device: cpu or cuda
-        batch: prompts at once
     """
     from emf.analyze.disentanglement import run_disentanglement
-    from emf.analyze.encoders import Embedding, parse_encoders
-    from emf.analyze.prompts import Shortening
+    from emf.analyze.names import parse_encoders
 
-    named, how = parse_encoders(encoders), Shortening(unit, fraction, repeats, seed)
-    settings = dict(limit=limit, resamples=positive(resamples), dtype=dtype, device=device, batch=positive(batch))
-    for row in run_disentanglement(named, prompts, out, how, Embedding(pooling, states), **settings):  # type: ignore[arg-type]
+    named = parse_encoders(encoders)
+    for row in run_disentanglement(
+        named, prompts, out, how, embedding, limit=limit, resamples=resamples, compute=compute
+    ):
         print(f"{row.name}: disentanglement {row.plain}, centred {row.centred}")
     print(f"open {out / 'results.md'}")
 
@@ -117,15 +81,12 @@ def disentanglement(
 def steps(
     runs: Runs,
     out: Path,
-    steps: tuple[int, ...] = (1, 2, 4, 8, 30),
+    *,
+    sampling: Drawing = Sampling(),  # noqa: B008 (frozen)
     prompts: Path | None = None,
     dino: str | None = None,
     vae: Path | None = None,
-    guidance: float | None = None,
-    seed: int = 0,
-    per_tag: int = 50,
-    batch: int = 4,
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    dtype: DType = "float32",
     device: str = "cpu",
 ) -> None:
     """Flow-matching backbones with the same prompts and noise at few steps. Digits are scored; of other images it says
@@ -134,25 +95,14 @@ def steps(
     Args:
         runs: two or more flow-matching runs or exports
         out: folder for results.json, results.md, steps.png, samples.png and images/
-        steps: of Euler's method
         prompts: of other worlds than the digits': a folder of texts, a jsonl file, or a text file
         dino: folder or Hub name of a DINO, for the similarity; none: PSNR alone
         vae: a diffusers folder with the autoencoder; default: that of the run's data, or of the export
-        guidance: classifier-free, 1 is none; default: 1.25 for the digits, else 2
-        seed: of the noise
-        per_tag: digits: prompts of each of the six tasks
-        batch: images at once
         dtype: of the backbones
         device: cpu or cuda
     """
-    from emf.analyze.steps import Sampling, parse_runs, run_steps
+    from emf.analyze.names import parse_runs
+    from emf.analyze.steps import run_steps
 
-    sampling = Sampling(tuple(steps), guidance, seed, per_tag, batch)
     run_steps(parse_runs(runs), out, sampling, prompts=prompts, vae=vae, dino=dino, dtype=dtype, device=device)
     print(f"open {out / 'results.md'}")
-
-
-def positive(n: int) -> int:
-    if n < 1:
-        raise ValueError(f"analyze: {n} must be at least 1")
-    return n

@@ -1,0 +1,115 @@
+"""What a user names on a command line, text encoders and backbones, and the folders they stand for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from emf.conditioning.encoder import Encoder
+from emf.conditioning.load import Kind, load
+from emf.files import read_json
+
+
+@dataclass(frozen=True)
+class EncoderName:
+    """An encoder on a command line: NAME=KIND:FOLDER, or NAME=FOLDER of a run or an export; NAME= may be absent."""
+
+    name: str
+    kind: str
+    """One of emf.conditioning.load's, or "run"."""
+    folder: Path
+
+    @classmethod
+    def parse(cls, text: str) -> EncoderName:
+        """Raises ValueError where there is no such folder, and on a folder that is no run without a kind."""
+        name, equals, where = text.partition("=")
+        if not equals:
+            name, where = "", text
+        kind, colon, folder = where.partition(":")
+        if not (colon and kind in get_args(Kind)):
+            kind, folder = "run", where
+        path = Path(folder)
+        name = name or path.resolve().name
+        if not folder or not path.is_dir():
+            raise ValueError(
+                f"analyze: {text!r} names no folder; expected NAME=KIND:FOLDER with KIND one of "
+                f"{', '.join(get_args(Kind))}, or NAME=FOLDER of a run"
+            )
+        if kind == "run" and not is_run(path):
+            raise ValueError(
+                f"analyze: {folder} is no run and no export; of an encoder's folder say its kind, "
+                f"{name}=KIND:{folder} with KIND one of {', '.join(get_args(Kind))}"
+            )
+        return cls(name, kind, path)
+
+    def load(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Encoder:
+        """The encoder, in eval mode. Raises ValueError where the folder holds another."""
+        if self.kind == "run":
+            from emf.weights.folders import load_any
+
+            encoder = load_any(self.folder)[1].encoder
+            assert isinstance(encoder, Encoder)
+        else:
+            encoder = load(self.kind, self.folder, dtype=dtype)  # type: ignore[arg-type]
+        return encoder.to(device, dtype).eval()
+
+    def stamp(self) -> str:
+        """A digest that changes with the encoder's files."""
+        from emf.weights.folders import newest
+
+        run = self.kind == "run" and not (self.folder / "model_index.json").is_file()
+        return f"{self.kind} {folder_stamp(newest(self.folder) if run else self.folder)}"
+
+
+def is_run(folder: Path) -> bool:
+    """A run's folder, one of its checkpoints, or an export."""
+    if (folder / "checkpoints").is_dir() or (folder / "model_index.json").is_file():
+        return True
+    try:
+        tree = read_json(folder / "config.json")
+    except ValueError:
+        return False
+    return isinstance(tree, dict) and "objective" in tree
+
+
+def folder_stamp(folder: Path) -> str:
+    """A digest that changes with a folder's weights and settings, known by size and time."""
+    files = sorted(f for f in folder.rglob("*") if f.suffix in (".safetensors", ".json", ".model", ".txt"))
+    said = [(str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+
+
+def parse_encoders(texts: Sequence[str]) -> list[EncoderName]:
+    """Raises ValueError on none, and where two have one name."""
+    encoders = [EncoderName.parse(text) for text in texts]
+    names = [e.name for e in encoders]
+    if not names or len({*names}) < len(names):
+        twice = next((n for n in names if names.count(n) > 1), None)
+        problem = f"two encoders are called {twice}" if twice else "no encoder"
+        raise ValueError(f"analyze: {problem}; give each as NAME=KIND:FOLDER, or NAME=FOLDER of a run")
+    return encoders
+
+
+def parse_runs(texts: Sequence[str]) -> dict[str, Path]:
+    """NAME=FOLDER or FOLDER, two at least, of flow-matching runs or exports. Raises ValueError."""
+    runs: dict[str, Path] = {}
+    for text in texts:
+        name, equals, folder = text.partition("=")
+        path = Path(folder if equals else text)
+        name = name if equals and name else path.resolve().name
+        if not path.is_dir() or not is_run(path) or name in runs or os.sep in name:
+            problem = "there are two of this name" if name in runs else "no such folder, or no name for one"
+            if path.is_dir() and not is_run(path):
+                problem = "it holds no run"
+            raise ValueError(f"analyze: {text!r}: {problem}; expected NAME=FOLDER, a flow-matching run or an export")
+        runs[name] = path
+    if len(runs) < 2:
+        raise ValueError(f"analyze: {len(runs)} backbones; give two or more, each as NAME=FOLDER")
+    return runs
