@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from emf.data.sources import Source
+
 
 def noise(seed: int, width: int = 40, height: int = 32) -> Image.Image:
     """A picture that only its seed gives."""
@@ -47,6 +49,13 @@ def write_folder(folder: Path, members: dict[str, bytes]) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(data)
     return folder
+
+
+def tar_and_folder(root: Path) -> list[Source]:
+    """A tar with two broken pictures side by side, and a folder with an empty caption."""
+    tar = write_tar(root / "a.tar", pairs(9) | {"0003.png": b"broken", "0004.png": b""})
+    folder = write_folder(root / "b", pairs(7, 20) | {"0026.txt": b""})
+    return [Source(str(tar), 2.0), Source(str(folder), 1.0)]
 
 
 def small_autoencoder() -> Any:

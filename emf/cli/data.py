@@ -68,13 +68,15 @@ def cache(
     from emf.data.feed import TOKEN_PIXELS
     from emf.data.images import Images
     from emf.data.sources import parse_source
+    from emf.device import device as find_device
     from emf.model.autoencoder import load_dcae
 
-    autoencoder = load_dcae(vae, device=device)
+    place = find_device(device)
+    autoencoder = load_dcae(vae, device=place)
     further: dict[str, Any] = {}
     if ta_tok is not None:
-        tokenizer = load_ta_tok(ta_tok, scale=scale).to(device)
-        further = dict(tokenize=lambda x: tokenizer(x.to(device)), tokenizer=f"TA-Tok, pooled {scale} x {scale}")
+        tokenizer = load_ta_tok(ta_tok, scale=scale).to(place)
+        further = dict(tokenize=lambda x: tokenizer(x.to(place)), tokenizer=f"TA-Tok, pooled {scale} x {scale}")
     small = TOKEN_PIXELS if ta_tok is not None else None
     images = Images([parse_source(text) for text in sources], size, small, listings)
     further |= dict(dtype=dtype, shard=shard, batch=batch, workers=workers, part=part, parts=parts)

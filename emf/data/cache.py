@@ -14,8 +14,6 @@ is, and a torn file is known by its header. A shard holds
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,12 +26,12 @@ import torch
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from emf.data.drops import Dropped, Drops
 from emf.data.images import Images, Sample, fetch
+from emf.data.shards import Shard, is_whole, shard_file, write_shard
+from emf.files import SETTINGS, check_claim, claim, read_json
 
 Encode = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
 """Images [B, 3, size, size] in [-1, 1] -> latents [B, C, h, w], or (mean, std) of a posterior, of that shape each."""
@@ -87,48 +85,6 @@ def places(counts: Sequence[int]) -> list[tuple[int, int]]:
     return [(source, index) for source, count in enumerate(counts) for index in range(count)]
 
 
-def shard_file(folder: Path, shard: int) -> Path:
-    return folder / f"shard-{shard:05d}.safetensors"
-
-
-def is_whole(file: Path) -> bool:
-    """Whether a shard is there and as long as its header says."""
-    try:
-        with safe_open(file, "pt"):
-            return True
-    except (OSError, SafetensorError):
-        return False
-
-
-def write_shard(file: Path, samples: Iterable[Sample | Dropped]) -> None:
-    """One shard of encoded samples in order, renamed into place when it is whole and on the disk. Raises ValueError
-    where it cannot be written."""
-    kept: list[Sample] = []
-    row, drops = [], []
-    for sample in samples:
-        if isinstance(sample, Dropped):
-            drops.append((sample.key, sample.source, sample.reason, sample.detail))
-            row.append(-1)
-        else:
-            row.append(len(kept))
-            kept.append(sample)
-    text = {"keys": [s.key for s in kept], "captions": [s.caption for s in kept], "drops": drops}
-    tensors = {"row": torch.tensor(row, dtype=torch.int32)}
-    tensors["text"] = torch.from_numpy(np.frombuffer(json.dumps(text).encode(), np.uint8).copy())
-    for name in ("mean", "std", "ids"):
-        values = [value for s in kept if (value := getattr(s, name)) is not None]
-        if values:
-            tensors[name] = torch.stack(values)
-    part = file.with_suffix(".part")
-    try:
-        save_file(tensors, part)
-        with part.open("rb") as written:
-            os.fsync(written.fileno())
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"cache: {part} cannot be written ({error}); whole shards are kept") from None
-    part.replace(file)
-
-
 def first_usable(images: Images, workers: int) -> Sample:
     """The first sample that can be decoded. Raises ValueError where there is none."""
     for sample in fetch(images, places(images.counts), workers):
@@ -143,29 +99,18 @@ def digest(images: Images) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def read_settings(out: Path) -> dict[str, Any] | None:
-    """settings.json; None where there is no such folder, or an empty one. Raises ValueError on a folder of something
-    else."""
-    file = out / "settings.json"
+def read_settings(folder: Path) -> dict[str, Any]:
+    """A cache's settings. Raises ValueError where the folder is no cache."""
+    file = folder / SETTINGS
     if not file.is_file():
-        if out.exists() and (not out.is_dir() or any(f.suffix != ".part" for f in out.iterdir())):
-            raise ValueError(f"cache: {out} exists and is no cache (no settings.json in it); choose another --out")
-        return None
+        raise ValueError(f"cache: {folder} holds no cache; expected a folder that emf cache wrote")
     try:
-        settings = json.loads(file.read_text())
+        settings = read_json(file)
     except ValueError as error:
-        raise ValueError(f"cache: {file} is not JSON: {error}") from None
+        raise ValueError(f"cache: {error}; expected the settings of a cache") from None
     if not isinstance(settings, dict) or settings.get("version") != VERSION:
-        raise ValueError(f"cache: {file} is not of version {VERSION} of the cache; choose another --out")
+        raise ValueError(f"cache: {file} is not of version {VERSION} of the cache; make it again with this emf")
     return settings
-
-
-def check_same_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Raises ValueError where out holds a cache that was begun with others."""
-    found = read_settings(out)
-    if found is not None and (differ := [k for k in settings if found.get(k) != settings[k]]):
-        told = ", ".join(f"{k} was {str(found.get(k))[:40]}, is {str(settings[k])[:40]}" for k in differ)
-        raise ValueError(f"cache: {out} was begun with other settings ({told}); choose another --out")
 
 
 def check_same_encoder(out: Path, shards: Iterable[int], probe: Sample) -> None:
@@ -218,7 +163,8 @@ def write_cache(
     settings: dict[str, Any] = dict(version=VERSION, encoder=encoder, tokenizer=tokenizer, dtype=dtype, shard=shard)
     settings |= dict(size=images.size, token_size=images.token_size if tokenize else None, keys=digest(images))
     settings |= dict(names=images.names, counts=images.counts, weights=images.weights)
-    check_same_settings(out, settings)
+    how: Any = dict(own=None, who="cache: ", advice="choose another --out")
+    check_claim(out, settings, **how)
     probe = encode_samples([first_usable(images, workers)], encode, tokenize, DTYPES[dtype])[0]
     shards = range(part, -(-total // shard), parts)
     whole = [k for k in shards if is_whole(shard_file(out, k))]
@@ -228,10 +174,7 @@ def write_cache(
     each = sum(x.numel() * x.element_size() for x in (probe.mean, probe.std, probe.ids) if x is not None)
     captions = int(sum(index.caption[:, 2].sum() for index in images.indices) * remaining / total)
     check_room(out, remaining, each, captions, len(todo), len(whole))
-    out.mkdir(parents=True, exist_ok=True)
-    file = out / f"settings.{part}.part"
-    file.write_text(json.dumps(settings, indent=2) + "\n")
-    file.replace(out / "settings.json")
+    claim(out, settings, **how, writer=part)
     every, console, begun = places(images.counts), Console(), time.monotonic()
     columns = TextColumn("[bold]cache"), BarColumn(), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn()
     with Progress(*columns, console=console) as progress:
@@ -283,40 +226,12 @@ def check_room(out: Path, samples: int, each: int, captions: int, todo: int, who
         )
 
 
-class Shard:
-    """A shard opened for reading: rows at random. Raises ValueError on a torn one."""
-
-    def __init__(self, file: Path) -> None:
-        try:
-            self._file = safe_open(file, "pt")
-            self._names = set(self._file.keys())
-            self.rows: list[int] = self._file.get_tensor("row").tolist()
-            text = json.loads(bytes(self._file.get_tensor("text").numpy()))
-        except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"cache: {file} is torn or missing ({error}); run emf cache again to complete it"
-            ) from None
-        self.keys: list[str] = text["keys"]
-        self.captions: list[str] = text["captions"]
-        self.drops: list[list[str]] = text["drops"]
-
-    def sample(self, row: int, source: str) -> Sample:
-        def tensor(name: str) -> Tensor | None:
-            return self._file.get_slice(name)[row : row + 1][0] if name in self._names else None
-
-        return Sample(
-            self.keys[row], source, self.captions[row], mean=tensor("mean"), std=tensor("std"), ids=tensor("ids")
-        )
-
-
 class Cache:
     """A whole cache as a store of samples, for emf.data.mixture.Dataset. Raises ValueError on one that is not whole."""
 
     def __init__(self, folder: Path, weights: Sequence[float] | None = None) -> None:
         """weights: of the sources, where they are to be others than at caching."""
         settings = read_settings(folder)
-        if settings is None:
-            raise ValueError(f"cache: {folder} holds no cache; expected a folder that emf cache wrote")
         self.settings, self.folder, self.drops = settings, folder, Drops()
         self.names: list[str] = settings["names"]
         self.counts: list[int] = settings["counts"]

@@ -6,8 +6,6 @@ Images are cropped as EMF's data are (arXiv 2604.18168, released code): the shor
 
 from __future__ import annotations
 
-import io
-import json
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,13 +15,13 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from emf.data.drops import Dropped, Drops
 from emf.data.sources import Index, Source, scan
+from emf.files import BrokenImage, check_text, decode_text, open_image, parse_json
 
-FORMATS = ("JPEG", "PNG", "WEBP")
 JSON_KEYS = ("caption", "text")
 
 
@@ -62,23 +60,6 @@ class Store(Protocol):
         ...
 
 
-def decode(data: bytes) -> Image.Image:
-    """An encoded image as upright RGB: EXIF orientation obeyed, transparency on white, greyscale, palettes, CMYK and 16
-    bits converted; of an animation the first frame. Colour profiles are not applied.
-
-    Raises whatever Pillow raises on what it cannot read."""
-    image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-    image.load()
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit greyscale, which convert() would clip to white
-        image = Image.fromarray((np.asarray(image).astype(np.int64) // 257).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
-
-
 def centre_crop(image: Image.Image, size: int) -> Tensor:
     """An RGB image -> [3, size, size] float32 in [-1, 1]: short side resized to size (bicubic, antialiased; a smaller
     image is enlarged), the centre cut out, to a fraction of a pixel."""
@@ -93,12 +74,12 @@ def read_caption(data: bytes, is_json: bool, key: str | None) -> str:
     """A caption file's text, stripped. Raises ValueError("reason: detail"), its reason one of a few, where there is
     none."""
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"caption not UTF-8: byte {error.start}") from None
+        text = decode_text(data, "the caption")
+    except ValueError as error:
+        raise ValueError(f"caption not UTF-8: {error}") from None
     if is_json:
         try:
-            tree = json.loads(text)
+            tree = parse_json(text, "the caption")
         except ValueError as error:
             raise ValueError(f"caption not JSON: {error}") from None
         keys = JSON_KEYS if key is None else (key,)
@@ -106,6 +87,10 @@ def read_caption(data: bytes, is_json: bool, key: str | None) -> str:
         if not found or not isinstance(found[0], str):
             raise ValueError(f"no caption in JSON: no text under {' or '.join(map(repr, keys))}")
         text = found[0]
+        try:
+            check_text(text, "the caption")
+        except ValueError as error:
+            raise ValueError(f"broken letter in caption: {error}") from None
     if not text.strip():
         raise ValueError("empty caption:")
     return text.strip()
@@ -153,17 +138,10 @@ class Images:
         except ValueError as error:
             reason, _, detail = str(error).partition(":")
             raise Dropped(key, name, reason, detail.strip()) from None
-        data = read(where.image[index])
-        if not data:
-            raise Dropped(key, name, "empty image file")
         try:
-            image = decode(data)
-        except UnidentifiedImageError:
-            raise Dropped(key, name, "corrupt image", f"no {', '.join(FORMATS)}") from None
-        except Image.DecompressionBombError as error:
-            raise Dropped(key, name, "image too large", str(error)) from None
-        except Exception as error:  # Pillow's readers meet broken bytes with many kinds, struct.error to SyntaxError
-            raise Dropped(key, name, "corrupt image", f"{type(error).__name__}: {str(error)[:80]}") from None
+            image = open_image(read(where.image[index]), key)
+        except BrokenImage as error:
+            raise Dropped(key, name, error.reason, error.detail) from None
         self.upscaled[source][index] = min(image.size) < self.size
         small = centre_crop(image, self.token_size) if self.token_size else None
         return Sample(key, name, caption, centre_crop(image, self.size), small, image.width, image.height)

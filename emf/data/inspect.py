@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from emf.data.drops import Dropped
 from emf.data.images import Images, Sample, fetch
 from emf.data.mixture import Mixture
 from emf.data.sources import Source
+from emf.files import write_json
 from emf.show.progress import track
 from emf.show.sheet import Cell, write_sheet
 from emf.show.table import terminal
@@ -89,11 +89,10 @@ def inspect(
             "caption, characters": quantiles([len(s.caption) for s in every]),
         },
     }
-    show(figures, Console())
-    out.mkdir(parents=True, exist_ok=True)
-    written[0].write_text(json.dumps(figures, indent=2) + "\n")
+    write_json(written[0], figures, indent=2)
     if shown:
         write_sheet(written[1], contact_sheet(shown[:CELLS]), cell=CELL, lines=LINES)
+    show(figures, Console())
     return figures
 
 

@@ -7,7 +7,7 @@ every epoch.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
@@ -100,16 +100,3 @@ class Dataset:
         can be used."""
         places = [self.order[step * batch_size + row] for row in range(part, batch_size, parts)]
         return list(self._pool.map(self._take, places))
-
-    def batches(
-        self, start: int, stop: int, batch_size: int, part: int = 0, parts: int = 1
-    ) -> Iterator[tuple[int, list[Sample]]]:
-        """(step, its batch) of steps start .. stop, the next one read while this one is used."""
-        with ThreadPoolExecutor(1) as ahead:
-            coming = ahead.submit(self.batch, start, batch_size, part, parts) if start < stop else None
-            for step in range(start, stop):
-                assert coming is not None
-                now = coming.result()
-                if step + 1 < stop:
-                    coming = ahead.submit(self.batch, step + 1, batch_size, part, parts)
-                yield step, now

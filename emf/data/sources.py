@@ -7,18 +7,16 @@ seek away, in tars too. What cannot become a sample is dropped, named and counte
 from __future__ import annotations
 
 import glob
-import json
 import math
 import os
-import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from emf.data.drops import Drops
+from emf.data.tars import TarListings
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 CAPTIONS = ("txt", "json")
@@ -80,68 +78,6 @@ class Index:
 
     def __len__(self) -> int:
         return len(self.keys)
-
-
-def read_tar(path: str) -> tuple[list[tuple[str, int, int]], str]:
-    """(whole members as (name, offset of the data, size), what is wrong with the tar or "").
-
-    A tar that ends early, or has an unreadable header, gives the members before that place.
-    """
-    members: list[tuple[str, int, int]] = []
-    length = os.path.getsize(path)
-    if not length:
-        return members, "empty file"
-    try:
-        with tarfile.open(path, "r:") as tar:
-            # not `for member in tar`: it takes an unreadable header in the middle for the end
-            while (member := tar.next()) is not None:
-                if member.isreg() and member.offset_data + member.size <= length:
-                    members.append((member.name, member.offset_data, member.size))
-            end = tar.offset
-    except (tarfile.TarError, ValueError, EOFError) as error:
-        return members, str(error) or type(error).__name__
-    with open(path, "rb") as file:
-        file.seek(end)
-        block = file.read(tarfile.BLOCKSIZE)
-    if len(block) < tarfile.BLOCKSIZE:
-        return members, f"no end mark at byte {end}"
-    return members, f"unreadable header at byte {end}" if any(block) else ""
-
-
-class TarListings:
-    """Members of tars, kept in a JSON file between runs where one is named: a tar is read again when its size or time
-    changed. Raises ValueError where that file exists and is not of this kind."""
-
-    KIND = "emf tar listings 1"
-
-    def __init__(self, file: Path | None) -> None:
-        self.file, self.changed = file, False
-        self.tars: dict[str, list[Any]] = {}
-        if file and file.exists():
-            try:
-                kept = json.loads(file.read_text())
-                self.tars = kept["tars"]
-                known = kept["kind"] == self.KIND
-            except (OSError, ValueError, KeyError, TypeError):
-                known = False
-            if not known:
-                raise ValueError(f"data: {file} exists and is no index of tars; name another file")
-
-    def read(self, path: str) -> tuple[list[tuple[str, int, int]], str]:
-        stat, name = os.stat(path), os.path.abspath(path)
-        found = self.tars.get(name)
-        if found is None or found[:2] != [stat.st_size, stat.st_mtime_ns]:
-            members, problem = read_tar(path)
-            found = self.tars[name] = [stat.st_size, stat.st_mtime_ns, problem, members]
-            self.changed = True
-        return [(n, o, s) for n, o, s in found[3]], found[2]
-
-    def save(self) -> None:
-        if self.file and self.changed:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            part = self.file.with_name(self.file.name + f".{os.getpid()}.part")
-            part.write_text(json.dumps({"kind": self.KIND, "tars": self.tars}))
-            part.replace(self.file)
 
 
 def walk(root: str, drops: Drops) -> list[str]:

@@ -4,7 +4,7 @@ This package imports nothing else of emf, and neither torch nor Pillow before a 
 raise is a ValueError of one line that names the file.
 """
 
-from emf.files.claims import SETTINGS, check_folder, claim, write_settings
+from emf.files.claims import SETTINGS, check_claim, check_folder, claim, write_settings
 from emf.files.decoding import FORMATS, BrokenImage, open_image
 from emf.files.reading import (
     check_text,
@@ -27,6 +27,7 @@ __all__ = [
     "SETTINGS",
     "BrokenImage",
     "append_rows",
+    "check_claim",
     "check_folder",
     "check_text",
     "claim",

@@ -32,6 +32,37 @@ def check_folder(
         raise ValueError(f"{who}{strange} exists without {name}, so it was made by something else; {advice}")
 
 
+def check_claim(
+    out: Path,
+    settings: Mapping[str, Any],
+    own: Sequence[str] | None,
+    *,
+    name: str = SETTINGS,
+    growing: str | None = None,
+    who: str = "",
+    advice: str = "give another folder",
+) -> bool:
+    """What `claim` would do, without doing it: whether the folder `out` is ours already. Raises ValueError."""
+    check_folder(out, own, name=name, who=who, advice=advice)
+    path = out / name
+    now = finite(dict(settings))
+    if not path.exists():
+        return False
+    try:
+        old = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{who}{error}; {advice}") from None
+    if not isinstance(old, dict) or (growing and not isinstance(old.get(growing), dict)):
+        raise ValueError(f"{who}{path} holds no settings of ours; {advice}")
+    if growing and (lost := [n for n in old[growing] if now[growing].get(n) != old[growing][n]]):
+        raise ValueError(f"{who}{out} holds results of {lost[0]} ({old[growing][lost[0]]}); name it too, or {advice}")
+    changed = [k for k in sorted(old.keys() | now.keys()) if k != growing and old.get(k) != now.get(k)]
+    if changed:
+        told = ", ".join(f"{k} was {str(old.get(k))[:40]}, is {str(now.get(k))[:40]}" for k in changed)
+        raise ValueError(f"{who}{out} holds what was made by other settings ({', '.join(changed)}); {advice} ({told})")
+    return True
+
+
 def claim(
     out: Path,
     settings: Mapping[str, Any],
@@ -50,23 +81,12 @@ def claim(
     none; new ones are left out of the file until `write_settings`, when there is something of theirs. writer: see
     emf.files.whole_file. Raises ValueError, its text beginning with `who`.
     """
-    check_folder(out, own, name=name, who=who, advice=advice)
-    path = out / name
-    now = finite(dict(settings))
-    if not path.exists():
+    ours = check_claim(out, settings, own, name=name, growing=growing, who=who, advice=advice)
+    if not ours:
         make_folder(out)
-        write_settings(out, now | {growing: {}} if growing else now, name=name, writer=writer)
-        return False
-    old = read_json(path)
-    if not isinstance(old, dict) or (growing and not isinstance(old.get(growing), dict)):
-        raise ValueError(f"{who}{path} holds no settings of ours; {advice}")
-    if growing and (lost := [n for n in old[growing] if now[growing].get(n) != old[growing][n]]):
-        raise ValueError(f"{who}{out} holds results of {lost[0]} ({old[growing][lost[0]]}); name it too, or {advice}")
-    changed = [k for k in sorted(old.keys() | now.keys()) if k != growing and old.get(k) != now.get(k)]
-    if changed:
-        told = ", ".join(f"{k} was {str(old.get(k))[:40]}, is {str(now.get(k))[:40]}" for k in changed)
-        raise ValueError(f"{who}{out} holds what was made by other settings ({', '.join(changed)}); {advice} ({told})")
-    return True
+        kept = {**settings, growing: {}} if growing else settings
+        write_settings(out, kept, name=name, writer=writer)
+    return ours
 
 
 def write_settings(out: Path, settings: Mapping[str, Any], *, name: str = SETTINGS, writer: int | None = None) -> None:

@@ -18,7 +18,7 @@ class BrokenImage(ValueError):
     """An image that cannot be used: `reason` is one of a few, `detail` says more, and the text names the image."""
 
     def __init__(self, name: str, reason: str, detail: str) -> None:
-        super().__init__(f"{name} cannot be read as an image: {reason} ({detail})")
+        super().__init__(f"{name} cannot be read as an image: {reason}{f' ({detail})' if detail else ''}")
         self.reason, self.detail = reason, detail
 
 
@@ -34,7 +34,7 @@ def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
     name = name or (str(source) if isinstance(source, Path) else "an image")
     data = read_bytes(source) if isinstance(source, Path) else source
     if not data:
-        raise BrokenImage(name, "empty image file", "no bytes")
+        raise BrokenImage(name, "empty image file", "")
     try:
         return _upright(Image.open(io.BytesIO(data), formats=FORMATS))
     except UnidentifiedImageError:

@@ -81,7 +81,8 @@ def check_text(text: str, name: str) -> str:
 
 
 def parse_json(text: str, name: str) -> Any:
-    """What a JSON text holds. Raises ValueError where it is none, and where texts in it hold half of a letter."""
+    """What a JSON text holds, in whose texts there may be half of a letter (check_text). Raises ValueError where it is
+    no JSON."""
     try:
         tree = json.loads(text)
     except json.JSONDecodeError as error:
@@ -95,6 +96,11 @@ def parse_json(text: str, name: str) -> Any:
         raise ValueError(f"{name} is JSON nested too deeply") from None
     except ValueError as error:  # a number of more digits than Python reads
         raise ValueError(f"{name} is not JSON: {why(error)}") from None
+    return tree
+
+
+def _whole_letters(tree: Any, text: str, name: str) -> Any:
+    """The tree. Raises ValueError where a text in it holds half of a letter, as check_text does."""
     if "\\ud" in text.lower():
         check_text(json.dumps(tree, ensure_ascii=False), name)
     return tree
@@ -117,8 +123,9 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises ValueError."""
-    return parse_json(read_text(path), str(path))
+    """What a JSON file holds. Raises ValueError, also where a text in it holds half of a letter."""
+    text = read_text(path)
+    return _whole_letters(parse_json(text, str(path)), text, str(path))
 
 
 def numbered_jsonl(path: Path) -> list[tuple[int, Row]]:
@@ -126,7 +133,8 @@ def numbered_jsonl(path: Path) -> list[tuple[int, Row]]:
     ValueError on a line that is none."""
     rows = []
     for number, line in numbered_lines(path):
-        row = parse_json(line, f"{path}:{number}")
+        where = f"{path}:{number}"
+        row = _whole_letters(parse_json(line, where), line, where)
         if not isinstance(row, dict):
             raise ValueError(f"{path}:{number} is no JSON object; expected one a line")
         rows.append((number, row))

@@ -14,6 +14,7 @@ from image_files import pairs, small_autoencoder, write_folder, write_tar
 from torch import Tensor
 
 from emf.data import cache as caching
+from emf.data import shards
 from emf.data.cache import Cache, encode_samples, places, write_cache
 from emf.data.drops import Dropped
 from emf.data.images import Images, Sample
@@ -201,7 +202,7 @@ def test_a_kill_while_writing_leaves_no_shard(
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(caching, "save_file", half)
+        patch.setattr(shards, "save_file", half)
         write(sources, posterior, tmp_path / "c")
     assert not list((tmp_path / "c").glob("*.safetensors"))
     write(sources, posterior, tmp_path / "c")
@@ -214,7 +215,7 @@ def test_a_disk_that_fills_up_is_one_line(
     def full(tensors: dict[str, Tensor], file: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(caching, "save_file", full)
+    monkeypatch.setattr(shards, "save_file", full)
     with pytest.raises(ValueError, match="cannot be written.*No space"):
         write(sources, posterior, tmp_path / "c")
 
@@ -292,7 +293,7 @@ def test_a_folder_of_the_users_is_left_alone(sources: list[Source], tmp_path: Pa
     with pytest.raises(ValueError, match="holds no cache"):
         Cache(tmp_path / "none")
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match="no cache"):
+    with pytest.raises(ValueError, match="cache: .*file is no folder; choose another --out"):
         write(sources, posterior, tmp_path / "file")
 
 

@@ -1,12 +1,10 @@
-"""Image-text data: what becomes a sample, what is dropped and how it is told, and which samples are in a batch."""
+"""Tars and folders of images with captions: what becomes a sample, what is dropped and how it is told."""
 
 from __future__ import annotations
 
 import json
 import os
 import tarfile
-from collections import Counter
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +13,13 @@ import torch
 from image_files import encoded, noise, pairs, write_folder, write_tar
 from PIL import Image
 
-from emf.data import inspect as inspecting
+from emf.data import tars
 from emf.data.drops import Dropped, Drops
-from emf.data.images import Images, centre_crop, decode
-from emf.data.inspect import inspect
-from emf.data.mixture import BLOCK, Dataset, Mixture
-from emf.data.sources import Source, parse_source, read_tar, scan
-from emf.show.sheet import GAP
+from emf.data.images import Images, centre_crop
+from emf.data.mixture import Dataset
+from emf.data.sources import Source, parse_source, scan
+from emf.data.tars import read_tar
+from emf.files import open_image
 
 
 def captions(images: Images, source: int = 0) -> list[str]:
@@ -39,104 +37,6 @@ def reasons(images: Images) -> dict[str, int]:
     return images.drops.by_reason()
 
 
-# Pixels
-
-
-def test_a_crop_is_the_centre_at_full_scale():
-    wide = Image.new("RGB", (64, 32), (255, 0, 0))
-    wide.paste((0, 0, 255), (16, 0, 48, 32))  # the centre square
-    for picture in (wide, wide.transpose(Image.Transpose.ROTATE_90)):
-        crop = centre_crop(picture, 16)
-        assert crop.shape == (3, 16, 16) and crop.dtype == torch.float32
-        inner = crop[:, 2:-2, 2:-2]
-        torch.testing.assert_close(inner, torch.tensor([-1.0, -1.0, 1.0])[:, None, None].expand_as(inner))
-
-
-def test_a_crop_is_resizing_and_cutting():
-    picture = noise(0, 48, 32)  # 3:2, so that the resized long side is a whole number of pixels
-    crop = centre_crop(picture, 16)
-    whole = np.asarray(picture.resize((24, 16), Image.Resampling.BICUBIC))[:, 4:20]
-    assert np.abs(((crop.numpy() + 1) * 127.5).transpose(1, 2, 0) - whole).max() <= 1.01  # of 255
-    same = centre_crop(noise(1, 16, 16), 16)  # nothing to do
-    assert torch.equal(same, torch.tensor(np.asarray(noise(1, 16, 16))).permute(2, 0, 1).float() / 127.5 - 1)
-
-
-def test_a_crop_is_antialiased_and_a_small_picture_enlarged():
-    stripes = np.zeros((64, 64, 3), np.uint8)
-    stripes[:, ::2] = 255
-    assert centre_crop(Image.fromarray(stripes), 16).abs().max() < 0.1  # grey, no aliases
-    assert centre_crop(noise(0, 8, 12), 32).shape == (3, 32, 32)
-
-
-def colours(image: Image.Image) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return image.getpixel((1, 1)), image.getpixel((image.width - 2, image.height - 2))
-
-
-def two_halves(mode: str, left: object, right: object) -> Image.Image:
-    image = Image.new(mode, (16, 16), left)
-    image.paste(right, (8, 0, 16, 16))
-    return image
-
-
-def with_transparent_index() -> bytes:
-    image = two_halves("P", 0, 1)
-    image.putpalette([10, 200, 30, 250, 0, 0])
-    return encoded(image, transparency=1)
-
-
-KINDS = ["jpeg", "webp", "palette", "grey", "bilevel", "grey-alpha", "alpha", "half-alpha-webp", "transparent-index"]
-KINDS += ["cmyk", "16-bit"]
-
-
-@pytest.mark.parametrize(
-    ("data", "first", "last"),
-    [
-        (encoded(two_halves("RGB", "red", "blue"), "jpeg", quality=95, subsampling=0), (255, 0, 0), (0, 0, 255)),
-        (encoded(two_halves("RGB", "red", "blue"), "webp", lossless=True), (255, 0, 0), (0, 0, 255)),
-        (encoded(two_halves("RGB", "red", "blue").convert("P")), (255, 0, 0), (0, 0, 255)),
-        (encoded(two_halves("L", 200, 50)), (200,) * 3, (50,) * 3),
-        (encoded(two_halves("1", 1, 0)), (255,) * 3, (0,) * 3),
-        (encoded(two_halves("LA", (200, 255), (200, 0))), (200,) * 3, (255,) * 3),
-        (encoded(two_halves("RGBA", (255, 0, 0, 255), (0, 0, 0, 0))), (255, 0, 0), (255,) * 3),
-        (encoded(two_halves("RGBA", (0, 0, 0, 128), (0, 0, 0, 0)), "webp", lossless=True), (127,) * 3, (255,) * 3),
-        (with_transparent_index(), (10, 200, 30), (255,) * 3),
-        (encoded(two_halves("CMYK", (0, 255, 255, 0), (255, 255, 0, 0)), "jpeg"), (255, 0, 0), (0, 0, 255)),
-        (encoded(two_halves("I;16", 200 * 257, 50 * 257)), (200,) * 3, (50,) * 3),
-    ],
-    ids=[
-        "jpeg",
-        "webp",
-        "palette",
-        "grey",
-        "bilevel",
-        "grey-alpha",
-        "alpha",
-        "half-alpha-webp",
-        "transparent-index",
-        "cmyk",
-        "16-bit",
-    ],
-)
-def test_every_kind_of_picture_becomes_rgb(data: bytes, first: tuple[int, ...], last: tuple[int, ...]) -> None:
-    image = decode(data)
-    assert image.mode == "RGB" and image.size == (16, 16)
-    np.testing.assert_allclose(colours(image), (first, last), atol=3)
-
-
-@pytest.mark.parametrize(("orientation", "back"), [(3, 2), (6, 4), (8, 3)])
-def test_exif_orientation_is_obeyed(orientation: int, back: int) -> None:
-    upright = two_halves("RGB", "red", "blue").resize((32, 16))
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    turned = upright.transpose({3: Image.Transpose.ROTATE_180, 6: 2, 8: 4}[orientation])
-    image = decode(encoded(turned, "jpeg", quality=95, subsampling=0, exif=exif))
-    assert image.size == (32, 16)
-    np.testing.assert_allclose(colours(image), [(255, 0, 0), (0, 0, 255)], atol=3)
-
-
-# Sources
-
-
 def test_tars_are_read_as_webdataset_reads_them(tmp_path: Path) -> None:
     webdataset = pytest.importorskip("webdataset")
     with webdataset.TarWriter(str(tmp_path / "a.tar")) as tar:
@@ -148,7 +48,7 @@ def test_tars_are_read_as_webdataset_reads_them(tmp_path: Path) -> None:
     for i, sample in enumerate(theirs):
         mine = images.get(0, i)
         assert mine.caption == sample["txt"].decode() and mine.key == f"a.tar:{sample['__key__']}"
-        assert torch.equal(mine.image, centre_crop(decode(sample["png"]), 32))
+        assert torch.equal(mine.image, centre_crop(open_image(sample["png"]), 32))
 
 
 def test_members_of_a_sample_need_not_be_neighbours(tmp_path: Path) -> None:
@@ -223,6 +123,9 @@ BROKEN = {
     "caption not JSON": {"x.png": encoded(noise(0)), "x.json": b"{"},
     "no caption in JSON": {"x.png": encoded(noise(0)), "x.json": b'{"captions": "a"}'},
     "no caption in JSON ": {"x.png": encoded(noise(0)), "x.json": b'{"caption": ["a"]}'},
+    "caption not JSON ": {"x.png": encoded(noise(0)), "x.json": b"[" * 100_000},
+    "caption not UTF-8 ": {"x.png": encoded(noise(0)), "x.txt": "a cat".encode("utf-16-le")},
+    "broken letter in caption": {"x.png": encoded(noise(0)), "x.json": b'{"caption": "a dog \\ud83d"}'},
     "no caption in JSON  ": {"x.png": encoded(noise(0)), "x.json": b'["caption"]'},
 }
 
@@ -382,15 +285,13 @@ def test_a_weight_in_words_is_checked(text: str) -> None:
 
 
 def test_listings_are_kept_until_a_tar_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from emf.data import sources
-
     read: list[str] = []
 
     def spy(path: str) -> tuple[list[tuple[str, int, int]], str]:
         read.append(os.path.basename(path))
         return read_tar(path)
 
-    monkeypatch.setattr(sources, "read_tar", spy)
+    monkeypatch.setattr(tars, "read_tar", spy)
     for i in range(2):
         write_tar(tmp_path / f"{i}.tar", pairs(2, 2 * i))
     where, kept = [Source(str(tmp_path / "*.tar"))], tmp_path / "sub" / "listings.json"
@@ -412,106 +313,6 @@ def test_a_file_of_the_users_is_no_listing(tmp_path: Path) -> None:
         assert (tmp_path / "mine.json").read_text() == text
 
 
-# Batches
-
-
-def test_an_epoch_is_a_permutation_and_the_next_another() -> None:
-    order = Mixture([10], [1.0], 0)
-    epochs = [[order[p][1] for p in range(e * 10, e * 10 + 10)] for e in range(3)]
-    assert all(sorted(e) == list(range(10)) for e in epochs) and epochs[0] != epochs[1] != epochs[2]
-    other = Mixture([10], [1.0], 1)
-    assert [other[p][1] for p in range(10)] != epochs[0]
-
-
-def test_sources_are_drawn_by_weight_whatever_their_size() -> None:
-    weights, n = [3.0, 1.0, 0.5], 20_000
-    order = Mixture([50, 4000, 7], weights, 3)
-    drawn = [order[p] for p in range(n)]
-    count = Counter(source for source, _ in drawn)
-    for source, weight in enumerate(weights):
-        share = weight / sum(weights)
-        assert abs(count[source] / n - share) < 4 * (share * (1 - share) / n) ** 0.5
-    # of each source every index equally often, to one
-    for source, size in enumerate(order.counts):
-        seen = Counter(index for s, index in drawn if s == source)
-        assert max(seen.values()) - min(seen.get(i, 0) for i in range(size)) <= 1
-    # and the draws are not in turn: runs of one source occur
-    assert any(a[0] == b[0] == c[0] == 2 for a, b, c in zip(drawn, drawn[1:], drawn[2:], strict=False))
-
-
-def test_any_position_can_be_asked_for_first() -> None:
-    order = Mixture([5, 9], [1.0, 2.0], 7)
-    across = [order[p] for p in range(BLOCK - 50, BLOCK + 50)]
-    count = Counter(order[p] for p in range(BLOCK + 50))
-    fresh = Mixture([5, 9], [1.0, 2.0], 7)
-    assert [fresh[p] for p in reversed(range(BLOCK - 50, BLOCK + 50))] == across[::-1]
-    for source, size in enumerate([5, 9]):  # epochs go on from block to block
-        times = [count[source, i] for i in range(size)]
-        assert max(times) - min(times) <= 1
-
-
-def test_the_order_is_the_one_it_was() -> None:
-    """A change of these figures would break every resumed run."""
-    order = Mixture([5, 9], [1.0, 2.0], 7)
-    assert [order[p] for p in (0, 1, 2, 3, 100_000)] == [(1, 8), (1, 2), (1, 6), (0, 1), (1, 3)]
-
-
-@pytest.fixture(scope="module")
-def two_sources(tmp_path_factory: pytest.TempPathFactory) -> list[Source]:
-    """A tar with two broken pictures side by side, and a folder with an empty caption."""
-    root = tmp_path_factory.mktemp("data")
-    members = pairs(9) | {"0003.png": b"broken", "0004.png": b""}
-    tar = write_tar(root / "a.tar", members)
-    folder = write_folder(root / "b", pairs(7, 20) | {"0026.txt": b""})
-    return [Source(str(tar), 2.0), Source(str(folder), 1.0)]
-
-
-def keys(dataset: Dataset, step: int, batch_size: int, part: int = 0, parts: int = 1) -> list[str]:
-    return [s.key for s in dataset.batch(step, batch_size, part, parts)]
-
-
-def test_a_broken_sample_is_replaced_by_the_next(two_sources: list[Source]) -> None:
-    images = Images(two_sources, 8)
-    dataset = Dataset(images, seed=1)
-    next_one = {(0, 3): (0, 5), (0, 4): (0, 5), (1, 6): (1, 0)}
-    for step in range(8):
-        wanted = [next_one.get(p, p) for p in (dataset.order[step * 6 + row] for row in range(6))]
-        assert keys(dataset, step, 6) == [images.key(*p) for p in wanted]
-    assert images.drops.by_reason() == {"corrupt image": 1, "empty image file": 1, "empty caption": 1}
-    assert len(dataset) == 16
-
-
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_share_a_batch(ranks: int, two_sources: list[Source]) -> None:
-    one = Dataset(Images(two_sources, 8), seed=5)
-    several = [Dataset(Images(two_sources, 8), seed=5, workers=2) for _ in range(ranks)]
-    for step in range(6):
-        whole, parts = keys(one, step, 7), [keys(d, step, 7, r, ranks) for r, d in enumerate(several)]
-        assert [whole[r::ranks] for r in range(ranks)] == parts
-
-
-def test_a_resumed_run_goes_on_with_the_same_batches(two_sources: list[Source]) -> None:
-    whole = [(step, [s.key for s in b]) for step, b in Dataset(Images(two_sources, 8), 2).batches(0, 9, 5)]
-    resumed = [(step, [s.key for s in b]) for step, b in Dataset(Images(two_sources, 8), 2).batches(4, 9, 5)]
-    assert resumed == whole[4:] and [step for step, _ in whole] == list(range(9))
-    one = Dataset(Images(two_sources, 8), 2)
-    assert [keys(one, step, 5) for step in (8, 0)] == [whole[8][1], whole[0][1]]
-    images = [[s.image for s in Dataset(Images(two_sources, 8), 2).batch(4, 5)] for _ in range(2)]
-    assert all(map(torch.equal, *images))
-
-
-def test_batches_can_be_left_early_and_may_be_none(two_sources: list[Source]) -> None:
-    dataset = Dataset(Images(two_sources, 8))
-    assert [step for step, _ in islice(dataset.batches(0, 100, 2), 3)] == [0, 1, 2]
-    assert list(dataset.batches(3, 3, 2)) == []
-
-
-def test_a_source_of_nothing_usable_stops_with_one_line(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path / "a", {f"{i}.{e}": b"" for i in range(3) for e in ("png", "txt")})
-    with pytest.raises(ValueError, match="none of 3 samples can be used.*3 empty caption"):
-        Dataset(Images([Source(str(folder))], 8)).batch(0, 2)
-
-
 def test_a_sample_says_how_large_it_was(tmp_path: Path) -> None:
     sizes = {"a": (40, 20), "b": (16, 50), "c": (15, 15), "d": (40, 12)}
     members = {f"{k}.png": encoded(noise(0, *s)) for k, s in sizes.items()} | {f"{k}.txt": b"x" for k in sizes}
@@ -523,64 +324,20 @@ def test_a_sample_says_how_large_it_was(tmp_path: Path) -> None:
     assert images.upscaled[0].tolist() == [False, False, True, True]
 
 
-# emf data inspect
+def test_tars_that_were_put_together_are_read_to_the_end(tmp_path: Path) -> None:
+    a, b = write_tar(tmp_path / "a" / "a.tar", pairs(3)), write_tar(tmp_path / "a" / "b.tar", pairs(3, 10))
+    both = tmp_path / "c.tar"
+    both.write_bytes(a.read_bytes() + b.read_bytes())
+    images = Images([Source(str(both))], 8)
+    assert captions(images) == [f"picture {i}" for i in (0, 1, 2, 10, 11, 12)] and len(images.drops) == 0
+    both.write_bytes(a.read_bytes() + b"no tar" * 100)
+    images = Images([Source(str(both))], 8)
+    assert images.counts == [3] and images.drops.by_reason() == {"truncated or broken tar": 1}
+    assert "unreadable header at byte 20480; 6 whole members" in next(images.drops.lines())
 
 
-def test_inspect_tells_and_draws(two_sources: list[Source], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "out"
-    figures = inspect(two_sources, 35, out)
-    assert json.loads((out / "inspect.json").read_text()) == figures
-    tar, folder = figures["sources"]
-    assert (tar["samples"], tar["read"], tar["usable"], tar["upscaled"]) == (9, 9, 7, 7)
-    assert (folder["samples"], folder["usable"], folder["weight"]) == (7, 6, 1.0)
-    assert {(d["reason"], d["count"]) for d in figures["drops"]} == {
-        ("corrupt image", 1),
-        ("empty image file", 1),
-        ("empty caption", 1),
-    }
-    spread = figures["quantiles"]
-    assert spread["width"]["50"] == 40 and spread["height"]["100"] == 32 and spread["width / height"]["0"] == 1.25
-    assert spread["caption, words"]["50"] == 2
-    text = " ".join(capsys.readouterr().out.split())
-    for word in ("a.tar", "corrupt image", "0003", "0026", "caption, words", "1.25"):
-        assert word in text, word
-    sheet = np.asarray(Image.open(out / "contact.png").convert("RGB")).astype(int)
-    cell = inspecting.CELL
-    picture = sheet[GAP : GAP + cell, GAP : GAP + cell]
-    images = Images(two_sources, cell)
-    assert np.abs(picture - ((images.get(0, 0).image.permute(1, 2, 0).numpy() + 1) * 127.5)).max() <= 1
-    assert (sheet[GAP + cell : GAP + cell + 17, GAP : GAP + cell] < 128).any()  # its caption
-
-
-def test_inspect_writes_over_nothing(two_sources: list[Source], tmp_path: Path) -> None:
-    for name in ("inspect.json", "contact.png"):
-        out = tmp_path / name / "out"
-        out.mkdir(parents=True)
-        (out / name).write_text("mine")
-        with pytest.raises(ValueError, match="exists"):
-            inspect(two_sources, 16, out)
-        assert [f.read_text() for f in out.iterdir()] == ["mine"]
-
-
-def test_inspect_reads_as_many_as_asked(two_sources: list[Source], tmp_path: Path) -> None:
-    figures = inspect(two_sources, 16, tmp_path / "a", limit=3)
-    assert [s["read"] for s in figures["sources"]] == [3, 3] and [s["samples"] for s in figures["sources"]] == [9, 7]
-    assert inspect(two_sources, 16, tmp_path / "b", limit=3) == figures
-    for wrong in (dict(limit=0), dict(size=0)):
-        with pytest.raises(ValueError, match="at least 1"):
-            inspect(two_sources, **(dict(size=16, out=tmp_path / "c") | wrong))
-    assert not (tmp_path / "c").exists()
-
-
-def test_inspect_survives_long_names_captions_and_brackets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    members = {"[red]x.png": encoded(noise(0)), "[red]x.txt": "wörter 猫 ".encode() * 300}
-    folder = write_folder(tmp_path / "[bold]", members | {"[/b]y.png": b"", "[/b]y.txt": b"a"})
-    figures = inspect([Source(str(folder))], 16, tmp_path / "out")
-    assert figures["quantiles"]["caption, words"]["100"] == 600
-    assert "[/b]y" in capsys.readouterr().out and (tmp_path / "out" / "contact.png").exists()
-
-
-def test_inspect_of_nothing_usable_still_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = write_folder(tmp_path / "a", {"x.png": b"", "x.txt": b"a"})
-    figures = inspect([Source(str(folder))], 16, tmp_path / "out")
-    assert figures["sources"][0]["usable"] == 0 and "empty image file" in " ".join(capsys.readouterr().out.split())
+def test_listings_of_an_earlier_kind_are_made_anew(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", pairs(2))
+    (tmp_path / "kept.json").write_text(json.dumps({"kind": tars.TarListings.EARLIER, "tars": {}}))
+    scan([Source(str(tmp_path / "0.tar"))], Drops(), tmp_path / "kept.json")
+    assert json.loads((tmp_path / "kept.json").read_text())["kind"] == tars.TarListings.KIND
