@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from bench.meters import Count, Held, kernels_launched, process_peak_bytes
 from bench.ops import GPU, OUT, device_name, peak_bytes, revision
 from bench.providers import SIZES, Setting, Step, providers
+from emf.train.plan import peak_flops
 from emf_kernels import backend
 
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 SWEEP = [(size, batch) for batch in (4, 1, 8, 2) for size in ("1.6b-1024", "1.6b-512")]
 CAPABILITIES = ("ZeRO-3", "checkpointing", "compile")
 RATIOS = ("saved_bytes", "saved_peak_bytes", "peak_bytes", "flops", "ops")
@@ -115,17 +115,12 @@ def measure(
         row |= {f"{k}_ratio": row[k] / rows[base][k] if rows[base][k] else None for k in RATIOS}
         if GPU:
             took = statistics.median(times[provider])
-            row |= dict(ms=1e3 * took, mfu=row["flops"] / took / peak_flops() if peak_flops() else None)
+            peak = peak_flops(torch.cuda.get_device_name())
+            row |= dict(ms=1e3 * took, mfu=row["flops"] / took / peak if peak else None)
     head = dict(device=device_name(), size=name, dtype=str(dtype)[6:], parameters=weights, batch=size.batch)
     head |= dict(tokens=size.transformer.sample_size**2, condition=size.condition, rounds=rounds)
     head |= dict(torch=torch.__version__, threads=torch.get_num_threads(), commit=revision())
     return dict(head=head, rows=list(rows.values()), without=without, times=times)
-
-
-def peak_flops() -> float:
-    """The data sheet's dense bfloat16 operations a second; 0 for a chip that is not listed."""
-    name = torch.cuda.get_device_name()
-    return next((value for chip, value in PEAK_FLOPS.items() if chip in name), 0.0)
 
 
 def save(record: dict[str, Any]) -> None:

@@ -29,7 +29,8 @@ def scheduled(pair: tuple[float, float], progress: float, flow: FlowConfig) -> f
 
 
 def times(progress: float, n: int, flow: FlowConfig, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
-    """(t [n], r [n], b), float32: the first b samples have r < t, the others r = t. progress in [0, 1] (emf.md 1.3).
+    """(t [n], r [n], b), float32: the first b samples have r < t, the others r = t. progress in [0, 1] (the
+    schedule is EMF's, arXiv 2604.18168).
 
     b is n x share rounded at random to a whole number: the paper draws each sample's r = t by itself, which has the
     same mean and more spread.

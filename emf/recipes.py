@@ -75,17 +75,21 @@ def digits_full() -> Config:
 
 
 EMF_TRAINS = ("transformer.transformer_blocks.", "transformer.time_embed_", "transformer.scale_shift_table")
-SAMPLES = 170_000  # of EMF's training set
+"""Beginnings of the names of what EMF trains: the blocks, the two time embedders, the output's table."""
+SAMPLES = 170_000
+"""Of EMF's training set (arXiv 2604.18168)."""
+BATCH = 128
+"""Samples a step of EMF: 8 GPUs x 1 x 16."""
 
 
 def sana_1600m() -> Config:
     """EMF: SANA-1.5 1.6B on a frozen BLIP3o-NEXT, with the released script's hyper-parameters; needs --init."""
-    steps = 30 * SAMPLES // 128
+    steps = 30 * SAMPLES // BATCH
     return Config(
         recipe="sana-1.5-1.6b",
         trained=EMF_TRAINS,
         steps=steps,
-        batch_size=128,  # 8 GPUs x 1 x 16
+        batch_size=BATCH,
         transformer=TransformerConfig(dual_time=True),
         condition=ConditionConfig(kind="blip3o"),
         # the release averages no weights
@@ -97,7 +101,7 @@ def sana_1600m() -> Config:
 
 def sana_1600m_paper() -> Config:
     """The same with what is told of the paper: learning rate 1e-5, 150 epochs."""
-    config, steps = sana_1600m(), 150 * SAMPLES // 128
+    config, steps = sana_1600m(), 150 * SAMPLES // BATCH
     optim = replace(config.optim, lr=1e-5, warmup=int(0.03 * steps))
     return replace(config, recipe="sana-1.5-1.6b-paper", steps=steps, optim=optim)
 

@@ -36,6 +36,7 @@ def cache(
     ta_tok: Path | None = None,
     scale: Literal[1, 2, 3] = 1,
     size: int = 1024,
+    *,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     shard: int = 512,
     batch: int = 1,

@@ -14,6 +14,7 @@ def generate(
     run: Path,
     out: Path,
     prompts: Path | None = None,
+    *,
     steps: int = 1,
     guidance: float | None = None,
     seed: int = 0,

@@ -6,15 +6,18 @@ from typing import Annotated, Any
 
 import tyro
 
+from emf.recipes import BATCH
+
 
 def plan(
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")],
     gpus: int = 8,
     memory: float = 80.0,
+    *,
     gpu: str = "H100",
     resolution: int = 1024,
     micro_batch: int = 1,
-    batch_size: int = 128,
+    batch_size: int = BATCH,
     share: float = 0.5,
     mfu: float = 0.4,
     offload: bool = False,

@@ -14,6 +14,7 @@ def convert(
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")],
     out: Path,
     config: Path | None = None,
+    *,
     embedder_init: Literal["duplicate", "preserve"] = "duplicate",
     time_scale: float = 1.0,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,

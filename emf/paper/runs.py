@@ -35,7 +35,10 @@ def run_all(out: Path, budget: Budget, jobs: int) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     os.environ["OMP_NUM_THREADS"] = "1"  # of the children: a core each
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["emf.train", "emf.paper.runs"])  # a fresh process a part, but one import for all
+    # a fresh process for each part, which need not import everything again
+    server.set_forkserver_preload(
+        ["emf.train.loop", "emf.paper.runs"]
+    )  # a fresh process a part, but one import for all
     with (
         Progress(*columns) as progress,
         ProcessPoolExecutor(jobs, mp_context=server, max_tasks_per_child=1) as pool,

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from emf.config import Config
-from emf.train.plan import PEAK_FLOPS, forward_flops
+from emf.train.plan import forward_flops, peak_flops
 
 
 def memory_mib() -> float:
@@ -78,7 +78,7 @@ def speed(config: Config, condition: int, steps: float, ranks: int) -> dict[str,
     flops = config.batch_size * forward_flops(config.transformer, tokens, condition) * (3 + share) * steps / ranks
     row = {"tflops": flops / 1e12}
     if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-        if peak := next((peak for chip, peak in PEAK_FLOPS.items() if chip in name), None):
+        peak = peak_flops(torch.cuda.get_device_name())
+        if peak:
             row["mfu"] = flops / peak
     return row

@@ -11,17 +11,25 @@ from typing import Any
 
 import torch
 
-from emf.model.transformer import Transformer, TransformerConfig
+from emf.model.sizes import TransformerConfig
+from emf.model.transformer import Transformer
+from emf.recipes import BATCH, EMF_TRAINS, RECIPES, SAMPLES
 
 GIB = 2**30
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 """Dense bfloat16 operations a second, by data sheet."""
-PAPER_STEPS = {"4 steps near their best": 10_000, "2 steps": 70_000, "1 step": 90_000, "the whole run": 199_000}
-"""Optimizer steps of the paper's figure 4 and schedule (170k samples, batch 128, 150 epochs; arXiv 2604.18168)."""
-SAMPLES = 170_000
-"""Of the paper's training set."""
+
+
+def peak_flops(device: str) -> float | None:
+    """Of a device by the name that CUDA gives it; None where it is not in PEAK_FLOPS."""
+    return next((peak for chip, peak in PEAK_FLOPS.items() if chip in device), None)
+
+
+PAPER_STEPS = {"4 steps near their best": 10_000, "2 steps": 70_000, "1 step": 90_000}
+"""Optimizer steps of the paper's figure 4 (arXiv 2604.18168)."""
 QWEN3_17B = 1_409_410_048 + 217_210 * 2048
-"""BLIP3o-NEXT's language model with its image vocabulary, head tied (emf.md 3.1)."""
+"""BLIP3o-NEXT's language model with its image vocabulary, head tied: counted in its published weights
+(arXiv 2510.15857)."""
 CONNECTOR = 10_033_920
 
 
@@ -45,10 +53,10 @@ MODELS = {
 
 
 def parameters(config: TransformerConfig) -> tuple[int, int]:
-    """(all, trained) of the transformer: EMF trains the blocks, the two time embedders and the output's table."""
+    """(all, trained) of the transformer, where EMF's part of it is trained."""
     with torch.device("meta"):
         net = Transformer(config)
-    trained = ("transformer_blocks.", "time_embed_", "scale_shift_table")
+    trained = tuple(name.removeprefix("transformer.") for name in EMF_TRAINS)
     sizes = {name: p.numel() for name, p in net.named_parameters()}
     return sum(sizes.values()), sum(n for name, n in sizes.items() if name.startswith(trained))
 
@@ -107,7 +115,7 @@ def plan(
     *,
     resolution: int = 1024,
     micro_batch: int = 1,
-    batch_size: int = 128,
+    batch_size: int = BATCH,
     share: float = 0.5,
     mfu: float = 0.4,
     gpu: str = "H100",
@@ -160,7 +168,8 @@ def plan(
     seconds = flops / (gpus * mfu * PEAK_FLOPS[gpu])
     latents = m.transformer.in_channels * tokens * 2 * SAMPLES / GIB
     cache = {"latents": latents, "image-token ids": 729 * 4 * SAMPLES / GIB}
-    days = {what: steps * seconds / 86400 for what, steps in PAPER_STEPS.items()}
+    whole = RECIPES["sana-1.5-1.6b-paper"]().steps
+    days = {what: n * seconds / 86400 for what, n in (PAPER_STEPS | {"the whole run": whole}).items()}
     return Plan(model, gpus, memory, rows, total + m.others, trained, micro_batch, share, flops, seconds, days, cache)
 
 

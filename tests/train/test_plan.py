@@ -58,7 +58,7 @@ def test_operations_are_what_is_counted(size: tuple, condition: int) -> None:
 
 
 def test_parameters_of_the_published_models() -> None:
-    """emf.md 1.6 and 4.1: SANA-1.5's count, and the two embedders that EMF adds to it."""
+    """SANA-1.5's own counts, and the two embedders that EMF adds to them (arXiv 2604.18168)."""
     total, trained = parameters(MODELS["sana-1.5-1.6b"].transformer)
     assert total == 1_604_641_952 + 2 * 35_714_560 and trained == 1_630_025_600
     assert parameters(MODELS["sana-1.5-4.8b"].transformer)[0] == 4_721_825_952 + 2 * 35_714_560

@@ -99,9 +99,8 @@ def test_a_checkpoint_holds_what_its_folder_does_not(run: Path, world: World) ->
 
 def test_a_cache_trains_as_its_images(run: Path, world: World, tmp_path: Path) -> None:
     """Bitwise on one rank; on two, sharded, as far as sums go."""
-    cache(
-        (str(world.folder / "data.tar"),), world.vae, tmp_path / "cache", world.folder / "ta_tok.pth", 3, 32, "float32"
-    )
+    archive, tokens = str(world.folder / "data.tar"), world.folder / "ta_tok.pth"
+    cache((archive,), world.vae, tmp_path / "cache", tokens, 3, 32, dtype="float32")
     cached = [*world.recipe, "--data.sources", str(tmp_path / "cache")]
     result = train(tmp_path, *cached, "--out", str(tmp_path / "one"))
     assert result.code == 0, result.text

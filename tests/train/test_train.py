@@ -156,7 +156,7 @@ def test_config_json_runs_again(straight: Path, tmp_path: Path) -> None:
 
 def _poison(step: int, micro: int) -> None:
     """One sample of a micro-batch of one step becomes NaN."""
-    from emf.train import loop as module
+    from emf.train import batch as module
 
     make = module.make_batch
 
@@ -184,7 +184,7 @@ def _poison_last() -> None:
 def batch_of(run: Path, step: int, part: int, parts: int) -> Any:
     from emf.data.feed import Digits
     from emf.recipes import from_file
-    from emf.train.loop import make_batch
+    from emf.train.batch import make_batch
 
     config = from_file(run / "config.json")
     return make_batch(config, Digits(config.batches), step, part, parts)

@@ -1,0 +1,70 @@
+"""What a step is trained on. Everything random in it comes from (seed, step), so a resumed run continues as if it had
+not stopped."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from emf.config import Config
+from emf.data.feed import Feed
+from emf.flow import times
+
+
+class Batch(NamedTuple):
+    """One rank's part of a micro-batch of n samples, the first b of which have r < t."""
+
+    x: Tensor
+    """Clean latents [n, C, H, W]."""
+    e: Tensor
+    """Noise [n, C, H, W]."""
+    t: Tensor
+    """Times [n], float32."""
+    r: Tensor
+    """End times [n], float32, at most t."""
+    b: int
+    ids: Tensor
+    """The caption's token ids [n, M]."""
+    mask: Tensor
+    """Which of them are the caption's [n, M], bool."""
+    drop: Tensor
+    """Whose condition is dropped [n], bool."""
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> Batch:
+        """The batch on a device, with x and e in the dtype of the weights; times stay float32."""
+        moved = {name: x.to(device) for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        moved |= {name: moved[name].to(dtype) for name in ("x", "e")}
+        return Batch(**moved, b=self.b)
+
+
+def make_batch(config: Config, feed: Feed, step: int, part: int, parts: int) -> Batch:
+    """Part `part` of `parts` of step's batch. Every part has the same share of r < t (to one sample): the sorted
+    batch is dealt out in turn."""
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    x, ids, mask = feed(step, part, parts)
+    n, mine = config.batch_size, slice(part, None, parts)
+    t, r, b = times(step / config.steps, n, config.flow, generator)
+    e = torch.randn((n, *x.shape[1:]), generator=generator)
+    drop = torch.rand(n, generator=generator) < config.drop
+    e, t, r, drop = (a[mine].contiguous() for a in (e, t, r, drop))
+    return Batch(x, e, t, r, len(range(part, b, parts)), ids, mask, drop)
+
+
+def batches(config: Config, feed: Feed, start: int, rank: int, world: int) -> Iterator[tuple[tuple[int, int], Batch]]:
+    """((step, micro-batch), this rank's samples) from step start on; the next is made while this one is used."""
+    accumulation = config.zero.accumulation
+    places = [(step, micro) for step in range(start, config.steps) for micro in range(accumulation)]
+
+    def make(step: int, micro: int) -> Batch:
+        return make_batch(config, feed, step, rank + world * micro, world * accumulation)
+
+    with ThreadPoolExecutor(1) as ahead:
+        coming = deque(ahead.submit(make, *place) for place in places[:1])
+        for i, place in enumerate(places):
+            coming.extend(ahead.submit(make, *later) for later in places[i + 1 : i + 2])
+            yield place, coming.popleft().result()

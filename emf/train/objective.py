@@ -1,0 +1,45 @@
+"""What a step minimizes, and at which learning rate."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emf.config import Config
+from emf.flow import flow_matching_loss, meanflow_loss
+from emf.train.batch import Batch
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Linear warm-up, then constant or a cosine to zero."""
+    o = config.optim
+    if step < o.warmup:
+        return o.lr * (step + 1) / o.warmup
+    if o.decay == "constant":
+        return o.lr
+    return o.lr * (1 + math.cos(math.pi * (step - o.warmup) / max(1, config.steps - o.warmup))) / 2
+
+
+def losses(config: Config, network: Any, batch: Batch, progress: float) -> tuple[Tensor, Tensor]:
+    """(loss, mean squared error), both [n], at a training progress in [0, 1]."""
+    x, e, t, r, b, ids, mask, drop = batch
+    weight, own = config.condition.ar_weight, []
+
+    def velocity(z: Any, t: Any, r: Tensor | None) -> Any:
+        if not weight or not torch.is_grad_enabled():
+            return network(z, t, r, ids, mask, drop)
+        u, loss = network(z, t, r, ids, mask, drop, True)
+        own.append(loss)
+        return u
+
+    def null(z: Any, t: Any, r: Tensor | None) -> Any:
+        return network(z, t, r, ids, mask, torch.ones_like(drop))
+
+    if config.objective == "flow_matching":
+        loss, squared = flow_matching_loss(velocity, x, e, t)
+    else:
+        loss, squared = meanflow_loss(velocity, null, x, e, t, r, b, config.flow, progress)
+    return (loss + weight * own[-1] if own else loss), squared
