@@ -139,7 +139,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 for what, style in (("u", "--"), ("u_dot", "-")):
                     axis.plot([r["layers"] for r in mine], [r[what] for r in mine], style, color=color, marker=".",
                               label=f"{what}: {name}")  # fmt: skip
-            axis.set(title=f"t = {t}", xlabel="blocks", yscale="log")
+            axis.set(title=f"t = {t}", xlabel="blocks", yscale="log", xticks=DEPTHS)
         axes[0].set_ylabel("relative error against float64")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
 

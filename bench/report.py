@@ -3,7 +3,6 @@ docs/benchmarks.md: `make report`."""
 
 from __future__ import annotations
 
-import json
 import re
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from matplotlib.axes import Axes
 from bench import plots
 from bench.ops import OUT
 from bench.step import CAPABILITIES, table
+from emf.files import read_json, write_text
 from emf.show import page
 from emf.show.page import Html, code, note, words
 from emf.show.plot import EMF, FM, GREY, plot
@@ -22,10 +22,6 @@ from emf.show.plot import EMF, FM, GREY, plot
 BENCHMARKS = OUT.parent / "docs" / "benchmarks.md"
 NO_GPU = Html(f"No GPU has run this yet: no time here is a GPU's; {code('make gpu')} fills those parts.")
 ARCHES = ("sm_80", "sm_90", "sm_100")
-
-
-def read(file: Path) -> Any:
-    return json.loads(file.read_text())
 
 
 def from_markdown(text: str) -> Html:
@@ -66,7 +62,7 @@ def about(record: dict[str, Any]) -> str:
 
 def step_section(file: Path, can: dict[str, dict[str, str]]) -> Html:
     """Ratios of a whole step's providers to plain flow matching."""
-    record = read(file)
+    record = read_json(file)
     rows, memory = record["rows"], "process" if record["head"]["device"] == "cpu" else "CUDA allocator"
     kinds = [
         ("Time", "median and range of pairwise ratios", "time", "x fm", ("time_low", "time_high"), ".2f"),
@@ -109,7 +105,7 @@ def capability_section(can: dict[str, dict[str, str]]) -> Html:
 
 
 def profile_section(file: Path) -> Html:
-    record = read(file)
+    record = read_json(file)
     head, size = record["head"], (6.4, 3.4)
     whole = {phase: sum(kinds.values()) for phase, kinds in record["shares"].items()}
     first, *_ = record["roofline"]
@@ -134,7 +130,7 @@ def profile_section(file: Path) -> Html:
 
 def ops_section(file: Path) -> Html:
     """Every op alone on a GPU."""
-    record = read(file)
+    record = read_json(file)
     timed = [r for r in record["rows"] if "ms" in r]
     rows = []
     for r in timed:
@@ -148,7 +144,7 @@ def ops_section(file: Path) -> Html:
 
 def static_section() -> Html:
     """What the compiler makes of every kernel."""
-    found = {arch: read(OUT / "static" / f"{arch}.json") for arch in ARCHES}
+    found = {arch: read_json(OUT / "static" / f"{arch}.json") for arch in ARCHES}
 
     def draw(axes: Axes) -> None:
         colors = dict(zip(ARCHES, (GREY, EMF, FM), strict=True))
@@ -186,17 +182,17 @@ def precision_section() -> Html:
 
 
 def mutation_section() -> Html:
-    rows = read(OUT / "mutations.json")
+    rows = read_json(OUT / "mutations.json")
     rows = rows["rows"] if isinstance(rows, dict) else rows
     return Html(f"""<h2>Can the parity tests fail?</h2><p>{len(rows)} mutations of the kernels, one line each; a test
 notices every one ({code("profiles/mutations.json")}, run one by one in {code("make test")}).</p>""")
 
 
 def render() -> str:
-    can = read(OUT / "capabilities.json")["rows"]
+    can = read_json(OUT / "capabilities.json")["rows"]
     steps = sorted(OUT.glob("*/step-*.json"), key=lambda f: (f.parent.name != "cpu", f.name))
     devices = sorted({f.parent.name for f in [*steps, *OUT.glob("*/ops.json")]} - {"cpu"})
-    sections = [lead(read(OUT / "cpu" / "step-cpu.json"), devices)]
+    sections = [lead(read_json(OUT / "cpu" / "step-cpu.json"), devices)]
     sections += [step_section(file, can) for file in steps]
     sections += [capability_section(can)]
     sections += [profile_section(file) for file in sorted(OUT.glob("*/profile-*.json"))]
@@ -207,8 +203,8 @@ def render() -> str:
 
 def benchmarks() -> str:
     """docs/benchmarks.md with its generated table renewed."""
-    can = read(OUT / "capabilities.json")["rows"]
-    made = table(read(OUT / "cpu" / "step-cpu.json"), can)
+    can = read_json(OUT / "capabilities.json")["rows"]
+    made = table(read_json(OUT / "cpu" / "step-cpu.json"), can)
     return re.sub(
         r"(<!-- step-cpu -->\n).*?(\n<!-- /step-cpu -->)",
         lambda found: found[1] + made + found[2],
@@ -218,7 +214,7 @@ def benchmarks() -> str:
 
 
 def main() -> None:
-    (OUT / "report.html").write_text(render(), encoding="utf-8")
+    write_text(OUT / "report.html", render())
     BENCHMARKS.write_text(benchmarks())
     print(f"open {OUT / 'report.html'}; the table of docs/benchmarks.md is renewed")
 

@@ -19,6 +19,7 @@ from emf.config import read
 from emf.data.digits import TAGS
 from emf.evaluate.published import FEW_STEP, FLOW_MATCHING, by_steps
 from emf.evaluate.small_world import EULER, closed
+from emf.files import read_json, read_rows, write_text
 from emf.show import page
 from emf.show.page import Html
 from emf.show.plot import EMF, FM, GREY, MARKERS, SHADES, label, plot, steps_axis
@@ -34,11 +35,13 @@ def write_report(run: Path) -> Path:
     Needs config.json and a row of metrics.jsonl. Where curve.jsonl, scores.json or samples.png is missing, the page
     says so and names the command that makes it. Raises ValueError on no metrics, no config, or a file of another form.
     """
-    metrics = _rows(run / "metrics.jsonl", ("step", "loss", "error", "lr", "it_s", "share", "memory_mib", "skipped"))
+    metrics = read_rows(
+        run / "metrics.jsonl", ("step", "loss", "error", "lr", "it_s", "share", "memory_mib", "skipped")
+    )
     if not metrics:
         raise ValueError(f"report: {run}/metrics.jsonl holds no row; give the folder of a run that has logged a step")
     config, scores = read(run / "config.json"), _scores(run / "scores.json")
-    curve = _rows(run / "curve.jsonl", ("step", "overall"))
+    curve = read_rows(run / "curve.jsonl", ("step", "overall"))
     name, ended = run.resolve().name, datetime.fromtimestamp((run / "metrics.jsonl").stat().st_mtime, UTC)
     again = f"emf train {run / 'config.json'} --out DIR"
     out = run / "report.html"
@@ -61,7 +64,7 @@ def write_report(run: Path) -> Path:
             f"torch {torch.__version__}, Python {platform.python_version()}."
         ),
     )
-    out.write_text(text, encoding="utf-8")
+    write_text(out, text)
     return out
 
 
@@ -72,30 +75,17 @@ def own_version() -> str:
     return "unknown"
 
 
-def _rows(file: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The rows of a jsonl file, none where it is missing; a last line still being written is left out."""
-    text = file.read_text() if file.is_file() else ""
-    rows = []
-    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-            _ = [rows[-1][key] for key in keys]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"report: {file} line {number} is no row with {', '.join(keys)} ({error!r})") from None
-    return rows
-
-
 def _scores(file: Path) -> dict[str, Any] | None:
     """scores.json, None where it is missing."""
     if not file.is_file():
         return None
     try:
-        scores = json.loads(file.read_text())
+        scores = read_json(file)
         numbers = [scores[key] for key in TRUST] + [r["by_tag"][tag] for r in scores["rows"] for tag in TAGS]
         numbers += [_overall(scores, "fm")[n] for n in EULER]
         if not all(isinstance(x, int | float) for x in [*numbers, *closed(scores).values()]):
             raise TypeError("a score is no number")
-    except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"report: {file} is not what `emf evaluate digits` writes ({error!r}); run it again") from None
     return scores
 

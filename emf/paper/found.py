@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from emf.data.digits import TAGS
+from emf.files import read_json, read_rows, write_json
 from emf.paper.parts import ENCODERS, Budget, parts
-from emf.paper.runs import ENCODER, SCORES, write_whole
+from emf.paper.runs import ENCODER, SCORES
 
 MEASURES = ("discriminability", "discriminability, centred", "disentanglement", "disentanglement, centred")
 Series = dict[str, list[Any]]
@@ -29,24 +29,24 @@ def gather(out: Path, budget: Budget) -> dict[str, Any]:
         if not (folder / SCORES).is_file():
             missing.append(part.name)
             continue
-        for steps, row in json.loads((folder / SCORES).read_text()).items():
+        for steps, row in read_json(folder / SCORES).items():
             kept = scores.setdefault(group, {}).setdefault(steps, {"overall": [], "by_tag": {t: [] for t in TAGS}})
             kept["overall"].append(row["overall"])
             for tag in TAGS:
                 kept["by_tag"][tag].append(row["by_tag"][tag])
         if (folder / ENCODER).is_file():
-            for name, value in json.loads((folder / ENCODER).read_text()).items():
+            for name, value in read_json(folder / ENCODER).items():
                 encoders.setdefault(group.removeprefix("base/"), {}).setdefault(name, []).append(value)
         if (folder / "curve.jsonl").is_file():
-            metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            curve = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
+            metrics = read_rows(folder / "metrics.jsonl")
+            curve = read_rows(folder / "curve.jsonl")
             own = curves.setdefault(group, {"steps": [], "error": [], "at": [], "score": {"1": [], "2": [], "4": []}})
             own["steps"], own["at"] = [m["step"] for m in metrics], [c["step"] for c in curve]
             own["error"].append([m["error"] for m in metrics])
             for n, lines in own["score"].items():
                 lines.append([c["overall"][n] for c in curve])
     found = {"budget": asdict(budget), "scores": scores, "encoders": encoders, "curves": curves, "missing": missing}
-    write_whole(out / "results.json", found)
+    write_json(out / "results.json", found)
     return found
 
 

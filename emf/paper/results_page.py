@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from emf.data.digits import TAGS
 from emf.evaluate.published import ENCODERS as PUBLISHED
 from emf.evaluate.published import FEW_STEP, FLOW_MATCHING, by_steps
+from emf.files import write_text
 from emf.paper.found import MEASURES, Found, gather, mean, verdicts
 from emf.paper.parts import ABLATIONS, EMF_STEPS, ENCODERS, FM_STEPS, GUIDANCE, QUICK, Budget, parts
 from emf.show import page
@@ -211,5 +212,5 @@ on a learned detector, {6 * b.per_tag} captions. Every figure is a mean over see
         page.note("The paper's single figures of its Table 5 and Figure 6 are not at hand; their claims are."),
     )
     file = out / "report-paper.html"
-    file.write_text(text, encoding="utf-8")
+    write_text(file, text)
     return file

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import sys
@@ -18,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import save_file
 
 from emf.config import Config
+from emf.files import claim, write_json
 from emf.network.build import build, checkpoints, read_weights
 from emf.paper.parts import EMF_STEPS, FM_STEPS, Budget, Part, parts
 from emf.recipes import BASE
@@ -28,11 +28,11 @@ SCORES, LOG, ENCODER, BUDGET, START = "scores.json", "log.txt", "encoder.json", 
 def run_all(out: Path, budget: Budget, jobs: int) -> None:
     """Every part that has no scores yet, `jobs` at once; stopped, it goes on. Raises ValueError where `out` holds
     another budget's, and where a part fails, naming its log."""
-    claim(out, budget)
+    claim(out, asdict(budget), None, name=BUDGET, who="paper: ", advice="choose another --out")
     every = {p.name: p for p in parts(budget)}
     done = {name for name in every if (out / name / SCORES).is_file()}
     waiting = [p for name, p in every.items() if name not in done]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     os.environ["OMP_NUM_THREADS"] = "1"  # of the children: a core each
     server = multiprocessing.get_context("forkserver")
     # a fresh process for each part, which need not import everything again
@@ -67,17 +67,6 @@ def run_all(out: Path, budget: Budget, jobs: int) -> None:
             raise
 
 
-def claim(out: Path, budget: Budget) -> None:
-    file, own = out / BUDGET, json.loads(json.dumps(asdict(budget)))
-    if file.is_file():
-        if json.loads(file.read_text()) != own:
-            raise ValueError(f"paper: {out} holds runs of another budget; choose another --out")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"paper: {out} holds something else; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(own, indent=1) + "\n")
-
-
 def run_part(part: Part, out: Path, budget: Budget) -> None:
     """Train a part in out/<name> (or go on with it), score it; for a base, measure its encoder too. What it says goes
     to log.txt there."""
@@ -100,8 +89,8 @@ def run_part(part: Part, out: Path, budget: Budget) -> None:
                 sys.exit(1)  # it was asked to stop
         result = score(folder, budget)
         if part.base is None:
-            write_whole(folder / ENCODER, measure(folder, budget))
-    write_whole(folder / SCORES, result)
+            write_json(folder / ENCODER, measure(folder, budget))
+    write_json(folder / SCORES, result)
 
 
 def write_start(file: Path, config: Config) -> None:
@@ -111,12 +100,6 @@ def write_start(file: Path, config: Config) -> None:
     state |= {name: w for name, w in read_weights(BASE).items() if name.startswith("transformer.")}
     save_file(state, file.with_suffix(".part"))
     file.with_suffix(".part").replace(file)
-
-
-def write_whole(file: Path, tree: Any) -> None:
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(tree, indent=1) + "\n")
-    part.replace(file)
 
 
 def score(run: Path, budget: Budget) -> dict[str, Any]:

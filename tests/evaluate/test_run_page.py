@@ -128,8 +128,8 @@ def test_a_row_half_written_is_left_out(emf_run):
     [
         ("metrics.jsonl", None, "metrics.jsonl holds no row"),
         ("metrics.jsonl", "", "metrics.jsonl holds no row"),
-        ("metrics.jsonl", '{"step": 1}\n', "metrics.jsonl line 1 is no row"),
-        ("curve.jsonl", "[]\n", "curve.jsonl line 1 is no row"),
+        ("metrics.jsonl", '{"step": 1}\n', "metrics.jsonl:1 is no JSON object with step, loss"),
+        ("curve.jsonl", "[]\n", "curve.jsonl:1 is no JSON object with step, overall"),
         ("scores.json", '{"rows": []}', "scores.json is not what"),
         ("config.json", None, "config: no file"),
     ],
