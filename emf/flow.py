@@ -21,6 +21,12 @@ Network = Callable[[Any, Any, Tensor | None], Any]
 """(z [B, C, H, W], t [B], r [B] or None) -> velocity [B, C, H, W]; Duals in, Dual out."""
 
 
+def seed_of(seed: int, number: int) -> int:
+    """What seeds the part of that number: an image, or a training step, of everything that `seed` decides. Two seeds
+    have no part in common while the numbers stay below 1,000,003."""
+    return seed * 1_000_003 + number
+
+
 def scheduled(pair: tuple[float, float], progress: float, flow: FlowConfig) -> float:
     """A setting at a training progress in [0, 1]."""
     s = min(max(progress, 0.0), 1.0)

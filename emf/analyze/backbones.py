@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ from emf.analyze.choices import Sampling
 from emf.config import read
 from emf.evaluate.digits_scorer import Scorer
 from emf.files import open_image, whole_file
-from emf.sample.sampler import Sampler, default_guidance, generate, to_uint8
+from emf.sample.sampler import Sampler, to_uint8
+from emf.sample.sampling_settings import Settings
 from emf.show.progress import track
 from emf.weights.folders import load_run, newest
 
+DIGITS_AT_ONCE = 64  # images
 Picture = Callable[[str, int, int], Image.Image]
 """(backbone, steps, number of the prompt) -> its image."""
 
@@ -40,6 +42,12 @@ class Backbones:
         """Numbers of steps, from low to high."""
         return sorted({*self.sampling.steps})
 
+    @property
+    def settings(self) -> Settings:
+        """What the sampler is asked for, but the number of steps."""
+        s = self.sampling
+        return Settings(guidance=s.guidance, seed=s.seed, average=False, batch=s.batch)
+
     def folder(self, name: str) -> Path:
         """Where a backbone's images are kept: those of other weights under the same name lie elsewhere."""
         return self.out / "images" / f"{name}-{hashlib.sha256(self.stamps[name].encode()).hexdigest()[:8]}"
@@ -56,9 +64,8 @@ class Backbones:
                 if name not in networks:
                     networks[name] = load_run(self.runs[name])
                 config, network = networks[name]
-                guidance, seed = self.sampling.guidance, self.sampling.seed
-                guidance = default_guidance(config) if guidance is None else guidance
-                drawn = generate(network, config, self.texts, n, average=False, guidance=guidance, seed=seed).numpy()
+                how = replace(self.settings, steps=n, batch=DIGITS_AT_ONCE)
+                drawn = Sampler(config, network).images(self.texts, how).numpy()
                 with whole_file(file) as part, part.open("wb") as opened:
                     np.save(opened, drawn)
             images = np.load(file)
@@ -77,10 +84,8 @@ class Backbones:
                 continue
             sampler = Sampler.load(folder, vae, dtype, device, flow_matching=True)
             check_flow_matching(folder, sampler.config.objective)
-            guidance = sampler.guidance if self.sampling.guidance is None else self.sampling.guidance
             for n, part in track(jobs, f"sampling, {name}"):
-                how: dict[str, Any] = dict(guidance=guidance, seed=self.sampling.seed, numbers=part, batch=batch)
-                pictures = sampler.pictures([self.texts[i] for i in part], n, **how)
+                pictures = sampler.pictures([self.texts[i] for i in part], self.settings, numbers=part, steps=n)
                 for i, picture in zip(part, pictures, strict=True):
                     with whole_file(self._file(name, n, i)) as file:
                         picture.save(file, "png")

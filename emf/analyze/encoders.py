@@ -8,7 +8,6 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from emf.analyze.names import EncoderName
 from emf.analyze.vectors import Gathered, VectorCache
 from emf.conditioning.encoder import Encoder, mean_pool
 from emf.conditioning.load import LENGTHS
+from emf.sample.image_tokens import tokenize
 
 CUT = f"longer texts are cut: {', '.join(f'{kind} reads {n} tokens' for kind, n in LENGTHS.items())}"
 """A note below a table."""
@@ -36,12 +36,8 @@ def embed_texts(encoder: Encoder, captions: Sequence[str], how: Embedding | None
     if how.states in ("prompt", "caption"):
         states, mask = encoder.text_states(captions, template=how.states == "prompt")
     else:
-        drawn: Tensor | None = None
-        generate: Any = getattr(encoder, "generate", None)
-        if generate is not None:
-            seeds = [torch.Generator().manual_seed(zlib.crc32(c.encode())) for c in captions]
-            drawn = generate(captions, seeds).cpu()
-        ids, keep = (x.to(encoder.device) for x in encoder.tokenize(captions, drawn))
+        seeds = [zlib.crc32(c.encode()) for c in captions]
+        ids, keep = (x.to(encoder.device) for x in tokenize(encoder, captions, seeds))
         states, mask = encoder.states(ids, keep) if how.states == "condition" else encoder(ids, keep)
     return pool(states, mask, how.pooling).cpu()
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from emf.evaluate.pictures import Drawing
-from emf.sample.sampler import GUIDANCE
+from emf.evaluate.drawing import Drawing
+from emf.sample.sampling_settings import GUIDANCE
 
 RunFolder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
 Images = Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[IMAGES]")]
@@ -167,7 +167,7 @@ def _run(
 
         assert drawing.checkpoint is not None
         called = name or drawing.checkpoint.resolve().name
-        results = draw_and_score(*items(), out, drawing, device, score, called)
+        results = draw_and_score(*items(), out, drawing, device=device, score=score, name=called)
     for r in results:
         told = "" if r.steps is None else f", steps {r.steps}"
         print(f"{r.label}{told}: {r.overall:.4g} over {r.images} images")

@@ -42,6 +42,8 @@ def generate(
         dtype: default: float32 on a CPU, bfloat16 on a GPU
         device: cpu or cuda; default: the GPU where there is one
     """
+    from dataclasses import replace
+
     from emf.sample.sampler import Sampler, write_images
 
     every = [c for c in (*captions, *read_prompts(prompts)) for _ in range(n)]
@@ -49,11 +51,11 @@ def generate(
         raise ValueError(f"generate: {len(every)} images, batch {batch}; give captions or --prompts, and at least 1")
     sampler = Sampler.load(run, vae, dtype, device, flow_matching)
     guidance = sampler.guidance if guidance is None else guidance
+    how = replace(sampler.settings, steps=steps, guidance=guidance, seed=seed, batch=batch)
     told = dict(steps=steps, guidance=guidance, seed=seed, run=str(run), flow_matching=flow_matching)
     for first in range(0, len(every), batch):
         here = every[first : first + batch]
-        numbers = range(first, first + len(here))
-        images = sampler.images(here, steps, guidance=guidance, seed=seed, numbers=numbers, batch=batch)
+        images = sampler.images(here, how, numbers=range(first, first + len(here)))
         for path in write_images(images, here, out, told):
             print(path, flush=True)
     each = ", ".join(f"{stage} {took / len(every) * 1e3:.0f} ms" for stage, took in sampler.seconds.items())

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from emf.conditioning.encoder import Encoder, is_frozen, set_frozen
-from emf.conditioning.sampling import Sampling, draw, uniforms
+from emf.conditioning.sampling import Sampling, pick, uniforms
 from emf.conditioning.small import Connector
 from emf.files import read_json, write_json
 
@@ -282,7 +282,7 @@ class Blip3oNext(Encoder):
                 input_ids=ids, attention_mask=mask.long(), position_ids=where, past_key_values=past, use_cache=True
             )
             past = out.past_key_values
-            token = draw(layer(out.last_hidden_state[:, -1]), uniform[:, i], sampling)
+            token = pick(layer(out.last_hidden_state[:, -1]), uniform[:, i], sampling)
             drawn.append(token)
             ids, where = token[:, None], where[:, -1:] + 1
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)

@@ -1,4 +1,4 @@
-"""Drawing image tokens from a language model's logits: temperature, top-k, top-p."""
+"""Picking image tokens from a language model's logits: temperature, top-k, top-p."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def distribution(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     return p / p.sum(-1, keepdim=True), ids
 
 
-def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
+def pick(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     """Token ids [B] of logits [B, V] by inverting the distribution function at uniform [B] in [0, 1)."""
     p, ids = distribution(logits, sampling)
     # the last kept token takes what rounding leaves of the mass

@@ -39,6 +39,3 @@ class Batches:
     """The digits', where there are no sources."""
     token_scale: int | None = None
     """Pooling of the image's tokens, where the text encoder reads them (BLIP3o-NEXT)."""
-
-    def seed_of(self, step: int) -> int:
-        return self.seed * 1_000_003 + step

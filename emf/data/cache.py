@@ -5,7 +5,7 @@ all sources in turn, the unusable among them, so that a cache gives the batches 
 not tars: all of a shard's latents have one shape, a row is one seek in a file that stays mapped, bfloat16 is kept as it
 is, and a torn file is known by its header. A shard holds
     mean  [m, C, h, w]  the latents, in the dtype that the caller chose
-    std   [m, C, h, w]  only of an autoencoder with a posterior: its noise is drawn at training (autoencoder.draw)
+    std   [m, C, h, w]  only of an autoencoder with a posterior: see autoencoder.posterior_sample
     ids   [m, N] int32  only with a tokenizer
     row   [n] int32     row of each sample, -1 where it was dropped
     text  [bytes] uint8 JSON: keys and captions of the m rows; (key, source, reason, detail) of the others

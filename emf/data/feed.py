@@ -11,6 +11,7 @@ from torch import Tensor
 from emf.data import digits
 from emf.data.batches import Batches
 from emf.files import SETTINGS
+from emf.flow import seed_of
 
 TOKEN_PIXELS = 384  # of the crop that BLIP3o-NEXT's image tokenizer sees
 
@@ -29,7 +30,7 @@ class Digits:
 
     def __call__(self, step: int, part: int, parts: int) -> tuple[Tensor, Tensor, Tensor]:
         b = self.batches
-        x, captions = digits.make_batch(b.seed_of(step), b.size, "train", b.world)
+        x, captions = digits.make_batch(seed_of(b.seed, step), b.size, "train", b.world)
         mine = slice(part, None, parts)
         return x[mine].contiguous(), *digits.WORDS.encode(captions[mine])
 
@@ -81,7 +82,7 @@ class Pictures:
 
     def __call__(self, step: int, part: int, parts: int) -> tuple[Tensor, Tensor, Tensor]:
         from emf.data.cache import encode_samples
-        from emf.model.autoencoder import draw
+        from emf.model.autoencoder import posterior_sample
 
         samples = self.dataset.batch(step, self.batches.size, part, parts)
         if samples[0].mean is None:
@@ -90,9 +91,9 @@ class Pictures:
             samples = encode_samples(samples, encode, tokenize)
         latents = []
         for row, s in enumerate(samples):  # a posterior is drawn from by the row's place, whatever the ranks
-            generator = torch.Generator().manual_seed(self.batches.seed_of(step) * 65_537 + part + row * parts)
+            generator = torch.Generator().manual_seed(seed_of(self.batches.seed, step) * 65_537 + part + row * parts)
             assert s.mean is not None
-            latents.append(draw(s.mean.float(), s.std, generator))
+            latents.append(posterior_sample(s.mean.float(), s.std, generator))
         x = torch.stack(latents)
         tokens = [s.ids for s in samples if s.ids is not None]
         ids = self.encoder.from_codes(torch.stack(tokens)) if tokens and self.batches.token_scale else None

@@ -1,8 +1,9 @@
 """Images of a benchmark's prompts from a checkpoint, in the layout that its scorer reads.
 
-OUT/<steps>/images holds them, and drawing.json, which says how they were made. Each image is a function of (checkpoint,
-settings, its number): a run that was stopped goes on, and ranks share the work without a word (RANK and WORLD_SIZE, as
-torchrun and the deepspeed launcher set them).
+OUT/<steps>/images holds them, and drawing.json, which says how they were made. Each image depends on the checkpoint,
+the settings and its number alone, up to the rounding that Sampler names: a run that was stopped goes on, and ranks
+share the work without a word (RANK and WORLD_SIZE, as torchrun and the deepspeed launcher set them). What is there is
+never drawn again.
 """
 
 from __future__ import annotations
@@ -11,55 +12,19 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from emf.evaluate.benchmark import Result, claim, read_jsonl, replace_text, write_comparison
+from emf.evaluate.drawing import Drawing
 from emf.evaluate.hps import STYLES
+from emf.sample.sampler import Sampler
 
 IMAGES, SETTINGS = "images", "drawing.json"
 PATIENCE = 1800  # seconds without a new image, after which rank 0 no longer waits for the others
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """Images from a checkpoint first, instead of a folder of images."""
-
-    checkpoint: Path | None = None
-    """A run, one of its checkpoints, or an export."""
-    steps: str = "1,2,4,8"
-    """Of the sampler, separated by commas; of a folder of images one number, for the table."""
-    flow_matching: bool = False
-    """Sample the instantaneous velocity with Euler's method: the baseline's rows, at 30, 4, 1."""
-    guidance: float | None = None
-    """Classifier-free, 1 is none; default: 1.25 for the digits, else 2."""
-    seed: int = 0
-    """Of the noise."""
-    vae: Path | None = None
-    """A diffusers folder with the autoencoder; default: that of the run's data, or of the export."""
-    batch: int = 4
-    """Images computed at once."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Of the transformer; default: float32 on a CPU, bfloat16 on a GPU."""
-    images_only: bool = False
-    """Do not score them."""
-    limit: int | None = None
-    """The first so many prompts only, to try it."""
-
-    @property
-    def counts(self) -> list[int]:
-        """Raises ValueError on what is no list of numbers."""
-        try:
-            counts = sorted({int(part) for part in self.steps.split(",")})
-        except ValueError:
-            counts = []
-        if not counts or counts[0] < 1:
-            raise ValueError(f"evaluate: --steps {self.steps!r}; expected numbers from 1 on, as in 1,2,4,8")
-        return counts
 
 
 @dataclass(frozen=True)
@@ -131,11 +96,9 @@ def hps_prompts(prompts: Path | None) -> Path:
     return files[0].parent
 
 
-def draw(items: Sequence[Item], texts: dict[str, str], out: Path, drawing: Drawing, device: str) -> None:
+def draw_pictures(items: Sequence[Item], texts: dict[str, str], out: Path, drawing: Drawing, device: str) -> None:
     """This rank's share of what is missing, at every number of steps. Raises ValueError where `out` holds images of
     other settings."""
-    from emf.sample.sampler import Sampler
-
     assert drawing.checkpoint is not None
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if device == "cuda":
@@ -151,6 +114,7 @@ def draw(items: Sequence[Item], texts: dict[str, str], out: Path, drawing: Drawi
     guidance = sampler.guidance if drawing.guidance is None else drawing.guidance
     told = dict(checkpoint=str(drawing.checkpoint), weights=sampler.stamp, seed=drawing.seed, guidance=guidance)
     told |= dict(dtype=str(sampler.dtype), flow_matching=drawing.flow_matching)
+    how = replace(sampler.settings, guidance=guidance, seed=drawing.seed, batch=drawing.batch)
     for steps in drawing.counts:
         folder = out / str(steps) / IMAGES
         claim(folder, {**told, "steps": steps}, SETTINGS, [items[0].file, items[-1].file])
@@ -163,9 +127,7 @@ def draw(items: Sequence[Item], texts: dict[str, str], out: Path, drawing: Drawi
             each = 4 if group[0].grid else 1
             numbers = [item.number + j for item in group for j in range(each)]
             captions = [item.prompt for item in group for _ in range(each)]
-            pictures = sampler.pictures(
-                captions, steps, guidance=guidance, seed=drawing.seed, numbers=numbers, batch=drawing.batch
-            )
+            pictures = sampler.pictures(captions, how, numbers=numbers, steps=steps)
             for i, item in enumerate(group):
                 picture = grid(pictures[4 * i : 4 * i + 4]) if item.grid else pictures[i]
                 save(out / str(steps) / IMAGES / item.file, picture, rank)
@@ -220,6 +182,7 @@ def draw_and_score(
     texts: dict[str, str],
     out: Path,
     drawing: Drawing,
+    *,
     device: str,
     score: Callable[[Path, Path, str, int | None], Result],
     name: str,
@@ -233,7 +196,7 @@ def draw_and_score(
         items = [item for item in items if item.prompt in kept]
         folders = {item.file.split("/")[0] for item in items}
         texts = {file: text for file, text in texts.items() if file.split("/")[0] in folders}
-    draw(items, texts, out, drawing, device)
+    draw_pictures(items, texts, out, drawing, device)
     if drawing.images_only or os.environ.get("RANK", "0") != "0":
         return []
     results = [score(out / str(n) / IMAGES, out / str(n), name, n) for n in drawing.counts]

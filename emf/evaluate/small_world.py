@@ -16,7 +16,8 @@ from emf.data.digits import TAGS, prompts
 from emf.evaluate.digits_scorer import Scorer, calibrate
 from emf.model.text_to_image import TextToImage
 from emf.network.build import build, read_weights
-from emf.sample.sampler import generate, to_uint8
+from emf.sample.sampler import Sampler, to_uint8
+from emf.sample.sampling_settings import Settings
 from emf.show.progress import track
 from emf.show.sheet import captioned, write_sheet
 from emf.show.table import console, terminal
@@ -49,9 +50,8 @@ def evaluate_run(run: Path, per_tag: int, guidance: float, seed: int) -> dict[st
     pictures: dict[str, Any] = {}
     shown = [i for tag in range(len(TAGS)) for i in range(tag * per_tag, tag * per_tag + min(per_tag, 2))]
     for model, steps, net in track(rows, description="sampling"):
-        images = generate(
-            net, config, [s["prompt"] for s in specs], steps, average=model == "emf", guidance=guidance, seed=seed
-        ).numpy()
+        how = Settings(steps, guidance, seed, average=model == "emf", batch=64)
+        images = Sampler(config, net).images([s["prompt"] for s in specs], how).numpy()
         result = scorer.score(images, specs)
         scores["rows"].append(
             {"model": model, "steps": steps, "overall": result["overall"], "by_tag": result["by_tag"]}

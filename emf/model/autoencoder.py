@@ -46,7 +46,7 @@ class Identity:
 
 
 class DCAE:
-    """A frozen AutoencoderDC. It is deterministic: there is no posterior to draw from."""
+    """A frozen AutoencoderDC. It is deterministic: there is no posterior to sample from."""
 
     def __init__(self, module: Any) -> None:
         self.module = module.eval().requires_grad_(False)
@@ -71,13 +71,11 @@ class DCAE:
             )
         return self.module.encode(images.to(**self._place), return_dict=False)[0].float() * self.scaling_factor
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """See Latent; on the autoencoder's device. Raises ValueError on latents of another shape."""
         if latents.ndim != 4 or latents.shape[1] != self.channels:
             raise ValueError(f"latent: latents {list(latents.shape)}; expected [B, {self.channels}, h, w]")
-        z = (latents.float() / self.scaling_factor).to(**self._place)
-        return self.module.decode(z, return_dict=False)[0].float().clamp(-1, 1)
+        return decode(self.module, latents.to(self._place["device"]))
 
 
 def load_dcae(folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> DCAE:
@@ -114,7 +112,19 @@ def load_dcae(folder: Path, dtype: torch.dtype = torch.float32, device: str | to
     return DCAE(module.to(device))
 
 
-def draw(mean: Tensor, std: Tensor | None, generator: torch.Generator | None = None) -> Tensor:
+@torch.no_grad()
+def decode(module: Any, latents: Tensor) -> Tensor:
+    """Latents [B, C, h, w] -> images [B, 3, S, S] float32, clamped to [-1, 1], by a diffusers autoencoder.
+
+    The latents lie on the device that the module computes on, which need not be where its weights are at the moment:
+    diffusers moves those when they are needed.
+    """
+    z = (latents.float() / float(module.config.scaling_factor)).to(module.dtype)
+    images: Tensor = module.decode(z, return_dict=False)[0]
+    return images.float().clamp(-1, 1)
+
+
+def posterior_sample(mean: Tensor, std: Tensor | None, generator: torch.Generator | None = None) -> Tensor:
     """A latent of the posterior N(mean, std^2), drawn anew at every step; the mean where the autoencoder is
     deterministic (std None)."""
     if std is None:

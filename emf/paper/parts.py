@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from emf.config import Config
 from emf.recipes import digits, digits_base
-from emf.sample.sampler import GUIDANCE
+from emf.sample.sampling_settings import GUIDANCE
 
 FM_STEPS, EMF_STEPS = (1, 2, 4, 8, 30), (1, 2, 4, 8)
 

@@ -107,7 +107,8 @@ def score(run: Path, budget: Budget) -> dict[str, Any]:
     sampler, or Euler's for a base. Keeps samples.npy, one image of each task at each number of steps."""
     from emf.data.digits import TAGS, prompts
     from emf.evaluate.digits_scorer import Scorer
-    from emf.sample.sampler import GUIDANCE, generate, to_uint8
+    from emf.sample.sampler import Sampler, to_uint8
+    from emf.sample.sampling_settings import GUIDANCE, Settings
     from emf.weights.folders import load_run
 
     config, network = load_run(run)
@@ -115,8 +116,8 @@ def score(run: Path, budget: Budget) -> dict[str, Any]:
     specs, scorer, rows, shown = prompts(budget.per_tag), Scorer.fit(), {}, []
     texts = [s["prompt"] for s in specs]
     for steps in EMF_STEPS if few else FM_STEPS:
-        how: dict[str, Any] = dict(average=few, guidance=GUIDANCE, batch=150)
-        images = generate(network, config, texts, steps, **how).numpy()
+        how = Settings(steps, GUIDANCE, average=few, batch=150)
+        images = Sampler(config, network).images(texts, how).numpy()
         result = scorer.score(images, specs)
         rows[str(steps)] = {"overall": result["overall"], "by_tag": result["by_tag"]}
         shown.append(to_uint8(images[:: budget.per_tag][: len(TAGS)]))

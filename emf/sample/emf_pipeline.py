@@ -17,8 +17,10 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from emf.flow import guided, sample
+from emf.model.autoencoder import decode
 from emf.model.transformer import Transformer, TransformerConfig
+from emf.sample.sampler import latents_of
+from emf.sample.sampling_settings import GUIDANCE_PIPELINE
 from emf.weights.export import DUAL, TEXT, export
 from emf.weights.folders import load_exported_transformer
 
@@ -57,7 +59,10 @@ class EMFTransformer(ModelMixin, ConfigMixin):
 
 
 class EMFPipeline(DiffusionPipeline):
-    """Images by EMF's sampler in 1, 2, 4, 8 steps. Without a vae, latents; without conditioning, from prompt_embeds."""
+    """Images by EMF's sampler in 1, 2, 4, 8 steps. Without a vae, latents; without conditioning, from prompt_embeds.
+
+    It maps diffusers' arguments on the sampler of emf.sample.sampler, and takes conditions and noise from its caller.
+    """
 
     model_cpu_offload_seq: Any = "text_encoder->transformer->vae"
     _optional_components: Any = ["scheduler", "vae", "text_encoder", "tokenizer"]
@@ -107,7 +112,7 @@ class EMFPipeline(DiffusionPipeline):
         prompt_attention_mask: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         num_inference_steps: int = 1,
-        guidance_scale: float = 1.5,
+        guidance_scale: float = GUIDANCE_PIPELINE,
         height: int | None = None,
         width: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -155,14 +160,15 @@ class EMFPipeline(DiffusionPipeline):
         zeros = torch.zeros_like(c)
         null = zeros if negative_prompt_embeds is None else zeros + negative_prompt_embeds.to(device, dtype)
         mask = None if prompt_attention_mask is None else prompt_attention_mask.to(device, torch.bool)
-
-        def velocity(states: Tensor) -> Any:
-            return lambda z, t, r: self.transformer(z.to(dtype), t, r, states, mask).float()
-
-        network = guided(velocity(c), velocity(null), guidance_scale)
-        images: Any = sample(network, latents.to(device, torch.float32), num_inference_steps)
+        images: Any = latents_of(
+            self.transformer,
+            latents.to(device),
+            (c, mask),
+            (null, mask),
+            steps=num_inference_steps,
+            guidance=guidance_scale,
+        )
         if output_type != "latent":
-            images = self.vae.decode(images.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False)[0]
-            images = self.processor.postprocess(images.float(), output_type=output_type)
+            images = self.processor.postprocess(decode(self.vae, images), output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images) if return_dict else (images,)

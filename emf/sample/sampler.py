@@ -1,12 +1,16 @@
-"""Captions to images with a trained network."""
+"""The one way from captions to images: captions -> condition -> latents -> decoder -> images.
+
+`emf generate`, validation during training, the benchmarks' pictures, the analyses and the paper in miniature call
+Sampler; EMFPipeline, which gets its conditions and its noise from its caller, calls `latents_of` and the same decoder.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,83 +21,67 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from emf.config import Config
-from emf.flow import guided, sample
-from emf.model.autoencoder import load_dcae
+from emf.flow import guided, sample, seed_of
+from emf.model.autoencoder import Latent, load_dcae
 from emf.model.text_to_image import TextToImage
+from emf.sample.image_tokens import tokenize
+from emf.sample.sampling_settings import GUIDANCE, GUIDANCE_PRETRAINED, Settings
 
-GUIDANCE = 1.25  # suits the digits (profiles/LOG.md)
-GUIDANCE_PRETRAINED = 2.0  # of EMF's inference script; its function's default is 1.5
 SMALL = 64  # pixels along a side below which a picture is enlarged for the eye
+TOKENS_APART = 2**40  # is added to an image's seed for its image tokens, which must not follow its noise
 
-
-def default_guidance(config: Config) -> float:
-    return GUIDANCE if config.condition.kind == "small" else GUIDANCE_PRETRAINED
+States = tuple[Tensor, Tensor | None]
+"""Condition states [B, M, C], and their key mask [B, M] bool; None: all M are attended to."""
 
 
 @torch.no_grad()
-def generate(
-    network: TextToImage,
-    config: Config,
-    captions: list[str],
-    steps: int,
+def latents_of(
+    transformer: Any,
+    noise: Tensor,
+    condition: States,
+    null: States,
     *,
+    steps: int,
+    guidance: float,
     average: bool = True,
-    guidance: float = GUIDANCE,
-    seed: int = 0,
-    numbers: Sequence[int] | None = None,
-    batch: int = 64,
-    seconds: dict[str, float] | None = None,
 ) -> Tensor:
-    """Latents [n, C, size, size] float32 on the CPU; of a network without autoencoder images in about [-1, 1]. Image i
-    depends on (seed, numbers[i], caption) and the settings, not on the batch; so do the image tokens that BLIP3o-NEXT
-    draws before it.
+    """Latents [B, C, h, w] float32 from noise of this shape.
 
-    average: few-step EMF sampling with u(z, r, t); else Euler on v(z, t) with the pretrained time embedding (the
-             flow-matching baseline).
-    guidance: classifier-free; 1 is none. A network trained with guidance inside its target (config.flow.built_in) has
-              that part already: at just this guidance it is evaluated once a step.
-    numbers:  of the images, which seed their noise; None: 0, 1, ...
-    seconds:  gets what the stages took, under `text` and `transformer`, added to what it has.
-    Raises ValueError on a caption the encoder cannot read.
+    transformer: called as Transformer is, in the dtype of the condition's states; the steps between are float32.
+    null: the condition without a caption, of the same shape. guidance: of Settings, less what the network has already.
+    Raises ValueError on less than one step.
     """
-    if not captions or not math.isfinite(guidance) or seed < 0:
-        raise ValueError(
-            f"generate: {len(captions)} images, guidance {guidance}, seed {seed}; expected at least one, a number, and "
-            "at least 0"
-        )
-    model, seconds = config.transformer, {} if seconds is None else seconds
-    weight = next(network.transformer.parameters())
-    device, dtype = weight.device, weight.dtype
-    shape = (model.in_channels, model.sample_size, model.sample_size)
-    w = guidance / config.flow.built_in if average else guidance
-    latents = []
-    for part in range(0, len(captions), batch):
-        here = captions[part : part + batch]
-        seeds = [seed * 1_000_003 + n for n in (numbers or range(len(captions)))[part : part + batch]]
-        with timed(seconds, "text", device):
-            # The condition is the same at every step: encode it once, with and without.
-            ids, mask = (x.to(device) for x in tokenize(network.encoder, here, seeds))
-            states = network.encoder(ids, mask)
-            null = network.encoder(ids, mask, torch.ones(len(here), dtype=torch.bool, device=device))
+    dtype = condition[0].dtype
 
-        def velocity(c: tuple[Tensor, Tensor | None]) -> Any:
-            cast = c[0].to(dtype), c[1]
-            return lambda now, t, r: network.transformer(now.to(dtype), t, r, *cast).float()
+    def velocity(states: States) -> Any:
+        return lambda z, t, r: transformer(z.to(dtype), t, r, *states).float()
 
-        with timed(seconds, "transformer", device):
-            noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(n)) for n in seeds])
-            z = sample(guided(velocity(states), velocity(null), w), noise.to(device), steps, average)
-            latents.append(z.cpu())
-    return torch.cat(latents)
+    return sample(guided(velocity(condition), velocity(null), guidance), noise.float(), steps, average)
 
 
 class Sampler:
-    """A checkpoint that draws: network and autoencoder. Use Sampler.load()."""
+    """A network that gives images of captions, and the autoencoder that decodes them. Sampler.load() reads both.
 
-    def __init__(self, config: Config, network: TextToImage, autoencoder: Any, average: bool, stamp: str) -> None:
-        self.config, self.network, self.autoencoder, self.average = config, network, autoencoder, average
+    What an image depends on: the weights, (settings.seed, its number, its caption), and the settings but `batch`. The
+    number is its place in the call unless `numbers` says otherwise. It does not depend on the other images of its
+    batch, nor on the size of the batch, the number of threads or the kind of processor, up to rounding: in float32 a
+    pixel of the 8-bit picture then differs by at most one level of 255. Sampled again in the same batches, with the
+    same number of threads on the same machine, it is the same bit for bit.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        network: TextToImage,
+        autoencoder: Latent | None = None,
+        settings: Settings | None = None,
+        stamp: str = "",
+    ) -> None:
+        self.config, self.network, self.autoencoder = config, network, autoencoder
+        self.settings = settings or Settings()
+        """Where a call says nothing else."""
         self.stamp = stamp
-        """Of the weights: another one means other images."""
+        """A digest of the weights: another one means other images."""
         self.seconds: dict[str, float] = {}
         """What the stages took so far: text, transformer, decoder."""
 
@@ -108,7 +96,7 @@ class Sampler:
     ) -> Sampler:
         """run: a run, one of its checkpoints, or an export. vae: a diffusers folder with the autoencoder; None: that of
         the run's data, or of the export. dtype: None is float32 on a CPU, bfloat16 on a GPU. flow_matching: sample the
-        instantaneous velocity by Euler's method. Raises ValueError on what does not fit."""
+        instantaneous velocity by Euler's method (`average` of Settings). Raises ValueError on what does not fit."""
         from emf.weights.folders import load_any
 
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -122,31 +110,85 @@ class Sampler:
         if folder is None and channels != 3:
             raise ValueError(f"generate: {run} gives latents of {channels} channels; name their autoencoder with --vae")
         autoencoder = None if folder is None else load_dcae(folder, device=place)
-        return cls(config, network, autoencoder, not flow_matching, weights_stamp(run))
+        return cls(config, network, autoencoder, Settings(average=not flow_matching), weights_stamp(run))
 
     @property
     def guidance(self) -> float:
-        """The default of its world."""
-        return default_guidance(self.config)
+        """Where no settings say another: that of the network's world."""
+        return GUIDANCE if self.config.condition.kind == "small" else GUIDANCE_PRETRAINED
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.transformer.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         return next(self.network.transformer.parameters()).dtype
 
-    def images(self, captions: list[str], steps: int, **settings: Any) -> Tensor:
-        """[n, 3, H, W] float32 in about [-1, 1]; settings as of generate."""
-        images = generate(
-            self.network, self.config, captions, steps, average=self.average, seconds=self.seconds, **settings
-        )
-        if self.autoencoder is None:
-            return images
-        device = next(self.network.transformer.parameters()).device
-        with timed(self.seconds, "decoder", device):
-            return torch.cat([self.autoencoder.decode(z[None].to(device)).cpu() for z in images])
+    def pictures(
+        self,
+        captions: Sequence[str],
+        settings: Settings | None = None,
+        *,
+        numbers: Sequence[int] | None = None,
+        **changes: Any,
+    ) -> list[Image.Image]:
+        """Images of captions as 8-bit RGB; see `images`."""
+        return [Image.fromarray(x) for x in to_uint8(self.images(captions, settings, numbers=numbers, **changes))]
 
-    def pictures(self, captions: list[str], steps: int, **settings: Any) -> list[Image.Image]:
-        """The same as 8-bit RGB."""
-        return [Image.fromarray(x) for x in to_uint8(self.images(captions, steps, **settings))]
+    def images(
+        self,
+        captions: Sequence[str],
+        settings: Settings | None = None,
+        *,
+        numbers: Sequence[int] | None = None,
+        **changes: Any,
+    ) -> Tensor:
+        """Images of captions, [n, 3, H, W] float32 on the CPU, in about [-1, 1].
+
+        settings: None takes the sampler's own. changes: single settings by name, as in images(captions, steps=4).
+        numbers: of the images, which seed them together with settings.seed; None: 0, 1, ...
+        Raises ValueError on settings out of their range, and on a caption that the encoder cannot read.
+        """
+        how = replace(settings or self.settings, **changes)
+        if not captions:
+            raise ValueError("sample: no captions; expected at least one")
+        every = range(len(captions)) if numbers is None else numbers
+        seeds = [seed_of(how.seed, n) for _, n in zip(captions, every, strict=True)]
+        parts = [slice(i, i + how.batch) for i in range(0, len(captions), how.batch)]
+        return torch.cat([self._decode(self._latents(captions[part], seeds[part], how)) for part in parts])
+
+    @torch.no_grad()
+    def _latents(self, captions: Sequence[str], seeds: Sequence[int], how: Settings) -> Tensor:
+        """Latents [B, C, size, size] float32 of one batch, whose images have these seeds; on the network's device."""
+        network, model, device = self.network, self.config.transformer, self.device
+        guidance = self.guidance if how.guidance is None else how.guidance
+        with timed(self.seconds, "text", device):
+            # The condition is the same at every step: it is encoded once, with and without the captions.
+            token_seeds = [TOKENS_APART + n for n in seeds]
+            ids, mask = (x.to(device) for x in tokenize(network.encoder, captions, token_seeds, progress=True))
+            dropped = torch.ones(len(captions), dtype=torch.bool, device=device)
+            states = network.encoder(ids, mask), network.encoder(ids, mask, dropped)
+            condition, null = ((s.to(self.dtype), kept) for s, kept in states)
+        with timed(self.seconds, "transformer", device):
+            shape = (model.in_channels, model.sample_size, model.sample_size)
+            noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(n)) for n in seeds])
+            return latents_of(
+                network.transformer,
+                noise.to(device),
+                condition,
+                null,
+                steps=how.steps,
+                guidance=guidance / self.config.flow.built_in if how.average else guidance,
+                average=how.average,
+            )
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Latents to images on the CPU, one at a time for the sake of memory; as they are without an autoencoder."""
+        if self.autoencoder is None:
+            return latents.cpu()
+        with timed(self.seconds, "decoder", self.device):
+            return torch.cat([self.autoencoder.decode(z[None]).cpu() for z in latents])
 
 
 def weights_stamp(run: Path) -> str:
@@ -165,20 +207,9 @@ def weights_stamp(run: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def tokenize(encoder: Any, captions: list[str], seeds: list[int]) -> tuple[Tensor, Tensor]:
-    """ids and mask of captions; BLIP3o-NEXT draws the image tokens first, each caption's by its own seed."""
-    if not hasattr(encoder, "generate"):
-        pair: tuple[Tensor, Tensor] = encoder.tokenize(captions)
-        return pair
-    generators = [torch.Generator().manual_seed(2**40 + n) for n in seeds]
-    tokens = encoder.generate(captions, generators, progress=encoder.image_tokens > 100)
-    pair = encoder.tokenize(captions, tokens.cpu())
-    return pair
-
-
 @contextmanager
 def timed(seconds: dict[str, float], name: str, device: torch.device) -> Iterator[None]:
-    """Add the time that a block takes on its device."""
+    """Add the time that a block takes on its device to seconds[name]."""
     start = time.perf_counter()
     yield
     if device.type == "cuda":
@@ -191,16 +222,16 @@ def to_uint8(images: Tensor | np.ndarray) -> np.ndarray:
     return ((np.asarray(images) + 1) * 127.5).round().clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
-def write_images(images: Tensor, captions: list[str], out: Path, settings: dict[str, Any]) -> list[Path]:
-    """PNG files with caption and settings in their metadata; small ones eight times as large. A name that is taken
-    gets the next number."""
+def write_images(images: Tensor, captions: Sequence[str], out: Path, told: dict[str, Any]) -> list[Path]:
+    """PNG files with the caption and what is told of them in their metadata; small ones eight times as large. A name
+    that is taken gets the next number."""
     out.mkdir(parents=True, exist_ok=True)
     taken, paths = len(list(out.glob("*.png"))), []
     for image, caption in zip(to_uint8(images), captions, strict=True):
         while (path := out / f"{taken:05d}.png").exists():
             taken += 1
         note = PngInfo()
-        for key, value in {"caption": caption, **settings}.items():
+        for key, value in {"caption": caption, **told}.items():
             note.add_text(key, str(value))
         picture = Image.fromarray(image)
         zoom = 8 if picture.width < SMALL else 1

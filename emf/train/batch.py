@@ -13,7 +13,7 @@ from torch import Tensor
 
 from emf.config import Config
 from emf.data.feed import Feed
-from emf.flow import times
+from emf.flow import seed_of, times
 
 
 class Batch(NamedTuple):
@@ -45,7 +45,7 @@ class Batch(NamedTuple):
 def make_batch(config: Config, feed: Feed, step: int, part: int, parts: int) -> Batch:
     """Part `part` of `parts` of step's batch. Every part has the same share of r < t (to one sample): the sorted
     batch is dealt out in turn."""
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    generator = torch.Generator().manual_seed(seed_of(config.seed, step))
     x, ids, mask = feed(step, part, parts)
     n, mine = config.batch_size, slice(part, None, parts)
     t, r, b = times(step / config.steps, n, config.flow, generator)

@@ -19,7 +19,7 @@ from emf.data.feed import Feed, feed
 from emf.errors import Diverged
 from emf.evaluate.digits_scorer import Scorer
 from emf.network.build import build, checkpoints
-from emf.sample.sampler import GUIDANCE
+from emf.sample.sampling_settings import GUIDANCE
 from emf.train.batch import Batch, batches
 from emf.train.log import Log, memory_mib, speed
 from emf.train.objective import learning_rate, losses

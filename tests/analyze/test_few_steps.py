@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from analyzed import WORDS, write_models, write_run
 from PIL import Image
+from same_pictures import assert_same_pictures
 
-from emf.analyze import backbones
 from emf.analyze.choices import Sampling
 from emf.analyze.names import parse_runs
 from emf.analyze.steps import psnr, run_steps
 from emf.config import ConditionConfig
 from emf.evaluate.digits_scorer import Scorer
-from emf.sample import sampler as generating
+from emf.sample.sampler import Sampler
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_steps_on_the_digits(digit_runs: list[str], tmp_path: Path, monkeypatch:
     with pytest.raises(ValueError, match="other settings"):
         run_steps(parse_runs(digit_runs), tmp_path / "out", Sampling((1, 2), per_tag=1))
     # all images are there, and are not drawn again
-    monkeypatch.setattr(backbones, "generate", None)
+    monkeypatch.setattr(Sampler, "images", None)
     assert run_steps(parse_runs(digit_runs), tmp_path / "out", sampling) == panels
 
 
@@ -58,27 +58,31 @@ def test_steps_elsewhere_go_on_where_they_were_stopped(
     runs = {n: write_run(tmp_path / n, i, condition=condition, width=16, size=8) for i, n in enumerate("ab")}
     prompts, out, sampling = tmp_path / "p.txt", tmp_path / "out", Sampling((1, 3), batch=2)
     prompts.write_text("\n".join(WORDS[:3]))
-    calls, real = [], generating.generate
+    calls, real = [], Sampler.images
 
     def some(*arguments: Any, **settings: Any) -> Any:
-        calls.append(len(arguments[2]))
+        calls.append(len(arguments[1]))
         if len(calls) == 4:
             raise KeyboardInterrupt
         return real(*arguments, **settings)
 
-    monkeypatch.setattr(generating, "generate", some)
+    monkeypatch.setattr(Sampler, "images", some)
     with pytest.raises(KeyboardInterrupt):
         run_steps(runs, out, sampling, prompts=prompts)
     kept = {p: p.read_bytes() for p in out.rglob("images/**/*.png")}
     assert len(kept) == 5  # of three calls, two of them with two images
-    next(iter(kept)).unlink()
+    before = {p: np.asarray(Image.open(p)) for p in kept}
+    again = next(iter(kept))
+    again.unlink()
     panels = run_steps(runs, out, sampling, prompts=prompts)
     assert sum(calls[4:]) == 12 - 4  # those that were there are not drawn again
-    assert all(path.read_bytes() == data for path, data in kept.items())
+    assert all(path.read_bytes() == data for path, data in kept.items() if path != again)
+    assert_same_pictures([Image.open(again)], [before[again]])  # in a batch of its own this time
     assert list(panels) == ["PSNR, dB"]
     calls[:] = [0] * 9
     named = run_steps(runs, tmp_path / "other", sampling, prompts=prompts, dino=str(models / "dinov3"))
-    assert named["PSNR, dB"] == panels["PSNR, dB"] and set(named["cosine of DINO features"]) == {"a", "b"}
+    psnrs = [[x.mean for line in made["PSNR, dB"].values() for x in line.values()] for made in (named, panels)]
+    assert psnrs[0] == pytest.approx(psnrs[1], abs=0.1) and set(named["cosine of DINO features"]) == {"a", "b"}
     assert all(-1 <= x.mean <= 1 for x in named["cosine of DINO features"]["a"].values())
 
 

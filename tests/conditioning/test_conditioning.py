@@ -26,7 +26,7 @@ from transformers import (
 from emf.conditioning.blip3o import Blip3oNext, SpecialTokens
 from emf.conditioning.encoder import mean_pool
 from emf.conditioning.load import load
-from emf.conditioning.sampling import Sampling, distribution, draw
+from emf.conditioning.sampling import Sampling, distribution, pick
 from emf.conditioning.small import Connector
 from emf.conditioning.ta_tok import load_ta_tok
 from emf.conditioning.text import TextEncoder, sana_instruction
@@ -268,9 +268,9 @@ def test_draws_have_the_distribution():
     sampling = Sampling(top_k=10, top_p=0.9)
     p, ids = distribution(logits, sampling)
     uniform = torch.rand(n, generator=torch.Generator().manual_seed(1))
-    counts = draw(logits.expand(n, -1), uniform, sampling).bincount(minlength=20) / n
+    counts = pick(logits.expand(n, -1), uniform, sampling).bincount(minlength=20) / n
     torch.testing.assert_close(counts, torch.zeros(1, 20).scatter(1, ids, p)[0], atol=0.015, rtol=0)
-    assert draw(logits, torch.tensor([1 - 2**-24]), sampling) == ids[0, (p > 0).sum() - 1]
+    assert pick(logits, torch.tensor([1 - 2**-24]), sampling) == ids[0, (p > 0).sum() - 1]
 
 
 def test_greedy_generation_is_transformers_own(blip3o, qwen, qwen_tokenizer):

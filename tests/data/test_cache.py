@@ -20,7 +20,7 @@ from emf.data.drops import Dropped
 from emf.data.images import Images, Sample
 from emf.data.mixture import Dataset
 from emf.data.sources import Source
-from emf.model.autoencoder import DCAE, draw
+from emf.model.autoencoder import DCAE, posterior_sample
 
 SIZE, TOKEN_SIZE = 16, 6
 
@@ -106,7 +106,7 @@ def losses(batch: Callable[[int], list[Sample]], steps: int = 6) -> list[float]:
     values = []
     for step in range(steps):
         noise = torch.Generator().manual_seed(step)
-        x = torch.stack([draw(s.mean, s.std, noise) for s in batch(step) if s.mean is not None])
+        x = torch.stack([posterior_sample(s.mean, s.std, noise) for s in batch(step) if s.mean is not None])
         e = torch.randn(x.shape, generator=noise)
         loss = (network((x + e) / 2) - (e - x)).square().mean()
         optimizer.zero_grad()

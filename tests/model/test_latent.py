@@ -11,7 +11,7 @@ import torch
 from image_files import small_autoencoder
 from safetensors.torch import load_file, save_file
 
-from emf.model.autoencoder import DCAE, Identity, draw, load_dcae
+from emf.model.autoencoder import DCAE, Identity, load_dcae, posterior_sample
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +116,9 @@ def test_a_broken_folder_is_one_line(change: Any, message: str, tmp_path: Path) 
 
 def test_draw() -> None:
     mean, std = torch.full((1000,), 3.0), torch.full((1000,), 0.5)
-    assert draw(mean, None) is mean
-    z = draw(mean, std, torch.Generator().manual_seed(0))
-    assert torch.equal(z, draw(mean, std, torch.Generator().manual_seed(0)))
-    assert not torch.equal(z, draw(mean, std, torch.Generator().manual_seed(1)))
+    assert posterior_sample(mean, None) is mean
+    z = posterior_sample(mean, std, torch.Generator().manual_seed(0))
+    assert torch.equal(z, posterior_sample(mean, std, torch.Generator().manual_seed(0)))
+    assert not torch.equal(z, posterior_sample(mean, std, torch.Generator().manual_seed(1)))
     assert abs(z.mean() - 3) < 0.06 and abs(z.std() - 0.5) < 0.04
-    assert draw(mean.bfloat16(), std.bfloat16()).dtype == torch.bfloat16
+    assert posterior_sample(mean.bfloat16(), std.bfloat16()).dtype == torch.bfloat16

@@ -1,0 +1,39 @@
+"""How images are sampled: one dataclass for every caller, and the guidance of each world."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+GUIDANCE = 1.25
+"""Of the digits' world, where it scores best (profiles/LOG.md)."""
+GUIDANCE_PRETRAINED = 2.0
+"""Of the other worlds: the one that EMF's released inference script samples with."""
+GUIDANCE_PIPELINE = 1.5
+"""Of EMFPipeline: the default of the function that this script calls."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How images are sampled. Raises ValueError on what cannot be."""
+
+    steps: int = 1
+    """Equal steps from noise to data."""
+    guidance: float | None = None
+    """Classifier-free guidance, 1 is none; None: 1.25 for the digits, else 2. A network trained with guidance inside
+    its target (config.flow.built_in) has that part already: at just this guidance it is evaluated once a step."""
+    seed: int = 0
+    """Of the noise, and of the image tokens that BLIP3o-NEXT draws before it."""
+    average: bool = True
+    """Few-step EMF sampling with u(z, r, t); else Euler's method on v(z, t) with the pretrained time embedding, which
+    is the flow-matching baseline."""
+    batch: int = 4
+    """Images computed at once."""
+
+    def __post_init__(self) -> None:
+        finite = self.guidance is None or math.isfinite(self.guidance)
+        if self.steps < 1 or self.batch < 1 or self.seed < 0 or not finite:
+            raise ValueError(
+                f"sample: {self.steps} steps, guidance {self.guidance}, seed {self.seed}, batch {self.batch}; expected "
+                "at least 1 step, a number, a seed of at least 0, and at least 1 image at once"
+            )
