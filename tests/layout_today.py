@@ -20,8 +20,6 @@ TODAY: dict[str, set[str]] = {
     },
     "long": {
         "tests/conditioning/test_conditioning.py",
-        "tests/data/test_data.py",
-        "tests/evaluate/test_geneval.py",
         "tests/weights/test_layouts.py",
     },
     "arguments": {
@@ -33,11 +31,6 @@ TODAY: dict[str, set[str]] = {
         "emf/cli/generate.py generate",
         "emf/cli/planning.py plan",
         "emf/cli/weights.py convert",
-        "emf/evaluate/dpg.py run_dpg",
-        "emf/evaluate/dpg.py score_dpg",
-        "emf/evaluate/geneval.py run_geneval",
-        "emf/evaluate/hps.py run_hps",
-        "emf/evaluate/hps.py score_hps",
         "emf/evaluate/pictures.py draw_and_score",
         "emf/flow.py meanflow_loss",
         "emf/model/layers.py __init__",

@@ -60,7 +60,8 @@ def geneval(
     from emf.evaluate.pictures import geneval_items
 
     def score(folder: Path, here: Path, name: str, steps: int | None) -> Any:
-        return run_geneval(folder, here, detector, clip, detections, device, name, steps)
+        networks: Any = dict(detector=detector, clip=clip, detections=detections, device=device)
+        return run_geneval(folder, here, **networks, name=name, steps=steps)
 
     _run(images, out, draw, device, name, score, lambda: geneval_items(prompts))
 
@@ -103,7 +104,8 @@ def dpg(
 
     def score(folder: Path, here: Path, name: str, steps: int | None) -> Any:
         assert questions is not None
-        return run_dpg(folder, here, questions, vqa, answers, quirks, resolution, device, name, steps)
+        how: Any = dict(vqa=vqa, answers=answers, quirks=quirks, resolution=resolution, device=device)
+        return run_dpg(folder, here, questions, **how, name=name, steps=steps)
 
     _run(images, out, draw, device, name, score, lambda: dpg_items(prompts))
 
@@ -142,7 +144,9 @@ def hps(
 
     def score(folder: Path, here: Path, name: str, steps: int | None) -> Any:
         assert weights is not None
-        return run_hps(folder, here, texts, weights, tokenizer, half=half, device=device, name=name, steps=steps)
+        return run_hps(
+            folder, here, texts, weights, tokenizer=tokenizer, half=half, device=device, name=name, steps=steps
+        )
 
     _run(images, out, draw, device, name, score, lambda: hps_items(texts))
 

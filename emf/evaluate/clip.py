@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from emf.files import why
+
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Of the pixels CLIP was trained on, in [0, 1]; BLIP uses them too."""
 
@@ -28,9 +30,8 @@ def pretrained(cls: Any, where: str, what: str) -> Any:
         )
     except (OSError, ValueError, RuntimeError) as error:
         files = "config.json and model.safetensors" if weights else "the tokenizer's files"
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
         raise ValueError(
-            f"{what}: {where} cannot be loaded ({reason}); put {files} of it into a folder and name that"
+            f"{what}: {where} cannot be loaded ({why(error)[:120]}); put {files} of it into a folder and name that"
         ) from None
     if not weights:
         return loaded

@@ -1,4 +1,5 @@
-"""Detectors for GenEval: recorded detections, or Mask2Former and CLIP through transformers (emf.md 5.1, 5.4)."""
+"""Detectors for GenEval: recorded detections, or Mask2Former and CLIP through transformers
+(arXiv 2310.11513; djghosh13/geneval, evaluation/)."""
 
 from __future__ import annotations
 
@@ -14,9 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from emf.data.digits import COLORS
-from emf.evaluate.benchmark import open_image, read_jsonl, stamp
+from emf.device import device as find_device
+from emf.evaluate.benchmark import stamp
 from emf.evaluate.clip import Clip, center_square, normalized, pretrained
 from emf.evaluate.rules import SCORE, Detection
+from emf.files import numbered_jsonl, open_image
 
 MASK2FORMER, CLIP = "facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14"
 TEMPLATES = ("a photo of a {color} {label}", "a photo of a {color}-colored {label}", "a photo of a {color} object")
@@ -62,24 +65,16 @@ class RecordedDetector:
 
     def __init__(self, file: Path, root: Path) -> None:
         self.file, self.root = file, root
-        rows = read_jsonl(file)
-        try:
-            self.found = {
-                row["filename"]: [
-                    Detection(
-                        d["label"],
-                        float(d["score"]),
-                        (d["box"][0], d["box"][1], d["box"][2], d["box"][3]),
-                        d.get("color"),
-                    )
-                    for d in row["detections"]
+        self.found: dict[str, list[Detection]] = {}
+        for number, row in numbered_jsonl(file):
+            try:
+                self.found[row["filename"]] = [
+                    Detection(d["label"], float(d["score"]), _box(d["box"]), d.get("color")) for d in row["detections"]
                 ]
-                for row in rows
-            }
-        except (KeyError, TypeError, IndexError, ValueError) as error:
-            raise ValueError(
-                f"{file}: a line lacks {error}; expected filename and detections of label, score, box"
-            ) from None
+            except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
+                raise ValueError(
+                    f"{file}:{number} lacks {error}; expected filename and detections of label, score, box"
+                ) from None
         self.settings = {"detections": stamp(file)}
         self.deviations = [
             f"detections were read from {file.name}, not made here; its detector decides what they are worth"
@@ -95,6 +90,10 @@ class RecordedDetector:
     def colors(self, path: Path, label: str, found: Sequence[Detection]) -> list[str | None]:
         """See Detector: as recorded."""
         return [d.color for d in found]
+
+
+def _box(sides: Sequence[float]) -> tuple[float, float, float, float]:
+    return float(sides[0]), float(sides[1]), float(sides[2]), float(sides[3])
 
 
 @dataclass(frozen=True)
@@ -146,8 +145,9 @@ class HFDetector:
         """From folders or Hub names. Raises ValueError, saying what to put where."""
         from transformers import AutoTokenizer, CLIPModel, Mask2FormerForUniversalSegmentation
 
-        model = pretrained(Mask2FormerForUniversalSegmentation, detector, "GenEval's detector").to(device)
-        colors = pretrained(CLIPModel, clip, "GenEval's colour classifier").to(device)
+        place = find_device(device)
+        model = pretrained(Mask2FormerForUniversalSegmentation, detector, "GenEval's detector").to(place)
+        colors = pretrained(CLIPModel, clip, "GenEval's colour classifier").to(place)
         tokenizer = pretrained(AutoTokenizer, clip, "GenEval's colour classifier")
         return cls(model, Clip(colors, tokenizer), {"detector": detector, "clip": clip})
 

@@ -6,7 +6,6 @@ in transformers: another network's scores are of another scale, and labelled so.
 
 from __future__ import annotations
 
-import csv
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,19 +15,19 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 
+from emf.device import device as find_device
 from emf.evaluate.benchmark import (
     Result,
     Row,
     check_images,
     mean,
-    open_image,
-    read_jsonl,
     score_images,
     stamp,
     stamps,
     write_results,
 )
 from emf.evaluate.clip import normalized, pretrained
+from emf.files import numbered_jsonl, open_image, read_csv
 
 BLIP = "Salesforce/blip-vqa-base"
 PROMPTS, IMAGES = 1065, 4
@@ -78,11 +77,13 @@ class RecordedVQA:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        rows = read_jsonl(file)
-        try:
-            self.said = {(r["filename"], r["crop"]): {int(k): str(a) for k, a in r["answers"].items()} for r in rows}
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{file}: a line lacks {error}; expected filename, crop and answers") from None
+        self.said: dict[tuple[str, int], dict[int, str]] = {}
+        for number, row in numbered_jsonl(file):
+            try:
+                crop = row["filename"], row["crop"]
+                self.said[crop] = {int(k): str(a) for k, a in row["answers"].items()}
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                raise ValueError(f"{file}:{number} lacks {error}; expected filename, crop and answers") from None
         self.settings = {"answers": stamp(file)}
         self.deviations = [f"answers were read from {file.name}, not made here; comparable if they are mPLUG's"]
 
@@ -117,7 +118,8 @@ class BlipVQA:
         """From a folder or a Hub name. Raises ValueError, saying what to put where."""
         from transformers import AutoTokenizer, BlipForQuestionAnswering
 
-        network = pretrained(BlipForQuestionAnswering, model, "DPG-Bench's VQA network").to(device)
+        place = find_device(device)
+        network = pretrained(BlipForQuestionAnswering, model, "DPG-Bench's VQA network").to(place)
         return cls(network, pretrained(AutoTokenizer, model, "DPG-Bench's VQA network"), {"vqa": model})
 
     @torch.no_grad()
@@ -146,25 +148,21 @@ class BlipVQA:
 
 
 def read_questions(file: Path, skip_first_row: bool = True) -> Items:
-    """The items of dpg_bench.csv. Raises ValueError, naming file and row, on what cannot be read."""
+    """The items of dpg_bench.csv. Raises ValueError, naming file and line, on what cannot be read."""
     columns = {"item_id", "proposition_id", "dependency", "tuple", "question_natural_language"}
     if not file.is_file():
         raise ValueError(f"{file} does not exist; put DPG-Bench's dpg_bench.csv (ELLA's repository) there")
-    with file.open(newline="", encoding="utf-8-sig") as stream:
-        reader = csv.DictReader(stream)
-        lacking = columns - set(reader.fieldnames or ())
-        if lacking:
-            raise ValueError(f"{file} lacks the column {min(lacking)}; expected DPG-Bench's dpg_bench.csv")
-        items: Items = {}
-        for number, row in enumerate(reader, 1):
-            if skip_first_row and number == 1:
-                continue
-            try:
-                parents = tuple(int(p) for p in row["dependency"].split(",") if int(p))
-                question = Question(row["question_natural_language"], row["tuple"].split("(")[0].strip(), parents)
-                items.setdefault(row["item_id"], {})[int(row["proposition_id"])] = question
-            except (ValueError, AttributeError):
-                raise ValueError(f"{file}: row {number} has no whole number as proposition or dependency") from None
+    rows = read_csv(file)
+    if lacking := columns - (rows[0][1].keys() if rows else set()):
+        raise ValueError(f"{file} lacks the column {min(lacking)}; expected DPG-Bench's dpg_bench.csv")
+    items: Items = {}
+    for line, row in rows[skip_first_row:]:
+        try:
+            parents = tuple(int(p) for p in row["dependency"].split(",") if int(p))
+            question = Question(row["question_natural_language"], row["tuple"].split("(")[0].strip(), parents)
+            items.setdefault(row["item_id"], {})[int(row["proposition_id"])] = question
+        except ValueError:
+            raise ValueError(f"{file}:{line} has no whole number as proposition or dependency") from None
     return items
 
 
@@ -228,6 +226,7 @@ def score_dpg(
     questions: Path,
     vqa: VQA,
     quirks: Quirks | None = None,
+    *,
     resolution: int | None = None,
     name: str = "",
     steps: int | None = None,
@@ -263,15 +262,15 @@ def score_dpg(
     rows = score_images(out, settings, digests, score)
     overall, tables = summarize(rows, items, quirks)
     result = Result(
-        "DPG-Bench",
-        vqa.label,
-        name or root.name,
-        steps,
-        overall,
-        tables,
-        IMAGES * len(rows),
-        settings | vars(quirks),
-        [*vqa.deviations, *_deviations(quirks, len(rows), len(everything), left_out)],
+        benchmark="DPG-Bench",
+        label=vqa.label,
+        name=name or root.name,
+        steps=steps,
+        overall=overall,
+        tables=tables,
+        images=IMAGES * len(rows),
+        settings=settings | vars(quirks),
+        deviations=[*vqa.deviations, *_deviations(quirks, len(rows), len(everything), left_out)],
     )
     write_results(out, result)
     return result
@@ -300,6 +299,7 @@ def run_dpg(
     images: Path,
     out: Path,
     questions: Path,
+    *,
     vqa: str = BLIP,
     answers: Path | None = None,
     quirks: Quirks | None = None,
@@ -311,4 +311,4 @@ def run_dpg(
     """score_dpg with BLIP-VQA (a folder or Hub name), or with a file of recorded answers."""
     check_images(images)
     network: VQA = RecordedVQA(answers) if answers else BlipVQA.load(vqa, device)
-    return score_dpg(images, out, questions, network, quirks, resolution, name, steps)
+    return score_dpg(images, out, questions, network, quirks, resolution=resolution, name=name, steps=steps)

@@ -16,6 +16,7 @@ from emf.data.digits import TAGS
 from emf.evaluate.benchmark import Result, Row, check_images, mean, score_images, stamps, write_results
 from emf.evaluate.detector import CLIP, MASK2FORMER, Detector, HFDetector, RecordedDetector
 from emf.evaluate.rules import Detection, check_metadata, evaluate, select
+from emf.files import read_json
 
 PROMPTS, IMAGES = 553, 4
 """Of the benchmark; images of each prompt."""
@@ -32,11 +33,9 @@ def read_folder(root: Path, classes: Sequence[str]) -> dict[str, dict[str, Any]]
     for folder in folders:
         file = folder / "metadata.jsonl"
         try:
-            metadata = json.loads(file.read_text())
-        except (OSError, ValueError):
-            raise ValueError(
-                f"{file} is missing or not JSON; expected the prompt's object of GenEval's metadata"
-            ) from None
+            metadata = read_json(file)
+        except ValueError as error:
+            raise ValueError(f"{error}; expected the prompt's object of GenEval's metadata") from None
         check_metadata(metadata, classes, str(file))
         images = sorted(p for p in folder.glob("samples/*.png") if re.fullmatch(r"\d+\.png", p.name))
         if not images:
@@ -101,7 +100,7 @@ def incomplete(names: Sequence[str], tags: Sequence[str]) -> list[str]:
     return said
 
 
-def score_geneval(root: Path, out: Path, detector: Detector, name: str = "", steps: int | None = None) -> Result:
+def score_geneval(root: Path, out: Path, detector: Detector, *, name: str = "", steps: int | None = None) -> Result:
     """Score a folder; scored.jsonl, results.json and results.md in `out`. A killed run goes on where it was.
 
     name, steps: what the images are of, for the table. Raises ValueError on a folder that is not in GenEval's layout.
@@ -116,15 +115,15 @@ def score_geneval(root: Path, out: Path, detector: Detector, name: str = "", ste
     overall, by_tag = summarize(rows)
     deviations = [*detector.deviations, *incomplete(list(work), list(by_tag))]
     result = Result(
-        "GenEval",
-        detector.label,
-        name or root.name,
-        steps,
-        overall,
-        {"task": by_tag, "over all tasks": shares(rows)},
-        len(rows),
-        settings,
-        deviations,
+        benchmark="GenEval",
+        label=detector.label,
+        name=name or root.name,
+        steps=steps,
+        overall=overall,
+        tables={"task": by_tag, "over all tasks": shares(rows)},
+        images=len(rows),
+        settings=settings,
+        deviations=deviations,
     )
     write_results(out, result)
     return result
@@ -133,6 +132,7 @@ def score_geneval(root: Path, out: Path, detector: Detector, name: str = "", ste
 def run_geneval(
     images: Path,
     out: Path,
+    *,
     detector: str = MASK2FORMER,
     clip: str = CLIP,
     detections: Path | None = None,
@@ -143,4 +143,4 @@ def run_geneval(
     """score_geneval with Mask2Former and CLIP (folders or Hub names), or with a file of recorded detections."""
     check_images(images)
     found: Detector = RecordedDetector(detections, images) if detections else HFDetector.load(detector, clip, device)
-    return score_geneval(images, out, found, name, steps)
+    return score_geneval(images, out, found, name=name, steps=steps)

@@ -6,7 +6,6 @@ open_clip's ViT-H-14; its weights are renamed to transformers' CLIPModel.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,9 +18,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from emf.evaluate.benchmark import Result, Row, check_images, mean, open_image, score_images, stamps, write_results
+from emf.device import device as find_device
+from emf.evaluate.benchmark import Result, Row, check_images, mean, score_images, stamps, write_results
 from emf.evaluate.clip import MEAN, STD, Clip, pretrained
 from emf.evaluate.detector import CLIP
+from emf.files import open_image, read_json
 
 STYLES = ("anime", "concept-art", "paintings", "photo")
 PROMPTS, GROUP = 800, 80
@@ -119,6 +120,7 @@ def load_clip(checkpoint: Path, tokenizer: str = CLIP, device: str = "cpu", head
     """
     from transformers import AutoTokenizer, CLIPModel
 
+    place = find_device(device)
     if not checkpoint.is_file():
         raise ValueError(f"HPSv2.1: {checkpoint} does not exist; put HPS_v2.1_compressed.pt (xswu/HPSv2) there")
     try:
@@ -133,7 +135,7 @@ def load_clip(checkpoint: Path, tokenizer: str = CLIP, device: str = "cpu", head
         ) from None
     if lacking:
         raise ValueError(f"HPSv2.1: {checkpoint} lacks {len(lacking)} weights, {lacking[0]} the first")
-    return Clip(model.to(device), pretrained(AutoTokenizer, tokenizer, "HPSv2.1's tokenizer"))
+    return Clip(model.to(place), pretrained(AutoTokenizer, tokenizer, "HPSv2.1's tokenizer"))
 
 
 def hps_pixels(image: Image.Image, size: int, antialias: bool = True) -> Tensor:
@@ -153,17 +155,23 @@ def hps_pixels(image: Image.Image, size: int, antialias: bool = True) -> Tensor:
     return (pixels - mean_) / std
 
 
+def read_prompts(folder: Path, style: str) -> list[str]:
+    """A style's prompts. Raises ValueError where they are missing or something else."""
+    file = folder / f"{style}.json"
+    try:
+        texts = read_json(file)
+    except ValueError as error:
+        raise ValueError(f"{error}; put HPDv2's benchmark/{style}.json there") from None
+    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
+        raise ValueError(f"{file} is no list of texts; expected HPDv2's benchmark/{style}.json")
+    return texts
+
+
 def read_images(root: Path, prompts: Path, styles: Sequence[str]) -> dict[str, tuple[str, str]]:
     """File name, relative to root -> (style, prompt), of every prompt. Raises ValueError on what is missing."""
     work: dict[str, tuple[str, str]] = {}
     for style in styles:
-        file = prompts / f"{style}.json"
-        try:
-            texts = json.loads(file.read_text())
-        except (OSError, ValueError):
-            raise ValueError(f"{file} is missing or not JSON; put HPDv2's benchmark/{style}.json there") from None
-        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
-            raise ValueError(f"{file} is no list of texts; expected HPDv2's benchmark/{style}.json")
+        texts = read_prompts(prompts, style)
         names = [f"{style}/{i:05d}" for i in range(len(texts))]
         kinds = [next((k for k in (".jpg", ".png") if (root / f"{n}{k}").is_file()), "") for n in names]
         if not all(kinds):
@@ -186,6 +194,7 @@ def score_hps(
     out: Path,
     prompts: Path,
     clip: Clip,
+    *,
     settings: dict[str, Any] | None = None,
     styles: Sequence[str] = STYLES,
     half: bool = False,
@@ -220,7 +229,15 @@ def score_hps(
     overall = mean(r["score"] for r in rows)
     deviations = _deviations(rows, styles, half, antialias)
     result = Result(
-        "HPSv2.1", "HPSv2.1 (transformers)", name or root.name, steps, overall, tables, len(rows), settings, deviations
+        benchmark="HPSv2.1",
+        label="HPSv2.1 (transformers)",
+        name=name or root.name,
+        steps=steps,
+        overall=overall,
+        tables=tables,
+        images=len(rows),
+        settings=settings,
+        deviations=deviations,
     )
     write_results(out, result)
     return result
@@ -246,6 +263,7 @@ def run_hps(
     out: Path,
     prompts: Path,
     checkpoint: Path,
+    *,
     tokenizer: str = CLIP,
     styles: Sequence[str] = STYLES,
     half: bool = False,
@@ -258,4 +276,5 @@ def run_hps(
     check_images(images)
     clip = load_clip(checkpoint, tokenizer, device)
     known = {"checkpoint": checkpoint.name, "tokenizer": tokenizer}
-    return score_hps(images, out, prompts, clip, known, styles, half, antialias, name=name, steps=steps)
+    how: Any = dict(styles=styles, half=half, antialias=antialias, name=name, steps=steps)
+    return score_hps(images, out, prompts, clip, settings=known, **how)

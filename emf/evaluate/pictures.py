@@ -18,9 +18,10 @@ from pathlib import Path
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from emf.evaluate.benchmark import Result, claim, read_jsonl, replace_text, write_comparison
+from emf.evaluate.benchmark import ELSEWHERE, Result, write_comparison
 from emf.evaluate.drawing import Drawing
-from emf.evaluate.hps import STYLES
+from emf.evaluate.hps import STYLES, read_prompts
+from emf.files import claim, numbered_jsonl, read_text, whole_file, write_text
 from emf.sample.sampler import Sampler
 
 IMAGES, SETTINGS = "images", "drawing.json"
@@ -48,9 +49,9 @@ def geneval_items(prompts: Path | None) -> tuple[list[Item], dict[str, str]]:
             "(djghosh13/geneval, prompts/)"
         )
     items, texts = [], {}
-    for i, row in enumerate(read_jsonl(prompts)):
+    for i, (number, row) in enumerate(numbered_jsonl(prompts)):
         if not isinstance(row.get("prompt"), str):
-            raise ValueError(f"{prompts}:{i + 1} has no prompt; expected GenEval's metadata")
+            raise ValueError(f"{prompts}:{number} has no prompt; expected GenEval's metadata")
         texts[f"{i:05d}/metadata.jsonl"] = json.dumps(row) + "\n"
         items += [Item(f"{i:05d}/samples/{j:04d}.png", row["prompt"], 4 * i + j) for j in range(4)]
     return items, texts
@@ -64,18 +65,14 @@ def dpg_items(prompts: Path | None) -> tuple[list[Item], dict[str, str]]:
             f"DPG-Bench: --prompts {prompts} holds no texts; expected the folder dpg_bench/prompts of its repository "
             "(TencentQQGYLab/ELLA)"
         )
-    return [Item(f"{f.stem}.png", f.read_text().strip(), 4 * i, grid=True) for i, f in enumerate(files)], {}
+    return [Item(f"{f.stem}.png", read_text(f).strip(), 4 * i, grid=True) for i, f in enumerate(files)], {}
 
 
 def hps_items(prompts: Path | None) -> tuple[list[Item], dict[str, str]]:
     """An image for each prompt of the four styles; prompts: a folder with <style>.json."""
     items: list[Item] = []
     for style in STYLES:
-        file = (prompts or Path()) / f"{style}.json"
-        try:
-            texts = json.loads(file.read_text())
-        except (OSError, ValueError):
-            raise ValueError(f"{file} is missing or not JSON; put HPDv2's benchmark/{style}.json there") from None
+        texts = read_prompts(prompts or Path(), style)
         items += [Item(f"{style}/{i:05d}.jpg", text, len(items) + i) for i, text in enumerate(texts)]
     return items, {}
 
@@ -117,10 +114,10 @@ def draw_pictures(items: Sequence[Item], texts: dict[str, str], out: Path, drawi
     how = replace(sampler.settings, guidance=guidance, seed=drawing.seed, batch=drawing.batch)
     for steps in drawing.counts:
         folder = out / str(steps) / IMAGES
-        claim(folder, {**told, "steps": steps}, SETTINGS, [items[0].file, items[-1].file])
+        own = [items[0].file, items[-1].file]
+        claim(folder, {**told, "steps": steps}, own, name=SETTINGS, advice=ELSEWHERE, writer=rank)
         for name, text in texts.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            replace_text(folder / name, text, rank)
+            write_text(folder / name, text, rank)
     with bar() as progress:
         task = progress.add_task("drawing", total=sum(len(group) for _, group in todo))
         for steps, group in todo:
@@ -151,13 +148,11 @@ def grid(four: Sequence[Image.Image]) -> Image.Image:
 
 def save(file: Path, picture: Image.Image, rank: int) -> None:
     """A file that is there whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.{rank}.part")
-    if file.suffix == ".jpg":
-        picture.save(part, "jpeg", quality=95)
-    else:
-        picture.save(part, "png")
-    os.replace(part, file)
+    with whole_file(file, rank) as part:
+        if file.suffix == ".jpg":
+            picture.save(part, "jpeg", quality=95)
+        else:
+            picture.save(part, "png")
 
 
 def wait_for(files: Sequence[Path]) -> None:

@@ -1,7 +1,7 @@
 """GenEval's rules (arXiv 2310.11513; djghosh13/geneval): do these detections show what the metadata asks for?
 
 Apart from any detector. Metadata: {"tag", "include": [{"class", "count"[, "color"][, "position": [relation, index]]}],
-["exclude": [{"class", "count"}]], "prompt"}.
+["exclude": [{"class", "count"}]], "prompt"}. A key may be null, which is as if it were not there.
 """
 
 from __future__ import annotations
@@ -80,13 +80,13 @@ def check_metadata(metadata: Any, classes: Sequence[str], where: str) -> None:
     if not isinstance(metadata.get("tag"), str) or not isinstance(metadata.get("include"), list):
         raise wrong("tag or include is missing")
     for key in ("include", "exclude"):
-        for i, entry in enumerate(metadata.get(key, [])):
+        for i, entry in enumerate(metadata.get(key) or ()):
             if not isinstance(entry, dict) or entry.get("class") not in classes:
                 raise wrong(f"the class of {key}[{i}] is none that the detector knows")
             if not isinstance(entry.get("count"), int) or entry["count"] < 1:
                 raise wrong(f"the count of {key}[{i}] is no positive number")
-            if "position" in entry:
-                relation, index = entry["position"]
+            if (position := entry.get("position")) is not None:
+                relation, index = position if isinstance(position, (list, tuple)) and len(position) == 2 else ("", -1)
                 if relation not in RELATIONS or not isinstance(index, int) or not 0 <= index < i:
                     raise wrong(f"the position of {key}[{i}] names no relation to an earlier entry")
 
@@ -106,12 +106,12 @@ def evaluate(
         by_label[d.label].append(d)
     reasons: list[str] = []
     groups: list[list[Detection] | None] = []  # of each entry, what was found; None where it does not hold
-    for wanted in spec.get("include", ()):
+    for wanted in spec.get("include") or ():
         found = by_label[wanted["class"]][: wanted["count"]]
         fault = _fault(wanted, found, groups, threshold, colors)
         groups.append(None if fault else found)
         reasons += [fault] if fault else []
-    for unwanted in spec.get("exclude", ()):
+    for unwanted in spec.get("exclude") or ():
         label, count, n = unwanted["class"], unwanted["count"], len(by_label[unwanted["class"]])
         if n >= count:
             reasons.append(f"expected {label}<{count}, found {n}")
@@ -129,11 +129,11 @@ def _fault(
     label, count = wanted["class"], wanted["count"]
     if len(found) < count:
         return f"expected {label}>={count}, found {len(found)}"
-    if "color" in wanted:
+    if wanted.get("color") is not None:
         shown = colors(label, found)
         if any(color != wanted["color"] for color in shown):
             return f"expected {wanted['color']} {label}>={count}, found {', '.join(map(str, shown))}"
-    if "position" in wanted:
+    if wanted.get("position") is not None:
         relation, index = wanted["position"]
         target = groups[index]
         if target is None:

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from tiny import bert_tokenizer
 
-from emf.evaluate.benchmark import read_jsonl
 from emf.evaluate.dpg import BlipVQA, Question, Quirks, crops, fall, read_questions, run_dpg, score_dpg
+from emf.files import read_rows
 
 COLUMNS = ["item_id", "text", "keywords", "proposition_id", "dependency", "category_broad", "category_detailed"]
 ROWS = [  # item, proposition, dependency, tuple
@@ -187,7 +187,7 @@ def test_recorded_answers(bench: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no answer to proposition 2 of pair.png, crop 2"):
         run_dpg(bench[0], tmp_path / "other", bench[1], answers=file)
     file.write_text('{"filename": "pair.png"}\n')
-    with pytest.raises(ValueError, match="lacks 'crop'"):
+    with pytest.raises(ValueError, match="answers.jsonl:1 lacks 'crop'"):
         run_dpg(bench[0], tmp_path / "other", bench[1], answers=file)
 
 
@@ -199,7 +199,7 @@ def test_what_does_not_fit_is_named(bench: tuple[Path, Path], tmp_path: Path) ->
     (tmp_path / "few.csv").write_text("item_id,text\n")
     with pytest.raises(ValueError, match="lacks the column dependency"):
         score_dpg(root, out, tmp_path / "few.csv", Said())
-    with pytest.raises(ValueError, match="row 4 has no whole number"):
+    with pytest.raises(ValueError, match=r"word.csv:5 has no whole number"):
         score_dpg(root, out, write_csv(tmp_path / "word.csv", [*ROWS[:3], ("pair", 2, "none", "a (b)")]), Said())
     orphans = write_csv(tmp_path / "orphans.csv", [*ROWS, ("alone", 3, "9", "a (b)")])
     with pytest.raises(ValueError, match="item alone depends on a proposition that it does not have"):
@@ -240,7 +240,7 @@ def test_the_whole_path(weights: Path, bench: tuple[Path, Path], tmp_path: Path)
     result = run_dpg(bench[0], tmp_path / "out", bench[1], vqa=str(weights))
     assert result.label == "DPG-Bench (BLIP-VQA; not comparable to mPLUG)"
     assert any("not comparable" in text for text in result.deviations)
-    rows = read_jsonl(tmp_path / "out" / "scored.jsonl")
+    rows = read_rows(tmp_path / "out" / "scored.jsonl")
     assert [len(r["answers"]) for r in rows] == [4, 4]
     assert all(isinstance(a, str) and a for r in rows for four in r["answers"] for a in four.values())
     assert 0 <= result.overall <= 100

@@ -14,9 +14,9 @@ from PIL import Image
 from tiny import clip_tokenizer
 from torch import Tensor
 
-from emf.evaluate.benchmark import read_jsonl
 from emf.evaluate.clip import MEAN, STD, Clip
 from emf.evaluate.hps import STYLES, convert, hps_pixels, load_clip, run_hps, score_hps, summarize
+from emf.files import read_rows
 
 # open_clip's CLIP, small: width, heads, layers of both towers
 WIDTHS, HEADS, LAYERS, EMBED, CONTEXT, VOCAB, PATCH, SIZE = (16, 12), (2, 3), (2, 3), 8, 40, 300, 8, 24
@@ -245,7 +245,7 @@ def test_the_whole_path(
     make_images(root, prompts, 5)
     monkeypatch.setattr("emf.evaluate.hps.GROUP", 2)
     result = score_hps(root, tmp_path / "out", prompts, clip, batch=3, name="mine", steps=4)
-    rows = read_jsonl(tmp_path / "out" / "scored.jsonl")
+    rows = read_rows(tmp_path / "out" / "scored.jsonl")
     assert result.images == len(rows) == 20
     state, by_style = open_clip_state(), {}
     for style in STYLES:
@@ -282,7 +282,7 @@ def test_a_killed_run_goes_on(clip: Clip, tmp_path: Path, monkeypatch: pytest.Mo
         patch.setattr(Clip, "images", stop_after_two)
         with pytest.raises(KeyboardInterrupt):
             score_hps(root, tmp_path / "out", prompts, clip, batch=3)
-    assert len(read_jsonl(tmp_path / "out" / "scored.jsonl")) == 6
+    assert len(read_rows(tmp_path / "out" / "scored.jsonl")) == 6
     again = score_hps(root, tmp_path / "out", prompts, clip, batch=3)
     assert again.overall == pytest.approx(whole.overall, abs=1e-5)
     one = score_hps(root, tmp_path / "one", prompts, clip, batch=1)
@@ -318,11 +318,11 @@ def test_missing_files_are_named(weights: tuple[Path, Path], clip: Clip, tmp_pat
     with pytest.raises(ValueError, match=r"photo/00001.jpg is missing, and 1 more of photo"):
         score_hps(root, out, prompts, clip)
     (prompts / "anime.json").unlink()
-    with pytest.raises(ValueError, match=r"anime.json is missing or not JSON; put HPDv2's benchmark/anime.json there"):
+    with pytest.raises(ValueError, match=r"anime.json does not exist; put HPDv2's benchmark/anime.json there"):
         score_hps(root, out, prompts, clip)
     (prompts / "anime.json").write_text('{"a": 1}')
     with pytest.raises(ValueError, match=r"anime.json is no list of texts"):
         score_hps(root, out, prompts, clip)
     with pytest.raises(ValueError, match="absent.pt does not exist"):
-        run_hps(root, out, prompts, tmp_path / "absent.pt", str(weights[1]))
+        run_hps(root, out, prompts, tmp_path / "absent.pt", tokenizer=str(weights[1]))
     assert not out.exists()
