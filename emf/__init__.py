@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from emf.sample.sampler import Sampler
     from emf.train.loop import train
     from emf.weights.export import export
-    from emf.weights.folders import load_any as load
+    from emf.weights.folders import load as load
 
 __version__ = "0.1.0"
 __all__ = ["RECIPES", "Config", "EMFPipeline", "Sampler", "__version__", "export", "load", "recipes", "train"]
@@ -34,7 +34,7 @@ _PLACES = {
     "RECIPES": "emf.recipes:RECIPES",
     "Sampler": "emf.sample.sampler:Sampler",
     "export": "emf.weights.export:export",
-    "load": "emf.weights.folders:load_any",
+    "load": "emf.weights.folders:load",
     "recipes": "emf.recipes",
     "train": "emf.train",  # a package that can be called
 }

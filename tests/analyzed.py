@@ -84,7 +84,8 @@ def write_run(folder: Path, seed: int, objective: str = "flow_matching", **field
     """A run's folder with one checkpoint of random weights."""
     from safetensors.torch import save_file
 
-    from emf.network.build import build, saved_names
+    from emf.network.build import build
+    from emf.weights.checkpoints import saved_names
 
     torch.manual_seed(seed)
     sizes = dict(in_channels=3, out_channels=3, num_layers=1, num_attention_heads=2, attention_head_dim=8)

@@ -95,6 +95,29 @@ def original_state(model: Any) -> dict[str, Tensor]:
     return {k: v.clone() for k, v in out.items()}
 
 
+def saved(model: Any, folder: Path, kind: str) -> Path:
+    """A checkpoint of one of the kinds; what to convert."""
+    if kind in ("single", "file", "no config"):
+        model.save_pretrained(folder)
+        if kind == "no config":
+            (folder / "config.json").rename(folder.parent / "sizes.json")
+        return folder if kind != "file" else folder / "diffusion_pytorch_model.safetensors"
+    if kind in ("sharded", "pipeline"):
+        model.save_pretrained(folder / "transformer", max_shard_size="40KB")
+        assert len(list((folder / "transformer").glob("*.safetensors"))) > 2
+        return folder if kind == "pipeline" else folder / "transformer"
+    state = original_state(model)
+    folder = folder / "checkpoints" if kind == "pth in a repository" else folder
+    folder.mkdir(parents=True)
+    legacy = kind == "legacy pth"
+    torch.save(
+        {"state_dict": state} if not legacy else state, folder / "x.pth", _use_new_zipfile_serialization=not legacy
+    )
+    model.save_config(folder.parent / "config")
+    (folder.parent / "config" / "config.json").rename(folder.parent / "sizes.json")
+    return folder.parent if kind == "pth in a repository" else folder / "x.pth"
+
+
 TOKENS = dict(
     image_start_tag_id=40,
     image_end_tag_id=41,

@@ -19,7 +19,8 @@ from emf.files import open_image, whole_file
 from emf.sample.sampler import Sampler, to_uint8
 from emf.sample.sampling_settings import Settings
 from emf.show.progress import track
-from emf.weights.folders import load_run, newest
+from emf.weights.checkpoints import newest
+from emf.weights.folders import load_run
 
 DIGITS_AT_ONCE = 64  # images
 Picture = Callable[[str, int, int], Image.Image]

@@ -52,9 +52,9 @@ class EncoderName:
     def load(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Encoder:
         """The encoder, in eval mode. Raises ValueError where the folder holds another."""
         if self.kind == "run":
-            from emf.weights.folders import load_any
+            from emf.weights.folders import load as load_network
 
-            encoder = load_any(self.folder)[1].encoder
+            encoder = load_network(self.folder)[1].encoder
             assert isinstance(encoder, Encoder)
         else:
             encoder = load(self.kind, self.folder, dtype=dtype)  # type: ignore[arg-type]
@@ -62,7 +62,7 @@ class EncoderName:
 
     def stamp(self) -> str:
         """A digest that changes with the encoder's files."""
-        from emf.weights.folders import newest
+        from emf.weights.checkpoints import newest
 
         run = self.kind == "run" and not (self.folder / "model_index.json").is_file()
         return f"{self.kind} {folder_stamp(newest(self.folder) if run else self.folder)}"

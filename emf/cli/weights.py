@@ -39,8 +39,9 @@ def convert(
     """
     from emf.weights.convert import convert as run
 
-    allowed: dict[str, Any] = dict(allow_missing=allow_missing, allow_extra=allow_extra)
-    print(run(source, out, config, embedder_init, time_scale, dtype, **allowed, allow_misshaped=allow_misshaped))
+    how: dict[str, Any] = dict(config=config, embedder_init=embedder_init, time_scale=time_scale, dtype=dtype)
+    how |= dict(allow_missing=allow_missing, allow_extra=allow_extra, allow_misshaped=allow_misshaped)
+    print(run(source, out, **how, shard_gb=shard_gb))
     print(f"{out}: whole; train with --init {out}")
 
 
@@ -60,23 +61,10 @@ def export(
         text: a folder from emf convert whose language model goes with it; default: the run's condition
         dtype: of the transformer
     """
-    import torch
+    from emf.weights.export import export_run
 
-    from emf.network.adapters import merged
-    from emf.weights.export import export as run_export
-    from emf.weights.folders import load_run
-    from emf.weights.tensors import refuse_existing
-
-    refuse_existing(out)
-    config, network = load_run(run)
-    if text is None and config.condition.kind == "blip3o":
-        text = config.condition.folder or config.init
-    state = {k: v.to(getattr(torch, dtype)) for k, v in merged(network.transformer).items()}
-    small = config.condition.kind == "small"
-    trained = network.encoder if network.own_encoder and not small else None
-    how = {k: getattr(config.condition, k) for k in ("kind", "scale", "window")}
-    run_export(state, config.transformer, out, base or config.data.vae, text, trained, how)
-    if small:
+    config = export_run(run, out, base=base, text=text, dtype=dtype)
+    if config.condition.kind == "small":
         print(f"{out}: the transformer; diffusers has no place for the digits' text encoder, which stays with the run")
     else:
         print(f"{out}: whole; emf generate ... --run {out}")
@@ -89,6 +77,6 @@ def release(run: RunFolder, out: Path) -> None:
         run: a run's folder, or one of its checkpoints
         out: the file; must not exist
     """
-    from emf.evaluate.small_world import release_run
+    from emf.weights.export import release as run_release
 
-    print(f"{out}: {release_run(run, out) / 1e6:.2f} MB")
+    print(f"{out}: {run_release(run, out) / 1e6:.2f} MB")

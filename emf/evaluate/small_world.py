@@ -1,4 +1,4 @@
-"""A run on disk: its network, its scores, its pictures, its release."""
+"""A run on disk: its network, its scores, its pictures."""
 
 from __future__ import annotations
 
@@ -8,20 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-
 from emf.config import Config
 from emf.data.digits import TAGS, prompts
 from emf.evaluate.digits_scorer import Scorer, calibrate
 from emf.model.text_to_image import TextToImage
-from emf.network.build import build, read_weights
 from emf.sample.sampler import Sampler, to_uint8
 from emf.sample.sampling_settings import Settings
 from emf.show.progress import track
 from emf.show.sheet import captioned, write_sheet
 from emf.show.table import console, terminal
-from emf.weights.folders import load_run, newest
+from emf.weights.folders import load_run
+from emf.weights.start import started
 
 EULER, FEW = (1, 4, 30), (1, 2, 4, 8)
 
@@ -31,7 +28,7 @@ def load_base(config: Config) -> TextToImage:
     if config.init is None:
         raise ValueError("evaluate: the run started from random weights, so there is no base to compare with")
     base = replace(config, objective="flow_matching", transformer=replace(config.transformer, dual_time=False))
-    return build(base, from_scratch=True).eval()
+    return started(base).eval()
 
 
 def evaluate_run(run: Path, per_tag: int, guidance: float, seed: int) -> dict[str, Any]:
@@ -87,14 +84,3 @@ def show(scores: dict[str, Any]) -> None:
         f"scorer: real scenes {scores['ceiling']:.3f}, noise {scores['noise']:.3f}, "
         f"shuffled captions {scores['shuffled']:.3f}"
     )
-
-
-def release_run(run: Path, out: Path) -> int:
-    """The averaged weights in float16; returns the file's bytes. Raises ValueError where `out` exists."""
-    if out.exists():
-        raise ValueError(f"release: {out} exists; remove it first")
-    checkpoint = newest(run)
-    state = {k: v.to(torch.float16) for k, v in read_weights(checkpoint / "model.safetensors").items()}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, out, metadata={"format": "pt"})
-    return out.stat().st_size

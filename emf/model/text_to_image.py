@@ -27,6 +27,7 @@ class TextToImage(nn.Module):
         ids: Tensor,
         mask: Tensor,
         drop: Tensor | None = None,
+        *,
         own_loss: bool = False,
     ) -> Any:
         """u or v at (z, r, t) for token ids [B, M] with mask [B, M]; drop [B] bool marks samples without their

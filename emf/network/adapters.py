@@ -8,7 +8,6 @@ from typing import Any
 
 import peft
 from peft.tuners import lora
-from torch import Tensor, nn
 
 from emf.config import LoraConfig
 from emf.model.layers import Linear, Value
@@ -47,11 +46,3 @@ def add_lora(transformer: Transformer, config: LoraConfig) -> None:
     settings = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets))
     settings._register_custom_module({Linear: LoraLinear})
     peft.inject_adapter_in_model(settings, transformer)
-
-
-def merged(transformer: nn.Module) -> dict[str, Tensor]:
-    """The state dict without adapters, their products added to the weights: what a transformer without them loads."""
-    for module in transformer.modules():
-        if isinstance(module, LoraLinear) and not module.merged:
-            module.merge()
-    return {k.replace(".base_layer.", "."): v for k, v in transformer.state_dict().items() if ".lora_" not in k}

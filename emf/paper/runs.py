@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from safetensors.torch import save_file
 
 from emf.config import Config
 from emf.files import claim, write_json
-from emf.network.build import build, checkpoints, read_weights
+from emf.network.build import build
 from emf.paper.parts import EMF_STEPS, FM_STEPS, Budget, Part, parts
 from emf.recipes import BASE
+from emf.weights.checkpoints import WEIGHTS, checkpoints
+from emf.weights.start import read_init
+from emf.weights.tensors import items, write_file
 
 SCORES, LOG, ENCODER, BUDGET, START = "scores.json", "log.txt", "encoder.json", "budget.json", "start.safetensors"
 
@@ -79,7 +81,7 @@ def run_part(part: Part, out: Path, budget: Budget) -> None:
         if not start.is_file():
             write_start(start, config)
     else:
-        start = checkpoints(out / part.base / "checkpoints")[-1] / "model.safetensors"
+        start = checkpoints(out / part.base / "checkpoints")[-1] / WEIGHTS
     config = replace(config, init=start)
     with (folder / LOG).open("a") as log, redirect_stdout(log), redirect_stderr(log):
         saved = checkpoints(folder / "checkpoints")
@@ -96,9 +98,9 @@ def run_part(part: Part, out: Path, budget: Budget) -> None:
 def write_start(file: Path, config: Config) -> None:
     """The shipped base's transformer, and an encoder with random weights."""
     torch.manual_seed(config.seed)
-    state = {name: w.contiguous() for name, w in build(config).state_dict().items()}
-    state |= {name: w for name, w in read_weights(BASE).items() if name.startswith("transformer.")}
-    save_file(state, file.with_suffix(".part"))
+    state = build(config).state_dict()
+    state |= {name: w for name, w in read_init(BASE).items() if name.startswith("transformer.")}
+    write_file(file.with_suffix(".part"), items(state))
     file.with_suffix(".part").replace(file)
 
 

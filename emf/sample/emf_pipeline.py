@@ -21,8 +21,9 @@ from emf.model.autoencoder import decode
 from emf.model.transformer import Transformer, TransformerConfig
 from emf.sample.sampler import latents_of
 from emf.sample.sampling_settings import GUIDANCE_PIPELINE
-from emf.weights.export import DUAL, TEXT, export
+from emf.weights.export import export
 from emf.weights.folders import load_exported_transformer
+from emf.weights.layouts import DUAL, TEXT
 
 Conditioning = Callable[[list[str]], tuple[Tensor, Tensor, Tensor | None]]
 """Prompts -> (states [B, M, caption channels], the null condition's states of that shape, mask [B, M] or None)."""
@@ -102,7 +103,7 @@ class EMFPipeline(DiffusionPipeline):
         network, name = self.transformer.network, dict(self.config).get("_name_or_path")
         origin = Path(name) if name else None
         text = origin if origin is not None and (origin / TEXT[0]).is_dir() else None
-        export(network.state_dict(), network.config, Path(save_directory), origin, text)
+        export(network.state_dict(), network.config, Path(save_directory), base=origin, text=text)
 
     @torch.no_grad()
     def __call__(

@@ -97,12 +97,12 @@ class Sampler:
         """run: a run, one of its checkpoints, or an export. vae: a diffusers folder with the autoencoder; None: that of
         the run's data, or of the export. dtype: None is float32 on a CPU, bfloat16 on a GPU. flow_matching: sample the
         instantaneous velocity by Euler's method (`average` of Settings). Raises ValueError on what does not fit."""
-        from emf.weights.folders import load_any
+        from emf.weights.folders import load
 
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if place.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"generate: --device {device}, but no GPU is there")
-        config, network = load_any(run)
+        config, network = load(run)
         if config.objective == "flow_matching" and not flow_matching:
             raise ValueError(f"generate: {run} was trained for flow matching alone; say --flow-matching")
         network = network.to(place, getattr(torch, dtype or ("float32" if place.type == "cpu" else "bfloat16")))
@@ -193,7 +193,7 @@ class Sampler:
 
 def weights_stamp(run: Path) -> str:
     """A digest of a run's newest weights, or an export's: of names, sizes, and both ends of each file."""
-    from emf.weights.folders import newest
+    from emf.weights.checkpoints import newest
 
     folder = run if (run / "model_index.json").is_file() else newest(run)
     digest = hashlib.sha256()

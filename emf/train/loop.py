@@ -18,7 +18,6 @@ from emf.config import Config
 from emf.data.feed import Feed, feed
 from emf.errors import Diverged
 from emf.evaluate.digits_scorer import Scorer
-from emf.network.build import build, checkpoints
 from emf.sample.sampling_settings import GUIDANCE
 from emf.train.batch import Batch, batches
 from emf.train.log import Log, memory_mib, speed
@@ -27,6 +26,8 @@ from emf.train.ranges import mark_network, span
 from emf.train.takeover import check_folder_of_run
 from emf.train.validation import validate
 from emf.train.zero import Engine, process_group
+from emf.weights.checkpoints import checkpoints
+from emf.weights.start import resumed, started
 
 
 def train(config: Config, out: Path | str, resume: bool = False) -> None:
@@ -38,7 +39,7 @@ def train(config: Config, out: Path | str, resume: bool = False) -> None:
         saved = checkpoints(folder)
         check_folder_of_run(out, saved, config, resume)
         torch.manual_seed(config.seed)
-        network = build(config, from_scratch=True, weights=saved[-1] / "model.safetensors" if saved else None)
+        network = resumed(config, saved[-1]) if saved else started(config)
         mark_network(network)
         engine = Engine(network, config, out)
         start = engine.load(saved[-1]) if saved else 0

@@ -31,7 +31,7 @@ def losses(config: Config, network: Any, batch: Batch, progress: float) -> tuple
     def velocity(z: Any, t: Any, r: Tensor | None) -> Any:
         if not weight or not torch.is_grad_enabled():
             return network(z, t, r, ids, mask, drop)
-        u, loss = network(z, t, r, ids, mask, drop, True)
+        u, loss = network(z, t, r, ids, mask, drop, own_loss=True)
         own.append(loss)
         return u
 

@@ -11,10 +11,11 @@ from emf.config import Config
 from emf.data import digits
 from emf.evaluate.digits_scorer import Scorer
 from emf.model.autoencoder import load_dcae
-from emf.network.build import build, load_weights
+from emf.network.build import build
 from emf.sample.sampler import Sampler, to_uint8
 from emf.sample.sampling_settings import GUIDANCE, Settings
 from emf.show.sheet import captioned, write_sheet
+from emf.weights.tensors import load_weights
 
 SCORED_AT_ONCE = 64  # images of the digits
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from emf.model.transformer import SINUSOID, TransformerConfig
 from emf_kernels import time_embedding
 
+BRANCHES = ("time_embed_t", "time_embed_r")
+"""EMF's two embedders: of the end time t, and of the interval t - r."""
 PREFIX = "transformer.time_embed"
 SECOND = ("emb.timestep_embedder.linear_2.weight", "emb.timestep_embedder.linear_2.bias")
 REFITTED = ("emb.timestep_embedder.linear_1.weight", "emb.timestep_embedder.linear_1.bias", *SECOND)

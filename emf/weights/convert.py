@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from emf.model.transformer import Transformer, TransformerConfig
-from emf.weights import language_model
+from emf.weights import blip3o_parts
 from emf.weights import tensors as files
-from emf.weights.branches import time_branches
+from emf.weights.branches import BRANCHES, time_branches
 from emf.weights.layouts import SANA, UNUSED, Layout, Piece, detect, infer, read_config
 from emf.weights.tensors import Item, Weights
 
@@ -45,6 +45,7 @@ Parts = dict[str, list[Wanted]]
 def convert(
     source: Path,
     out: Path,
+    *,
     config: Path | None = None,
     embedder_init: Literal["duplicate", "preserve"] = "duplicate",
     time_scale: float = 1.0,
@@ -61,7 +62,7 @@ def convert(
     config: diffusers' config.json of the transformer, where the source has none and is of no published width
     embedder_init, time_scale: of EMF's two time embedders where the source has none; see add_time_branches
     dtype: None keeps each tensor's
-    allow_*: patterns (fnmatch) of the source's names that may be missing (emf.weights.folders leaves them at their
+    allow_*: patterns (fnmatch) of the source's names that may be missing (emf.weights.converted leaves them at their
              initialisation), may be there without a use (dropped), or may have another shape (dropped, so missing)
     shard_gb: largest file written, in 1e9 bytes
     Peak memory: the input file that is mapped, and one tensor where it is computed. Raises ValueError, of one line, on
@@ -79,8 +80,8 @@ def convert(
     origin = {"path": str(source.resolve()), "layout": kind, "embedder_init": embedder_init}
     about: dict[str, Any] = {"transformer": asdict(model), "source": origin}
     if layout.prefix == SANA:
-        qwen, tokens = language_model.read_config(folder, weights.entries)
-        further = language_model.parts(weights.entries, qwen, model.caption_channels, folder)
+        qwen, tokens = blip3o_parts.read_config(folder, weights.entries)
+        further = blip3o_parts.parts(weights.entries, qwen, model.caption_channels, folder)
         parts |= {p.path: [Wanted(k, Piece(v), p.shapes.get(k)) for k, v in p.names.items()] for p in further}
         connector = dict(in_channels=further[1].shapes["linear_1.weight"][1], out_channels=model.caption_channels)
         about |= {"language_model": qwen, "tokens": tokens, "connector": connector}
@@ -94,7 +95,7 @@ def convert(
         for path, items in plan.items():
             files.write((unfinished / path).parent, Path(path).name, items, advance, int(shard_gb * 1e9))
         if "language_model" in about:
-            language_model.write_language_files(folder, unfinished / "language_model", about["language_model"], dtype)
+            blip3o_parts.write_language_files(folder, unfinished / "language_model", about["language_model"], dtype)
         (unfinished / "config.json").write_text(json.dumps(about, indent=2) + "\n")
     return f"{source}: {kind}, {len(weights.entries)} tensors, {weights.bytes / 1e9:.2f} GB"
 
@@ -126,13 +127,12 @@ def _transformer(
     """(what our transformer needs, the layout in words)."""
     with torch.device("meta"):
         shapes = {k: tuple(v.shape) for k, v in Transformer(model).state_dict().items()}
-    branches = ("time_embed_t", "time_embed_r")
-    released = any(k.startswith(f"{layout.prefix}{b}.") for k in weights.entries for b in branches)
+    released = any(k.startswith(f"{layout.prefix}{b}.") for k in weights.entries for b in BRANCHES)
     make = time_branches(lambda name: _read(weights, layout.find(f"time_embed.{name}")), model, embedder_init)
     wanted = []
     for name, shape in shapes.items():
         branch, _, leaf = name.partition(".")
-        if released or branch not in branches:
+        if released or branch not in BRANCHES:
             wanted.append(Wanted(name, layout.find(name), shape))
         else:
             computed = partial(make, branch[-1], leaf) if embedder_init == "preserve" else None

@@ -1,10 +1,10 @@
-"""A transformer as a folder in diffusers' layout.
+"""What leaves a run: a folder in diffusers' layout, or one file of half-precision weights.
 
-transformer/config.json and diffusion_pytorch_model.safetensors are what diffusers' SanaTransformer2DModel reads: the
-network in flow-matching mode, with the pretrained time embedding. EMF's two embedders lie beside them in
-transformer/time_embed_dual.safetensors (keys time_embed_t.* and time_embed_r.*; the header's metadata has time_scale
-and base_time_scale), where diffusers does not look for weights: in the same file they would be unexpected keys to it.
-emf.sample.emf_pipeline.EMFPipeline reads both.
+The folder's transformer/config.json and transformer/diffusion_pytorch_model.safetensors are what diffusers'
+SanaTransformer2DModel reads: the network in flow-matching mode, with the pretrained time embedding. EMF's two
+embedders lie beside them in transformer/time_embed_dual.safetensors (keys time_embed_t.* and time_embed_r.*; the
+header's metadata has time_scale and base_time_scale), where diffusers does not look for weights: in the same file they
+would be unexpected keys to it. emf.sample.emf_pipeline.EMFPipeline reads both.
 """
 
 from __future__ import annotations
@@ -14,28 +14,78 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from emf.conditioning.encoder import Encoder
+from emf.config import Config
 from emf.model.transformer import TransformerConfig
 from emf.weights import tensors as files
-from emf.weights.layouts import read_json, to_diffusers
+from emf.weights.branches import BRANCHES
+from emf.weights.checkpoints import WEIGHTS, newest
+from emf.weights.folders import load_run
+from emf.weights.layouts import DUAL, TEXT, read_json, to_diffusers
 
-DUAL = "time_embed_dual.safetensors"
-BRANCHES = ("time_embed_t.", "time_embed_r.")
 TEXT_PARTS = ("text_encoder", "tokenizer")
 PARTS = ("vae", *TEXT_PARTS)
-TEXT = ("language_model", "connector.safetensors")
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
 """SANA's flow matching without a shift, as BLIP3o-NEXT samples it."""
+
+
+def export_run(
+    run: Path,
+    out: Path,
+    *,
+    base: Path | None = None,
+    text: Path | None = None,
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+) -> Config:
+    """A run, or one of its checkpoints, as the folder `out`; see export. Low-rank adapters are merged. Returns the
+    run's config.
+
+    base: a diffusers folder whose vae, text encoder and tokenizer go with it; None: that of the run's data
+    text: a folder from emf convert whose language model goes with it; None: the run's condition
+    dtype: of the transformer. The digits' text encoder, for which diffusers has no place, stays with the run.
+    """
+    files.refuse_existing(out)
+    config, network = load_run(run)
+    if text is None and config.condition.kind == "blip3o":
+        text = config.condition.folder or config.init
+    state = {k: v.to(getattr(torch, dtype)) for k, v in merged(network.transformer).items()}
+    trained = network.encoder if network.own_encoder and config.condition.kind != "small" else None
+    how = {k: getattr(config.condition, k) for k in ("kind", "scale", "window")}
+    base = base or config.data.vae
+    export(state, config.transformer, out, base=base, text=text, encoder=trained, condition=how)
+    return config
+
+
+def merged(transformer: nn.Module) -> dict[str, Tensor]:
+    """The state dict without adapters, their products added to the weights: what a transformer without them loads."""
+    from emf.network.adapters import LoraLinear
+
+    for module in transformer.modules():
+        if isinstance(module, LoraLinear) and not module.merged:
+            module.merge()
+    return {k.replace(".base_layer.", "."): v for k, v in transformer.state_dict().items() if ".lora_" not in k}
+
+
+def release(run: Path, out: Path) -> int:
+    """A run's averaged weights in float16 as one file; returns its bytes. Raises ValueError where `out` exists."""
+    if out.exists():
+        raise ValueError(f"release: {out} exists; remove it first")
+    state = files.read_weights(newest(run) / WEIGHTS)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    files.write_file(out, files.items(state, torch.float16))
+    return out.stat().st_size
 
 
 def export(
     checkpoint_state: Mapping[str, Tensor],
     config: TransformerConfig,
     out: Path,
+    *,
     base: Path | None = None,
     text: Path | None = None,
     encoder: Encoder | None = None,
@@ -57,8 +107,8 @@ def export(
     index = _index(base, None if encoder else text)
     if encoder is not None:
         index |= {name: encoder.parts.get(name, [None, None]) for name in TEXT_PARTS}
-    own = {k: v for k, v in checkpoint_state.items() if not k.startswith(BRANCHES)}
-    dual = {k: v for k, v in checkpoint_state.items() if k.startswith(BRANCHES)}
+    dual = {k: v for k, v in checkpoint_state.items() if k.partition(".")[0] in BRANCHES}
+    own = {k: v for k, v in checkpoint_state.items() if k not in dual}
     if "proj_out.weight" not in own or bool(dual) != config.dual_time:
         raise ValueError(
             f"export: the state has {len(own)} tensors and {len(dual)} of the two time embedders, with dual_time "
@@ -69,11 +119,12 @@ def export(
     main, beside = files.items(own), files.items(dual)
     with files.whole(out) as part, files.progress("export", sum(i.bytes for i in main + beside)) as advance:
         folder = part / "transformer"
-        # one file: diffusers reads it mapped, whatever its size
-        files.write(folder, "diffusion_pytorch_model", main, advance, shard_bytes=2**63)
+        folder.mkdir()
+        # One file of any size: diffusers maps it.
+        files.write_file(folder / "diffusion_pytorch_model.safetensors", main, advance)
         if beside:
             scales = {k: str(getattr(config, k)) for k in ("time_scale", "base_time_scale")}
-            files.write(folder, DUAL.removesuffix(".safetensors"), beside, advance, 2**63, scales)
+            files.write_file(folder / DUAL, beside, advance, scales)
         (folder / "config.json").write_text(_json(to_diffusers(config)))
         (part / "scheduler").mkdir()
         (part / "scheduler" / "scheduler_config.json").write_text(_json(SCHEDULER))

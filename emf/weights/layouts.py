@@ -16,6 +16,10 @@ from typing import Any
 from emf.model.transformer import TransformerConfig
 
 SANA = "model.sana."
+DUAL = "time_embed_dual.safetensors"
+"""EMF's two time embedders, in an export beside diffusers' own file."""
+TEXT = ("language_model", "connector.safetensors")
+"""BLIP3o-NEXT's text parts, in a converted folder and in an export."""
 QK_NORM = "rms_norm_across_heads"
 HEAD = 32  # size of a linear-attention head in every published SANA
 CROSS_HEADS = {1152: 16, 2240: 20}  # by width: SANA 0.6B; 1.6B and 4.8B

@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
+
+from emf.model.state import read_state
 
 DTYPES = {
     "F64": torch.float64,
@@ -38,7 +40,7 @@ DTYPES = {
 }
 """The format's names."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-PIECE = 2**20  # elements cast and written at a time
+PIECE = 2**18  # elements cast and written at a time
 MARKER = ".emf-part"  # says that an unfinished folder is ours to replace
 PICKLES = (".pth", ".pt", ".bin")
 
@@ -146,6 +148,34 @@ def _unpickle(file: Path) -> dict[str, Tensor]:
     return tree
 
 
+def read_metadata(file: Path) -> dict[str, str]:
+    """What a safetensors file's header says beside its tensors. Raises ValueError where the file is broken."""
+    with _opened(file) as handle:
+        return dict(handle.metadata() or {})
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A safetensors file whole, in float32. Raises ValueError where it is missing or broken."""
+    return {k: v.float() for k, v in read_state(path).items()}
+
+
+def load_weights(network: nn.Module, state: dict[str, Tensor], source: str, names: set[str] | None = None) -> None:
+    """Strictly: every key and shape must agree. names: of the weights that are there; None: all. Raises ValueError
+    naming the first that does not."""
+    own = network.state_dict() if names is None else {k: p for k, p in network.named_parameters() if k in names}
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
+    if missing or extra or shapes:
+        first = f"missing {missing[0]}" if missing else f"unexpected {extra[0]}" if extra else f"shape of {shapes[0]}"
+        raise ValueError(
+            f"weights: {source} is of another model: {len(missing)} missing, {len(extra)} extra, "
+            f"{len(shapes)} misshaped keys; {first}"
+        )
+    with torch.no_grad():
+        for name, value in state.items():
+            own[name].copy_(value)
+
+
 @dataclass(frozen=True)
 class Item:
     """A tensor to be written: what the header says of it, and how it is made when its turn comes."""
@@ -171,7 +201,6 @@ def write(
     items: Iterable[Item],
     advance: Callable[[int], Any] = lambda n: None,
     shard_bytes: int = 5 * 10**9,
-    metadata: dict[str, str] | None = None,
 ) -> None:
     """`stem`.safetensors in the folder, or numbered shards of at most shard_bytes (a larger tensor has its own) with
     Hugging Face's index, in the order of the items.
@@ -193,14 +222,18 @@ def write(
         }
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     for shard, name in zip(shards, names, strict=True):
-        try:
-            _write_file(folder / name, shard, advance, metadata)
-        except OSError as error:
-            raise ValueError(f"weights: {folder / name} cannot be written: {error.strerror or error}") from None
+        write_file(folder / name, shard, advance)
 
 
-def _write_file(file: Path, shard: list[Item], advance: Callable[[int], Any], metadata: dict[str, str] | None) -> None:
-    shard = sorted(shard, key=lambda i: -i.dtype.itemsize)  # wide dtypes first keeps every tensor aligned
+def write_file(
+    file: Path,
+    items: Iterable[Item],
+    advance: Callable[[int], Any] = lambda n: None,
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """One safetensors file. advance: told of the bytes written. Raises ValueError where a tensor is not as announced or
+    the disk is full."""
+    shard = sorted(items, key=lambda i: -i.dtype.itemsize)  # wide dtypes first keeps every tensor aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for item in shard:
@@ -208,16 +241,24 @@ def _write_file(file: Path, shard: list[Item], advance: Callable[[int], Any], me
         header[item.key] = {"dtype": NAMES[item.dtype], "shape": list(item.shape), "data_offsets": [start, end]}
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
-    with open(file, "wb") as out:
-        out.write(len(head).to_bytes(8, "little") + head)
-        for item in shard:
-            tensor = item.make()
-            if tuple(tensor.shape) != item.shape:
-                raise ValueError(f"weights: {item.key} is {tuple(tensor.shape)}; announced as {item.shape}")
-            for piece in tensor.detach().flatten().split(PIECE):
-                data = piece.to("cpu", item.dtype).contiguous().view(torch.uint8).numpy()
-                out.write(data.data)
-                advance(data.nbytes)
+    try:
+        with open(file, "wb") as out:
+            out.write(len(head).to_bytes(8, "little") + head)
+            for item in shard:
+                for data in _pieces(item):
+                    advance(out.write(data))
+                    del data  # with it goes the mapping of the file that the tensor lies in
+    except OSError as error:
+        raise ValueError(f"weights: {file} cannot be written: {error.strerror or error}") from None
+
+
+def _pieces(item: Item) -> Iterator[memoryview]:
+    """The bytes of a tensor, a piece at a time."""
+    tensor = item.make()
+    if tuple(tensor.shape) != item.shape:
+        raise ValueError(f"weights: {item.key} is {tuple(tensor.shape)}; announced as {item.shape}")
+    for piece in tensor.detach().flatten().split(PIECE):
+        yield piece.to("cpu", item.dtype).contiguous().view(torch.uint8).numpy().data
 
 
 def refuse_existing(out: Path) -> None:

@@ -20,6 +20,7 @@ from emf.cli import main as cli
 from emf.config import Config
 from emf.network.build import build
 from emf.recipes import RECIPES, from_file
+from emf.weights.start import started
 
 
 def emf(*arguments: str) -> int:
@@ -176,7 +177,7 @@ def test_release_is_half_precision_and_can_be_started_from(
     assert isinstance(config, Config) and config.init is None
     want, got = (
         load_file(run / "checkpoints/step_0000001/model.safetensors"),
-        build(replace(config, init=file), True).state_dict(),
+        started(replace(config, init=file)).state_dict(),
     )
     for name, weight in want.items():
         torch.testing.assert_close(got[name], weight, rtol=1e-3, atol=1e-6)

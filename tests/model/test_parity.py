@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from emf.flow import FlowConfig, meanflow_loss
 from emf.weights.convert import convert
-from emf.weights.folders import load_transformer
+from emf.weights.converted import load_converted
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -58,14 +58,14 @@ def batch(model: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
 def test_velocity_of_the_base(case: Case) -> None:
     theirs, folder = case
     x, _, t, _, c = batch(theirs, torch.float32)
-    network = load_transformer(folder)[0]
+    network = load_converted(folder)[0]
     network.time_embed_t = network.time_embed_r = None  # the base's own times
     network.config = replace(network.config, dual_time=False)
     torch.testing.assert_close(network(x, t, None, c), theirs(x, c, t * 1000).sample, rtol=1e-4, atol=1e-4)
 
 
 class TwoTimes(nn.Module):
-    """Time embeddings of t and of t - r, added (emf.md 1.4); the timestep is [B, 2]: t, r."""
+    """Time embeddings of t and of t - r, added (arXiv 2604.18168); the timestep is [B, 2]: t, r."""
 
     def __init__(self, one: nn.Module) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ def test_step_of_emf(case: Case) -> None:
     small = theirs.config.num_attention_heads == 4
     # float32 throughout, or in diffusers' sinusoids alone
     for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 1e-4)) if small else ((torch.float32, 1e-4),):
-        ours = load_transformer(folder, dtype)[0]
+        ours = load_converted(folder, dtype)[0]
         ours.config = replace(ours.config, checkpointing=True)
         ours.time_embed.requires_grad_(False)
         x, e, t, r, c = batch(theirs, dtype)

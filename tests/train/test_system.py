@@ -13,20 +13,19 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from same_pictures import assert_same_pictures
-from torch import Tensor
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("diffusers")
 import sana
 from image_files import pairs, small_autoencoder, write_tar
 from tiny import byte_tokenizer, ta_tok_file
-from training import files, kill_in_second_save, metrics, train
+from training import files, kill_in_save, metrics, train
 
 from emf.cli.data import cache
 from emf.cli.generate import generate
 from emf.cli.weights import export
 from emf.weights.convert import convert
-from emf.weights.folders import load_any, load_run
+from emf.weights.folders import load, load_run
 
 SIZES = dict(
     num_layers=2,
@@ -124,19 +123,7 @@ def test_a_killed_run_continues_where_the_data_was(run: Path, world: World, tmp_
 
 
 def _kill_at_4() -> None:
-    import os
-    import signal
-
-    from emf.train.zero import engine
-
-    save = engine.save_file
-
-    def torn(weights: dict[str, Tensor], file: Path) -> None:
-        save(weights, file)
-        if "0000004" in str(file):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    engine.save_file = torn
+    kill_in_save("0000004")
 
 
 def pixels(folder: Path) -> list[np.ndarray]:
@@ -158,7 +145,7 @@ def test_generation_and_export(run: Path, world: World, tmp_path: Path, capsys: 
     export(run, tmp_path / "out", dtype="float32")
     generate(CAPTIONS, tmp_path / "out", tmp_path / "c", steps=2, n=2)
     assert_same_pictures(tmp_path / "a", tmp_path / "c")
-    config, network = load_any(tmp_path / "out")
+    config, network = load(tmp_path / "out")
     trained, (z, t, c) = load_run(run)[1], sana.inputs()
     assert config.condition.folder == tmp_path / "out" and config.condition.scale == 3
     assert torch.equal(network.transformer(z, t, t / 2, c), trained.transformer(z, t, t / 2, c))
@@ -195,7 +182,7 @@ def test_the_language_model_tuned_with_the_transformer(world: World, tmp_path: P
     start = load_file(world.base / "language_model/model.safetensors")[name.removeprefix("encoder.language_model.")]
     assert not torch.equal(weights[name], start)
     export(tmp_path / "one", tmp_path / "out", base=world.vae, dtype="float32")
-    _, network = load_any(tmp_path / "out")
+    _, network = load(tmp_path / "out")
     assert torch.equal(network.state_dict()[name], weights[name])
     # frozen again, from those weights: they stay in the checkpoints
     tuned = tmp_path / "one/checkpoints/step_0000002/model.safetensors"
@@ -284,4 +271,3 @@ def test_files_are_left_alone(run: Path, world: World, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="exists"):
         export(run, tmp_path / "out")
     assert files(world.base) == before
-    assert kill_in_second_save

@@ -123,7 +123,7 @@ def test_monitors_and_grids(recipe: list[str], tmp_path: Path) -> None:
 
 def test_low_rank_adapters(recipe: list[str], base: Path, tmp_path: Path) -> None:
     """They alone are trained, by the same numbers at any stage, and merge into plain weights."""
-    from emf.network.adapters import merged
+    from emf.weights.export import merged
     from emf.weights.folders import load_run
 
     for stage, ranks in ((0, 1), (3, 2)):

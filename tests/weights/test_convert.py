@@ -1,148 +1,215 @@
-"""Pretrained weights into the model with two time embedders, and every way in which weights may not fit."""
+"""Every published layout becomes our transformer, with the velocity that its own class computes."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from places import ROOT
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from emf.config import Config
-from emf.model.transformer import Transformer, TransformerConfig
-from emf.network.build import build
-from emf.recipes import digits_base
-from emf.weights.branches import PREFIX, add_time_branches
+pytest.importorskip("diffusers")
+import sana
 
-SINGLE = TransformerConfig(3, 3, 4, 16, 2, 1, 64, 12, 2.5, 2, 4)
-
-
-def dual(scale: float) -> TransformerConfig:
-    return replace(SINGLE, dual_time=True, time_scale=scale)
+from emf.conditioning.small import Connector
+from emf.model.transformer import Transformer
+from emf.weights import layouts
+from emf.weights.branches import add_time_branches
+from emf.weights.convert import convert
+from emf.weights.converted import load_converted, read_converted
 
 
 @pytest.fixture(scope="module")
-def base() -> Transformer:
-    torch.manual_seed(0)
-    return Transformer(SINGLE)
-
-
-def weights(base: Transformer) -> dict[str, Tensor]:
-    return {f"transformer.{k}": v for k, v in base.state_dict().items()}
-
-
-def converted(base: Transformer, scale: float, how: str) -> Transformer:
-    network = Transformer(dual(scale))
-    state = add_time_branches(weights(base), network.config, how)
-    network.load_state_dict({k.removeprefix("transformer."): v for k, v in state.items()})
-    return network
-
-
-def inputs() -> tuple[Tensor, Tensor, Tensor]:
-    """z, t, c."""
-    g = torch.Generator().manual_seed(0)
-    return torch.randn(6, 3, 4, 4, generator=g), torch.linspace(0.02, 1, 6), torch.randn(6, 3, 12, generator=g)
+def theirs() -> Any:
+    return sana.diffusers_model()
 
 
 @torch.no_grad()
-def off(base: Transformer, scale: float, how: str) -> float:
-    """Relative L2 distance from the base's velocity at r = t."""
-    z, t, c = inputs()
-    want = base(z, t, None, c)
-    return ((converted(base, scale, how)(z, t, t, c) - want).norm() / want.norm()).item()
+def agrees(folder: Path, model: Any) -> Transformer:
+    """The converted transformer, whose flow-matching velocity is that of diffusers' model."""
+    ours, checkpoint = load_converted(folder)
+    z, t, c = sana.inputs()
+    want = sana.velocity(model)
+    off = (ours(z, t, None, c) - want).norm() / want.norm()
+    assert off < 1e-5
+    assert ours.config == checkpoint.transformer and ours.config.dual_time
+    return ours
 
 
-@pytest.mark.parametrize("how", ["duplicate", "preserve"])
-def test_only_the_two_branches_are_added(base: Transformer, how: str) -> None:
-    before = weights(base)
-    copies = {k: v.clone() for k, v in before.items()}
-    after = add_time_branches(before, dual(1.0), how)
-    assert before.keys() == copies.keys() and all(torch.equal(before[k], copies[k]) for k in copies)
-    names = [k.removeprefix(PREFIX) for k in before if k.startswith(f"{PREFIX}.")]
-    assert after.keys() - before.keys() == {f"{PREFIX}_{b}{k}" for b in "tr" for k in names}
-    assert all(after[k] is before[k] for k in before)
-    for name in names:
-        end, interval, single = after[f"{PREFIX}_t{name}"], after[f"{PREFIX}_r{name}"], before[f"{PREFIX}{name}"]
-        assert len({x.data_ptr() for x in (end, interval, single)}) == 3, f"{name} is shared"
-        assert end.shape == interval.shape == single.shape and end.dtype == single.dtype
-        if how == "duplicate":
-            assert torch.equal(end, single) and torch.equal(interval, single)
-    assert add_time_branches(after, dual(1.0), how) is after
+def branches(model: Transformer) -> dict[str, Tensor]:
+    return {k: v for k, v in model.state_dict().items() if k.startswith(("time_embed_t.", "time_embed_r."))}
 
 
-def test_duplicate_sums_two_pretrained_embeddings(base: Transformer) -> None:
-    """At time scale 1000 and r = t the modulation is m(t) + m(0) of the base."""
-    network = converted(base, 1000.0, "duplicate")
-    t, r = torch.tensor([0.3, 0.9]), torch.tensor([0.1, 0.9])
-    want = [
-        a + b for a, b in zip(base.embed_time(t, None, t.dtype), base.embed_time(t - r, None, t.dtype), strict=True)
-    ]
-    for x, y in zip(network.embed_time(t, r, t.dtype), want, strict=True):
-        torch.testing.assert_close(x, y)
+KINDS = ["single", "file", "no config", "sharded", "pipeline", "pth", "legacy pth", "pth in a repository"]
 
 
-@pytest.mark.parametrize("how", ["duplicate", "preserve"])
-def test_the_pretrained_embedder_is_kept(base: Transformer, how: str) -> None:
-    z, t, c = inputs()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("qk_norm", ["rms_norm_across_heads", None])
+def test_a_sana_computes_what_it_did(tmp_path: Path, kind: str, qk_norm: str | None) -> None:
+    model = sana.diffusers_model(qk_norm=qk_norm)
+    source = sana.saved(model, tmp_path / "source", kind)
+    sizes = next(iter(tmp_path.rglob("sizes.json")), None)
+    said = convert(source, tmp_path / "out", config=sizes)
+    assert ("original SANA" if "pth" in kind else "diffusers SANA") in said and "EMF" not in said
+    ours = agrees(tmp_path / "out", model)
+    embed = ours.time_embed.state_dict()
+    for branch in (ours.time_embed_t, ours.time_embed_r):  # the paper's: duplicated
+        for k, v in branch.state_dict().items():
+            assert torch.equal(v, embed[k])
+    assert not (tmp_path / "out.part").exists()
+
+
+@pytest.mark.parametrize("time_scale", [1.0, 1000.0])
+def test_preserved_branches_are_those_of_a_run(tmp_path: Path, theirs: Any, time_scale: float) -> None:
+    theirs.save_pretrained(tmp_path / "a")
+    convert(tmp_path / "a", tmp_path / "out", embedder_init="preserve", time_scale=time_scale)
+    ours = agrees(tmp_path / "out", theirs)
+    assert ours.config.time_scale == time_scale
+    state = {f"transformer.{k}": v for k, v in theirs.state_dict().items()}
+    want = add_time_branches(state, ours.config, "preserve")
+    for k, v in branches(ours).items():
+        torch.testing.assert_close(v, want[f"transformer.{k}"])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("extras", [True, False])
+@pytest.mark.parametrize("released", [True, False])
+def test_a_blip3o_next_folder(tmp_path: Path, theirs: Any, tied: bool, extras: bool, released: bool) -> None:
+    from transformers import AutoModelForCausalLM
+
+    g, more = torch.Generator().manual_seed(3), {}
+    if released:
+        embed = theirs.time_embed.state_dict()
+        more = {f"time_embed_{b}.{k}": torch.randn(v.shape, generator=g) for b in "tr" for k, v in embed.items()}
+    language = sana.blip3o(tmp_path / "a", theirs, tied=tied, extras=extras, more=more)
+    theirs.save_config(tmp_path / "sana")
+    out = tmp_path / "out"
+    said = convert(tmp_path / "a", out, config=tmp_path / "sana" / "config.json")
+    assert "BLIP3o-NEXT" in said and ("EMF" in said) == released
+    ours = agrees(out, theirs)
+    if released:
+        for k, v in branches(ours).items():
+            assert torch.equal(v, more[k])
+    checkpoint = read_converted(out)
+    assert checkpoint.tokens == sana.TOKENS and not checkpoint.missing
+    assert checkpoint.connector == dict(in_channels=24, out_channels=20)
+    connector = Connector(24, 20)
+    connector.load_state_dict(load_file(out / "connector.safetensors"))
+    states = torch.randn(2, 3, 24, generator=g)
     with torch.no_grad():
-        torch.testing.assert_close(converted(base, 10.0, how)(z, t, None, c), base(z, t, None, c), rtol=0, atol=0)
+        torch.testing.assert_close(connector(states), sana.connected(tmp_path / "a", states))
+    assert (out / "vae" / "diffusion_pytorch_model.safetensors").exists() == extras
+    assert (out / "ta_tok").exists() == extras
+    if extras:
+        assert load_file(out / "ta_tok" / "model.safetensors").keys() == {"encode_task_layer.0.weight"}
+    assert (out / "language_model" / "tokenizer_config.json").exists()
+    read, info = AutoModelForCausalLM.from_pretrained(out / "language_model", output_loading_info=True)
+    assert type(read).__name__ == "Qwen3ForCausalLM" and not info["missing_keys"] and not info["unexpected_keys"]
+    assert all(getattr(read.config, k) == v for k, v in sana.TOKENS.items())
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(read(ids).logits, language(ids).logits, rtol=0, atol=0)
 
 
-def test_preserve_at_the_base_scale_is_the_base(base: Transformer) -> None:
-    """Float32 rounding: there is nothing to fit."""
-    assert off(base, 1000.0, "preserve") < 1e-6 < 0.05 < off(base, 1000.0, "duplicate")
+def test_a_released_emf_transformer_alone(tmp_path: Path, theirs: Any) -> None:
+    g = torch.Generator().manual_seed(4)
+    embed = theirs.time_embed.state_dict()
+    more = {f"time_embed_{b}.{k}": torch.randn(v.shape, generator=g) for b in "tr" for k, v in embed.items()}
+    theirs.save_pretrained(tmp_path / "a")
+    save_file(theirs.state_dict() | more, tmp_path / "a" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    assert "EMF" in convert(tmp_path / "a", tmp_path / "out", embedder_init="preserve")  # there is nothing to make
+    for k, v in branches(agrees(tmp_path / "out", theirs)).items():
+        assert torch.equal(v, more[k])
 
 
-@pytest.mark.parametrize(("scale", "residual"), [(100.0, 0.15), (10.0, 0.5), (1.0, 0.5)])
-def test_preserve_at_another_scale_is_as_near_as_the_fit(base: Transformer, scale: float, residual: float) -> None:
-    """A slow sinusoid cannot follow a fast one's detail; what is left is far less than what the copy does."""
-    assert off(base, scale, "preserve") < min(residual, 0.6 * off(base, scale, "duplicate"))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_dtype_and_shards(tmp_path: Path, theirs: Any, dtype: str) -> None:
+    theirs.save_pretrained(tmp_path / "a")
+    convert(tmp_path / "a", tmp_path / "out", dtype=dtype, shard_gb=2e-5)  # type: ignore[arg-type]
+    files = sorted((tmp_path / "out").glob("transformer-*.safetensors"))
+    index = json.loads((tmp_path / "out" / "transformer.safetensors.index.json").read_text())
+    state: dict[str, Tensor] = {}
+    for file in files:
+        state |= load_file(file)
+        assert file.stat().st_size < 2e-5 * 1e9 + 4096 or len(load_file(file)) == 1
+    assert len(files) > 2 and index["weight_map"].keys() == state.keys()
+    assert {v.dtype for v in state.values()} == {getattr(torch, dtype)}
+    for k, v in theirs.state_dict().items():
+        assert torch.equal(state[k], v.to(getattr(torch, dtype)))
+    assert load_converted(tmp_path / "out")[0].proj_out.weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize("scale", [1.0, 1000.0])
-def test_preserve_starts_without_the_interval(base: Transformer, scale: float) -> None:
-    """r does not matter yet, and the interval's branch can learn: its last layers get gradients."""
-    network = converted(base, scale, "preserve")
-    z, t, c = inputs()
-    torch.testing.assert_close(network(z, t, t / 2, c), network(z, t, t, c), rtol=0, atol=0)
-    network(z, t, t / 2, c).square().sum().backward()
-    layer = network.time_embed_r.emb["timestep_embedder"].linear_2
-    assert layer.weight.grad.norm() > 0 and network.time_embed_r.linear.bias.grad.norm() > 0
+@pytest.mark.parametrize("kind", ["blip3o", "pth", "no config"])
+def test_sizes_need_no_config_at_a_published_width(tmp_path: Path, theirs: Any, monkeypatch: Any, kind: str) -> None:
+    monkeypatch.setitem(layouts.CROSS_HEADS, 32, 2)
+    monkeypatch.setattr(layouts, "HEAD", 8)
+    if kind == "blip3o":
+        sana.blip3o(source := tmp_path / "a", theirs, tied=True, extras=True)
+    else:
+        source = sana.saved(theirs, tmp_path / "a", kind)
+    convert(source, tmp_path / "out")
+    agrees(tmp_path / "out", theirs)
 
 
-def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="time_embed"):
-        add_time_branches({"transformer.proj_out.weight": torch.zeros(2)}, dual(1.0), "duplicate")
-    small = dict(num_layers=1, num_attention_heads=2, num_cross_attention_heads=1)
-    single = replace(digits_base(), transformer=replace(digits_base().transformer, **small))
-    state = {k: v.clone() for k, v in build(single).state_dict().items()}
-    twice = replace(single.transformer, dual_time=True)
-    file = tmp_path / "weights.safetensors"
+def test_a_kill_leaves_a_part_that_the_next_call_replaces(tmp_path: Path, theirs: Any, monkeypatch: Any) -> None:
+    theirs.save_pretrained(tmp_path / "a")
 
-    def load(weights: dict[str, Tensor], config: Config) -> None:
-        save_file(weights, file)
-        build(replace(config, init=file), from_scratch=True)
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
 
-    load(state, single)
-    load(state, replace(single, objective="meanflow", transformer=twice))
-    name = "transformer.proj_out.weight"
-    with pytest.raises(ValueError, match=f"1 missing, 0 extra, 0 misshaped keys; missing {name}"):
-        load({k: v for k, v in state.items() if k != name}, single)
-    with pytest.raises(ValueError, match="0 missing, 1 extra, 0 misshaped keys; unexpected transformer.other"):
-        load(state | {"transformer.other": torch.zeros(1)}, single)
-    with pytest.raises(ValueError, match=f"0 missing, 0 extra, 1 misshaped keys; shape of {name}"):
-        load(state | {name: state[name][:-1].contiguous()}, single)
-    with pytest.raises(ValueError, match="no file"):
-        build(replace(single, init=tmp_path / "none.safetensors"), from_scratch=True)
-    file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="not a safetensors file"):
-        build(replace(single, init=file), from_scratch=True)
+    with monkeypatch.context() as patched:
+        patched.setattr("emf.weights.tensors.write_file", killed)
+        with pytest.raises(KeyboardInterrupt):
+            convert(tmp_path / "a", tmp_path / "out")
+    assert (tmp_path / "out.part").is_dir() and not (tmp_path / "out").exists()
+    convert(tmp_path / "a", tmp_path / "out")
+    agrees(tmp_path / "out", theirs)
+    assert not (tmp_path / "out.part").exists() and not (tmp_path / "out" / ".emf-part").exists()
 
 
-def test_half_precision_weights_train_in_single() -> None:
-    """What is shipped is float16."""
-    half = {k: v.half() for k, v in weights(Transformer(SINGLE)).items()}
-    after = add_time_branches(half, dual(1.0), "preserve")
-    assert {v.dtype for v in after.values()} == {torch.float16}
+PEAK = """
+import re, sys
+from pathlib import Path
+from emf.weights.convert import convert
+
+def memory(name):
+    return int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+small, big, out = map(Path, sys.argv[1:])
+for dtype in (None, "bfloat16"):
+    convert(small, out / f"first {dtype}", dtype=dtype)
+for dtype in (None, "bfloat16"):
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is now what is held
+    convert(big, out / f"second {dtype}", dtype=dtype)
+    print(memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's high-water mark")
+def test_peak_memory_is_a_shard(tmp_path: Path, theirs: Any) -> None:
+    """Over that of converting next to nothing; kept and cast."""
+    import diffusers
+
+    theirs.save_pretrained(tmp_path / "small")
+    wide = dict(num_attention_heads=16, attention_head_dim=32, num_cross_attention_heads=4, cross_attention_dim=512)
+    with torch.device("meta"):  # no time for initialising
+        model = diffusers.SanaTransformer2DModel(
+            **sana.SIZES | wide | dict(cross_attention_head_dim=128, num_layers=11, caption_channels=256)
+        )
+    model.to_empty(device="cpu").save_pretrained(tmp_path / "big", max_shard_size="50MB")
+    shards = [f.stat().st_size for f in (tmp_path / "big").glob("*.safetensors")]
+    assert len(shards) >= 4 and sum(shards) > 180e6
+    command = [sys.executable, "-c", PEAK, *map(str, (tmp_path / "small", tmp_path / "big", tmp_path))]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    peaks = [int(line) for line in done.stdout.split()]
+    assert len(peaks) == 2 and 0 < max(peaks) <= 1.1 * max(shards), (peaks, shards)

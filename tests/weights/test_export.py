@@ -21,8 +21,8 @@ from emf.flow import guided, sample
 from emf.model.transformer import Transformer, TransformerConfig
 from emf.sample.emf_pipeline import EMFPipeline
 from emf.weights.convert import convert
+from emf.weights.converted import load_converted
 from emf.weights.export import export
-from emf.weights.folders import load_transformer
 from emf.weights.layouts import read_config
 
 CONFIG = TransformerConfig(
@@ -158,7 +158,7 @@ def test_noise_comes_from_the_generator(tmp_path: Path) -> None:
 
 
 def test_other_parts_come_from_the_base(tmp_path: Path, base: Path) -> None:
-    export(network().state_dict(), CONFIG, tmp_path / "out", base)
+    export(network().state_dict(), CONFIG, tmp_path / "out", base=base)
     for file in base.rglob("*/*"):
         copy = tmp_path / "out" / file.relative_to(base)
         assert copy.read_bytes() == file.read_bytes() and not copy.is_symlink()
@@ -180,7 +180,7 @@ def test_text_parts_of_a_converted_blip3o_next(tmp_path: Path, base: Path) -> No
     sana.blip3o(tmp_path / "a", theirs, tied=True, extras=False)
     text = tmp_path / "text"
     convert(tmp_path / "a", text, config=tmp_path / "sana" / "config.json")
-    export(network().state_dict(), CONFIG, tmp_path / "out", base, text)
+    export(network().state_dict(), CONFIG, tmp_path / "out", base=base, text=text)
     for file in (text / "connector.safetensors", *(text / "language_model").iterdir()):
         assert (tmp_path / "out" / file.relative_to(text)).read_bytes() == file.read_bytes()
     assert not (tmp_path / "out" / "tokenizer").exists()  # the base's encoder is another
@@ -189,7 +189,7 @@ def test_text_parts_of_a_converted_blip3o_next(tmp_path: Path, base: Path) -> No
     pipe.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "language_model" / "config.json").exists()
     with pytest.raises(ValueError, match="expected a converted BLIP3o-NEXT checkpoint"):
-        export(network().state_dict(), CONFIG, tmp_path / "no", base, base)
+        export(network().state_dict(), CONFIG, tmp_path / "no", base=base, text=base)
 
 
 def test_prompts_need_a_conditioning(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_prompts_need_a_conditioning(tmp_path: Path) -> None:
 
 def test_a_pipeline_is_saved_again(tmp_path: Path, base: Path) -> None:
     ours = network()
-    export(ours.state_dict(), CONFIG, tmp_path / "out", base)
+    export(ours.state_dict(), CONFIG, tmp_path / "out", base=base)
     pipe = pipeline(tmp_path / "out", text_encoder=None, tokenizer=None, torch_dtype=torch.bfloat16)
     assert pipe.transformer.dtype == torch.bfloat16 and pipe.transformer.network.config == CONFIG
     z, _, c = sana.inputs()
@@ -233,7 +233,7 @@ def test_published_to_ours_to_diffusers_is_the_identity(tmp_path: Path) -> None:
     theirs = sana.diffusers_model()
     theirs.save_pretrained(tmp_path / "a")
     convert(tmp_path / "a", tmp_path / "b")
-    ours, checkpoint = load_transformer(tmp_path / "b")
+    ours, checkpoint = load_converted(tmp_path / "b")
     export(ours.state_dict(), checkpoint.transformer, tmp_path / "c")
     state = load_file(tmp_path / "c" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert state.keys() == theirs.state_dict().keys()
@@ -254,7 +254,7 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path, base: Path) -> None:
         ("out", None, {f"transformer.{k}": v for k, v in state.items()}, CONFIG, "expected a Transformer's state dict"),
     ):
         with pytest.raises(ValueError, match=message) as error:
-            export(weights, config, tmp_path / out, where)
+            export(weights, config, tmp_path / out, base=where)
         assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -15,18 +13,17 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from emf.config import Config
 from emf.model.text_to_image import TextToImage
-from emf.network.build import checkpoints, saved_names
 from emf.train.ranges import span
+from emf.train.zero.group import gather
 from emf.train.zero.settings import engine_config
-from emf.train.zero.universal import load_universal, universal
-
-PART, GONE = ".part", ".gone"  # a folder so named is being written, or removed, and never read
+from emf.train.zero.universal import load_universal, partitions, universal
+from emf.weights import checkpoints
+from emf.weights.checkpoints import Made, saved_names
 
 
 class Engine:
@@ -89,11 +86,8 @@ class Engine:
     def shards(self) -> list[Tensor]:
         """The float32 weights that this rank updates, flattened as DeepSpeed keeps them: all without ZeRO, else its
         part. The moving average is of these, so that it is sharded as they are and costs no communication."""
-        optimizer = self.engine.optimizer
-        if self.stage == 3:
-            return [x.detach() for x in optimizer.fp32_partitioned_groups_flat]
         if self.stage:
-            return [x.detach() for x in optimizer.single_partition_of_fp32_groups]
+            return [x.detach() for x in partitions(self.engine.optimizer, self.stage)]
         return [self.masters.get(id(p), p).detach() for p in self.trainable.values()]
 
     @contextmanager
@@ -112,8 +106,8 @@ class Engine:
         finally:
             swap()
 
-    def __call__(self, *args: Any) -> Any:
-        return self.engine(*args)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.engine(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
@@ -152,10 +146,8 @@ class Engine:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in the order of ranks."""
-        values: list[Any] = [None] * self.world
         with span("communication"):
-            dist.all_gather_object(values, value)
-        return values
+            return gather(value)
 
     def mean(self, *values: float) -> list[float]:
         """Each value's mean over the ranks."""
@@ -194,16 +186,14 @@ class Engine:
         return state
 
     def save(self, folder: Path, step: int, config: str, keep: int) -> Path:
-        """checkpoints/step_N: the engine's state, the moving average, model.safetensors (the average, whole) and
-        config.json.
+        """folder/step_N: the engine's state, the moving average, whole, and the run's config; see
+        emf.weights.checkpoints. Of the checkpoints in the folder the newest `keep` stay.
 
         Written under another name and renamed when every rank is done, so a folder of that name is always whole.
         """
-        final = folder / f"step_{step:07d}"
-        part = final.with_suffix(PART)
+        part = checkpoints.unfinished(folder, step)
         if self.rank == 0:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
+            checkpoints.begin(folder, step)
         self.barrier()
         partial = self.saved != self.parameters.keys()
         self.engine.save_checkpoint(
@@ -213,61 +203,45 @@ class Engine:
         if self.rank == 0:
             for script in part.glob("*.py"):  # DeepSpeed's, to gather what is whole here already
                 script.unlink()
-            save_file(weights, part / "model.safetensors")
-            (part / "config.json").write_text(config)
-            (part / "checkpoint.json").write_text(json.dumps({"step": step, "world": self.world, "stage": self.stage}))
+            checkpoints.write_checkpoint(part, weights, config, Made(step, self.world, self.stage))
         self.barrier()
         if self.rank == 0:
-            if final.exists():
-                remove(final)
-            part.rename(final)
-            for old in checkpoints(folder)[:-keep]:
-                remove(old)
+            checkpoints.finish(part, keep)
         self.barrier()
-        return final
+        return part.with_suffix("")
 
     def load(self, checkpoint: Path) -> int:
         """Continue from a checkpoint of the same run; returns its step. Another number of ranks or another ZeRO stage
         goes through DeepSpeed's universal checkpoint. Raises ValueError where it does not fit."""
-        try:
-            made = json.loads((checkpoint / "checkpoint.json").read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"resume: {checkpoint} is broken ({error}); delete it to resume from one before") from None
-        if bool(made["stage"]) != bool(self.stage):
+        made = checkpoints.read_made(checkpoint)
+        if bool(made.stage) != bool(self.stage):
             raise ValueError(
-                f"resume: {checkpoint} was saved at ZeRO stage {made['stage']}, this run has {self.stage}; between "
+                f"resume: {checkpoint} was saved at ZeRO stage {made.stage}, this run has {self.stage}; between "
                 "stage 0 and the others there is no way, between 1, 2 and 3 there is"
             )
-        same = not self.stage or (made["world"], made["stage"]) == (self.world, self.stage)
+        same = not self.stage or (made.world, made.stage) == (self.world, self.stage)
         strict = self.saved == self.parameters.keys()
         try:
             if same:
                 self.engine.load_checkpoint(str(checkpoint), tag="engine", load_module_strict=strict)
             else:
-                with universal(self, checkpoint) as folder:
-                    load_universal(self, folder / "zero")
-            self._load_average(checkpoint / "model.safetensors")
-        except (OSError, RuntimeError, KeyError, AssertionError, EOFError, SafetensorError) as error:
+                with universal(checkpoint) as folder:
+                    load_universal(folder / "zero", self.engine.optimizer, self.trainable, self.stage, self.device)
+            self._load_average(checkpoint)
+        except (OSError, ValueError, RuntimeError, KeyError, AssertionError, EOFError, SafetensorError) as error:
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"resume: {checkpoint} is broken ({why}); delete it to resume from one before") from None
-        return int(made["step"])
+        return made.step
 
-    def _load_average(self, file: Path) -> None:
+    def _load_average(self, checkpoint: Path) -> None:
         """The moving average from a checkpoint's weights, which are whole: any rank takes its part of them."""
         if not self.ema:
             return
-        with self.average_in_place(), safe_open(file, "pt") as weights, torch.no_grad():
+        weights = checkpoints.stream(checkpoint)
+        with self.average_in_place(), torch.no_grad():
             for name, p in self.trainable.items():
-                value = weights.get_tensor(name).to(self.device)
+                value = weights.read(name).to(self.device)
                 if self.stage:
                     safe_set_full_fp32_param(p, value)
                 else:
                     self.masters.get(id(p), p).detach().copy_(value)
-
-
-def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint; renamed first, so that a half-deleted one is never taken for whole."""
-    gone = checkpoint.with_suffix(GONE)
-    shutil.rmtree(gone, ignore_errors=True)
-    checkpoint.rename(gone)
-    shutil.rmtree(gone)

@@ -8,24 +8,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.utils import safe_set_full_fp32_param
-from torch import Tensor
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from emf.train.zero.engine import Engine
+from emf.train.zero.group import gather
 
 
 @contextmanager
-def universal(engine: Engine, checkpoint: Path) -> Iterator[Path]:
+def universal(checkpoint: Path) -> Iterator[Path]:
     """The checkpoint's engine state as DeepSpeed's universal one beside it, for the length of the block: every
-    weight and moment whole, so that any number of ranks at any stage from 1 on can take its part."""
+    weight and moment whole, so that any number of ranks at any stage from 1 on can take its part. Called on every
+    rank; the first makes it. Raises RuntimeError on every rank where it cannot be made."""
     from deepspeed.checkpoint.ds_to_universal import main as to_universal
 
     folder, failed = checkpoint / "universal", ""
-    if engine.rank == 0:
+    if dist.get_rank() == 0:
         print(f"resume: {checkpoint} is of other ranks or another ZeRO stage; making it universal", flush=True)
         shutil.rmtree(folder, ignore_errors=True)
         options = dict(input_folder=str(checkpoint / "engine"), output_folder=str(folder), strict=True)
@@ -36,43 +37,56 @@ def universal(engine: Engine, checkpoint: Path) -> Iterator[Path]:
         except Exception as error:  # DeepSpeed's script asserts, indexes and unpickles
             failed = f"{type(error).__name__}: {' '.join(str(error).split())}"
         (checkpoint / "latest_universal").unlink(missing_ok=True)
-    if failed := engine.gather(failed)[0]:
+    if failed := gather(failed)[0]:
         raise RuntimeError(f"no universal checkpoint could be made of it: {failed}")
     try:
         yield folder
     finally:
-        engine.barrier()
-        if engine.rank == 0:
+        dist.barrier()
+        if dist.get_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def load_universal(engine: Engine, folder: Path) -> None:
-    """Weights and moments of a universal checkpoint, a folder a weight. DeepSpeed's own reader of it takes Adam's
-    step from where only the stage that reads would have written it, and at stage 3 refuses what the others
-    wrote."""
+def partitions(optimizer: Any, stage: int) -> list[Tensor]:
+    """The float32 weights that this rank updates, flattened as DeepSpeed's optimizer of stage 1, 2 or 3 keeps them."""
+    flat: list[Tensor] = (
+        optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
+    )
+    return flat
+
+
+def load_universal(
+    folder: Path, optimizer: Any, trainable: dict[str, nn.Parameter], stage: int, device: torch.device
+) -> None:
+    """The weights and moments of a universal checkpoint, in which each weight has a folder, into DeepSpeed's optimizer
+    of stage 1, 2 or 3 and the trainable weights by name.
+
+    DeepSpeed's own reader takes Adam's step from where only the stage that reads would have written it, and at stage 3
+    refuses what the others wrote.
+    """
 
     def read(name: str, key: str) -> Any:
         value = torch.load(folder / name / f"{key}.pt", map_location="cpu", weights_only=False)
         return value["param"] if isinstance(value, dict) else value
 
-    optimizer, moments = engine.engine.optimizer, dict[str, list[Tensor]]()
+    moments: dict[str, list[Tensor]] = {}
     with torch.no_grad():
         for key in ("exp_avg", "exp_avg_sq", "fp32"):  # what comes last stays where the weights are
-            for name, p in engine.trainable.items():
-                shape = p.ds_shape if engine.stage == 3 else p.shape  # type: ignore[attr-defined]
-                safe_set_full_fp32_param(p, read(name, key).view(shape).to(engine.device))
-            moments[key] = [x.clone() for x in engine.shards()]
-        first = next(iter(engine.trainable))
+            for name, p in trainable.items():
+                shape = p.ds_shape if stage == 3 else p.shape  # type: ignore[attr-defined]
+                safe_set_full_fp32_param(p, read(name, key).view(shape).to(device))
+            moments[key] = [x.detach().clone() for x in partitions(optimizer, stage)]
+        first = next(iter(trainable))
         if (folder / first / "step.pt").is_file():
             step = read(first, "step")
         else:
             whole = torch.load(folder / "optimizer_state.pt", map_location="cpu", weights_only=False)
             step = whole["optimizer_state_dict"]["state"][0]["step"]
-        flats = optimizer.fp32_partitioned_groups_flat if engine.stage == 3 else None
-        for i, flat in enumerate(flats or optimizer.single_partition_of_fp32_groups):
+        flats = partitions(optimizer, stage)
+        for i, flat in enumerate(flats):
             state = dict(exp_avg=moments["exp_avg"][i], exp_avg_sq=moments["exp_avg_sq"][i])
             optimizer.optimizer.state[flat] = {"step": torch.tensor(float(step)), **state}
-        if flats is None:
+        if stage != 3:
             optimizer.update_lp_params()
             return
         optimizer.checkpoint_event_prologue()

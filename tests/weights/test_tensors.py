@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from emf.weights import tensors as weights
-from emf.weights.tensors import DTYPES, Item, Weights, find, items, whole, write
+from emf.weights.tensors import DTYPES, Item, Weights, find, items, read_metadata, whole, write, write_file
 
 
 def state() -> dict[str, Tensor]:
@@ -32,13 +32,13 @@ def same(a: Tensor, b: Tensor) -> bool:
 @pytest.mark.parametrize("shard_bytes", [10**9, 100, 1])
 def test_safetensors_reads_what_is_written(tmp_path: Path, shard_bytes: int) -> None:
     told: list[int] = []
-    write(tmp_path, "x", items(state()), told.append, shard_bytes, {"note": "a"})
+    write(tmp_path, "x", items(state()), told.append, shard_bytes)
     files = sorted(tmp_path.glob("*.safetensors"))
     found = {k: v for file in files for k, v in load_file(file).items()}
     assert found.keys() == state().keys() and all(same(found[k], v) for k, v in state().items())
     assert sum(told) == sum(v.nbytes for v in state().values())
     with safe_open(files[0], "pt") as handle:
-        assert handle.metadata() == {"format": "pt", "note": "a"}
+        assert handle.metadata() == {"format": "pt"}
     if shard_bytes > 10**6:
         assert [f.name for f in files] == ["x.safetensors"]
     else:
@@ -53,6 +53,18 @@ def test_safetensors_reads_what_is_written(tmp_path: Path, shard_bytes: int) -> 
         assert all(v["data_offsets"][0] % DTYPES[v["dtype"]].itemsize == 0 for v in told_of.values())
         inside = [v.nbytes for v in load_file(file).values()]
         assert sum(inside) <= shard_bytes or len([n for n in inside if n]) == 1
+
+
+def test_one_file_with_a_note(tmp_path: Path) -> None:
+    told: list[int] = []
+    write_file(tmp_path / "x", items(state()), told.append, {"note": "a"})
+    found = load_file(tmp_path / "x")
+    assert found.keys() == state().keys() and all(same(found[k], v) for k, v in state().items())
+    assert sum(told) == sum(v.nbytes for v in state().values())
+    assert read_metadata(tmp_path / "x") == {"format": "pt", "note": "a"}
+    (tmp_path / "x").write_bytes((tmp_path / "x").read_bytes()[:-9])
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+        read_metadata(tmp_path / "x")
 
 
 def test_what_safetensors_writes_is_read(tmp_path: Path) -> None:

@@ -1,0 +1,125 @@
+"""A run's checkpoints: which there are, what one holds, reading, writing and removing one.
+
+RUN/checkpoints/step_0000100/ holds model.safetensors (the moving average, whole, float32), config.json (the resolved
+config), checkpoint.json (the step, and by how many ranks at which ZeRO stage it was written) and engine/ (what
+DeepSpeed needs to go on; emf.train.zero writes it). A folder of that name is always whole: one that is being written
+or removed has another name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from emf.config import Config
+from emf.model.text_to_image import TextToImage
+from emf.weights.tensors import Weights, items, read_weights, write_file
+
+WEIGHTS, SETTINGS, MADE = "model.safetensors", "config.json", "checkpoint.json"
+PART, GONE = ".part", ".gone"
+"""Endings of a folder that is being written, or removed; it is never read."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """How a checkpoint was made."""
+
+    step: int
+    world: int
+    """Ranks that wrote it."""
+    stage: int
+    """ZeRO stage of the run."""
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints in a folder, oldest first. A copy that somebody keeps under another name is none."""
+    return sorted(p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{7}", p.name) and p.is_dir())
+
+
+def newest(run: Path) -> Path:
+    """The newest whole checkpoint of a run's folder, or the folder itself if it is one. Raises ValueError where there
+    is none."""
+    if (run / WEIGHTS).is_file():
+        return run
+    saved = checkpoints(run / "checkpoints")
+    if not saved:
+        raise ValueError(
+            f"{run} holds no checkpoint; expected a run's folder, or a folder with model.safetensors and config.json"
+        )
+    return saved[-1]
+
+
+def saved_names(network: TextToImage, config: Config) -> set[str]:
+    """The weights that a checkpoint holds: all but those of a pretrained encoder that stay as its folder has them."""
+    pretrained = config.condition.kind != "small"
+    return {
+        name
+        for name, p in network.named_parameters()
+        if p.requires_grad or name in network.own_encoder or not (pretrained and name.startswith("encoder."))
+    }
+
+
+def read(checkpoint: Path) -> dict[str, Tensor]:
+    """A checkpoint's weights in float32. Raises ValueError where they are missing or broken."""
+    try:
+        return read_weights(checkpoint / WEIGHTS)
+    except ValueError as error:
+        raise ValueError(f"checkpoint: {checkpoint} is broken ({error}); delete it to resume from one before") from None
+
+
+def stream(checkpoint: Path) -> Weights:
+    """A checkpoint's weights, to be read one at a time. Raises ValueError where they are missing or broken."""
+    return Weights([checkpoint / WEIGHTS])
+
+
+def read_made(checkpoint: Path) -> Made:
+    """How a checkpoint was made. Raises ValueError where that is missing or broken."""
+    try:
+        return Made(**json.loads((checkpoint / MADE).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"resume: {checkpoint} is broken ({error}); delete it to resume from one before") from None
+
+
+def begin(folder: Path, step: int) -> Path:
+    """The empty folder in which the checkpoint of a step is written, until `finish` gives it its name. What an earlier
+    process left of it is removed."""
+    part = unfinished(folder, step)
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    return part
+
+
+def unfinished(folder: Path, step: int) -> Path:
+    """Where `begin` makes a checkpoint's folder."""
+    return folder / f"step_{step:07d}{PART}"
+
+
+def write_checkpoint(part: Path, weights: dict[str, Tensor], config: str, made: Made) -> None:
+    """Weights, config.json and checkpoint.json of a checkpoint. Raises ValueError where the disk is full."""
+    write_file(part / WEIGHTS, items(weights))
+    (part / SETTINGS).write_text(config)
+    (part / MADE).write_text(json.dumps(asdict(made)))
+
+
+def finish(part: Path, keep: int) -> Path:
+    """The written checkpoint under its name, in the place of one that has it; of the older ones `keep` - 1 stay."""
+    final = part.with_suffix("")
+    if final.exists():
+        remove(final)
+    part.rename(final)
+    for old in checkpoints(final.parent)[:-keep]:
+        remove(old)
+    return final
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint. It is renamed first, so that a half-deleted one is never taken for whole."""
+    gone = checkpoint.with_suffix(GONE)
+    shutil.rmtree(gone, ignore_errors=True)
+    checkpoint.rename(gone)
+    shutil.rmtree(gone)

@@ -1,0 +1,67 @@
+"""A folder from `emf convert`, read: its settings and its transformer. emf.weights.convert says what is in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emf.model.transformer import Transformer, TransformerConfig
+from emf.weights.layouts import read_json
+from emf.weights.tensors import Weights
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A folder's settings. language_model, tokens, connector: of BLIP3o-NEXT, else empty."""
+
+    folder: Path
+    transformer: TransformerConfig
+    missing: dict[str, list[str]]
+    """Names by part that the source did not have, and was allowed not to."""
+    language_model: dict[str, Any]
+    tokens: dict[str, int]
+    connector: dict[str, int]
+
+
+def read_converted(folder: Path) -> Converted:
+    """A converted folder's config.json. Raises ValueError where it is none."""
+    path = folder / "config.json"
+    tree = read_json(path)
+    sizes, known = tree.get("transformer"), {f.name for f in fields(TransformerConfig)}
+    if not isinstance(sizes, dict) or "source" not in tree:
+        raise ValueError(f"checkpoint: {folder} is no converted checkpoint; make one with `emf convert`")
+    if unknown := sorted(sizes.keys() - known):
+        raise ValueError(f"checkpoint: {path}: transformer.{unknown[0]} is not known; convert it with this version")
+    further = {key: tree.get(key, {}) for key in ("language_model", "tokens", "connector")}
+    return Converted(folder, TransformerConfig(**sizes), tree.get("missing", {}), **further)
+
+
+def load_converted(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Transformer, Converted]:
+    """The transformer of a converted folder, on CPU, and the folder's settings. Names that the source was allowed not
+    to have are left at their initialisation.
+
+    Raises ValueError where the folder is none, or its weights are not those that its config says.
+    """
+    converted = read_converted(folder)
+    files = sorted(folder.glob("transformer*.safetensors"))
+    index = folder / "transformer.safetensors.index.json"
+    if index.is_file():
+        files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
+    if lost := [file.name for file in files if not file.is_file()] or ([] if files else ["transformer.safetensors"]):
+        raise ValueError(f"checkpoint: {folder} has no {lost[0]}")
+    weights = Weights(files)
+    missing = set(converted.missing.get("transformer", []))
+    with torch.device("cpu" if missing else "meta"):  # initialised where something is left so
+        network = Transformer(converted.transformer).to(dtype)
+    own = {k: tuple(v.shape) for k, v in network.state_dict().items() if k not in missing}
+    found = {k: e.shape for k, e in weights.entries.items()}
+    if own != found:
+        wrong = sorted(k for k in own.keys() | found.keys() if own.get(k) != found.get(k))
+        raise ValueError(f"checkpoint: {folder}: {len(wrong)} tensors are not as config.json says; first {wrong[0]}")
+    # a copy each: what is read is a view of a file that may go away
+    state = {k: torch.empty(found[k], dtype=dtype).copy_(weights.read(k)) for k in own}
+    network.load_state_dict(state, strict=not missing, assign=True)
+    return network, converted
