@@ -44,9 +44,11 @@ def generate(
     """
     from dataclasses import replace
 
+    from emf.files import read_lines
     from emf.sample.sampler import Sampler, write_images
 
-    every = [c for c in (*captions, *read_prompts(prompts)) for _ in range(n)]
+    read = [] if prompts is None else read_lines(prompts)
+    every = [c for c in (*captions, *read) for _ in range(n)]
     if not every or n < 1 or batch < 1:
         raise ValueError(f"generate: {len(every)} images, batch {batch}; give captions or --prompts, and at least 1")
     sampler = Sampler.load(run, vae, dtype, device, flow_matching)
@@ -60,12 +62,3 @@ def generate(
             print(path, flush=True)
     each = ", ".join(f"{stage} {took / len(every) * 1e3:.0f} ms" for stage, took in sampler.seconds.items())
     print(f"{len(every)} images; each: {each}", file=sys.stderr)  # stdout is the files' names alone
-
-
-def read_prompts(file: Path | None) -> list[str]:
-    if file is None:
-        return []
-    try:
-        return [line.strip() for line in file.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"generate: prompts {file} cannot be read: {error}") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from emf.conditioning.blip3o import Blip3oNext, SpecialTokens, Window
 from emf.conditioning.encoder import Encoder
 from emf.conditioning.small import Connector
 from emf.conditioning.text import TextEncoder, sana_instruction
+from emf.files import read_json, why
 
 Kind = Literal["blip3o", "gemma", "clip", "t5"]
 LENGTHS = {"gemma": 300, "clip": 77, "t5": 300}
@@ -71,7 +71,7 @@ def _load_blip3o(
         connector = Connector(hidden, channels).to(dtype)
         connector.load_state_dict(state)
     except (SafetensorError, OSError, KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(f"conditioning: {file} is no connector of BLIP3o-NEXT: {_first_line(error)}") from None
+        raise ValueError(f"conditioning: {file} is no connector of BLIP3o-NEXT: {why(error)}") from None
     return Blip3oNext(model, _tokenizer(language), tokens, connector, window=window, freeze=freeze, **settings)
 
 
@@ -93,14 +93,15 @@ def quiet() -> Iterator[None]:
 
 
 def _config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.exists():
+        raise ValueError(f"conditioning: {folder} holds no config.json; expected a checkpoint's folder")
     try:
-        fields = json.loads((folder / "config.json").read_text())
-    except FileNotFoundError:
-        raise ValueError(f"conditioning: {folder} holds no config.json; expected a checkpoint's folder") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"conditioning: {folder / 'config.json'} cannot be read: {error}") from None
+        fields = read_json(file)
+    except ValueError as error:
+        raise ValueError(f"conditioning: {error}") from None
     if not isinstance(fields, dict):
-        raise ValueError(f"conditioning: {folder / 'config.json'} is no JSON object")
+        raise ValueError(f"conditioning: {file} is no JSON object")
     return fields
 
 
@@ -115,7 +116,7 @@ def _model(kind: Any, folder: Path, dtype: torch.dtype, **arguments: Any) -> Any
                 folder, dtype=dtype, local_files_only=True, output_loading_info=True, **arguments
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"conditioning: {folder} is no {kind.__name__}: {_first_line(error)}") from None
+        raise ValueError(f"conditioning: {folder} is no {kind.__name__}: {why(error)}") from None
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
             f"conditioning: {folder} is no {kind.__name__}: {len(missing)} weights missing, first {missing[0]}"
@@ -135,8 +136,4 @@ def _tokenizer(folder: Path) -> Any:
             raise ValueError("it reads no text; are tokenizer.json and its like missing?")
         return tokenizer
     except Exception as error:  # each tokenizer class has its own way to miss a file
-        raise ValueError(f"conditioning: {folder} holds no usable tokenizer: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"conditioning: {folder} holds no usable tokenizer: {why(error)}") from None

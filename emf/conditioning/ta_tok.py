@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from emf.files import why
+
 HEADS = 16  # attention heads of so400m; no weight's shape tells them
 UNUSED = ("decoder.", "decode_task_layer.", "teacher.", "scale_layer.", "bottleneck.out_linear.")
 
@@ -126,8 +128,7 @@ def _read(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=False)
     except Exception as error:  # whatever a pickle can raise
-        first = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"ta_tok: {path} cannot be read: {type(error).__name__}: {first}") from None
+        raise ValueError(f"ta_tok: {path} cannot be read: {type(error).__name__}: {why(error)}") from None
 
 
 def _vision(state: Mapping[str, Tensor], size: int, heads: int) -> Any:

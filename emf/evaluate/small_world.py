@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from emf.config import Config
 from emf.data.digits import TAGS, prompts
 from emf.evaluate.digits_scorer import Scorer, calibrate
+from emf.files import write_json
 from emf.model.text_to_image import TextToImage
 from emf.sample.sampler import Sampler, to_uint8
 from emf.sample.sampling_settings import Settings
@@ -55,7 +55,7 @@ def evaluate_run(run: Path, per_tag: int, guidance: float, seed: int) -> dict[st
         )
         pictures[f"{model.upper()} {steps}"] = to_uint8(images[shown])
     scores |= calibrate(scorer, world=config.world)
-    (run / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+    write_json(run / "scores.json", scores)
     write_sheet(
         run / "samples.png", captioned([specs[i]["prompt"] for i in shown], pictures), ["", *pictures], cell=120
     )

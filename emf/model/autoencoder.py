@@ -6,12 +6,13 @@ no shift).
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from emf.files import read_json, why
 
 
 class Latent(Protocol):
@@ -89,10 +90,12 @@ def load_dcae(folder: Path, dtype: torch.dtype = torch.float32, device: str | to
     if config is None:
         raise ValueError(f"latent: {folder} holds no autoencoder; {expected}")
     try:
-        settings = json.loads(config.read_text())
-        kind, factor = settings.get("_class_name"), settings.get("scaling_factor")
-    except (ValueError, AttributeError):
-        raise ValueError(f"latent: {config} is no JSON object; {expected}") from None
+        settings = read_json(config)
+    except ValueError as error:
+        raise ValueError(f"latent: {error}; {expected}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"latent: {config} is no JSON object; {expected}")
+    kind, factor = settings.get("_class_name"), settings.get("scaling_factor")
     if kind != "AutoencoderDC":
         raise ValueError(f"latent: {config} is of class {kind}; expected AutoencoderDC")
     if not isinstance(factor, (int, float)) or not factor > 0:
@@ -104,8 +107,7 @@ def load_dcae(folder: Path, dtype: torch.dtype = torch.float32, device: str | to
             str(config.parent), torch_dtype=dtype, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        (first, *_) = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"latent: {config.parent} cannot be loaded: {first}") from None
+        raise ValueError(f"latent: {config.parent} cannot be loaded: {why(error)}") from None
     if found["missing_keys"]:
         missing = found["missing_keys"]
         raise ValueError(f"latent: {config.parent} lacks {len(missing)} weights, {sorted(missing)[0]} the first")

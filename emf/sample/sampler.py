@@ -21,6 +21,8 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from emf.config import Config
+from emf.device import device as find_device
+from emf.files import make_folder, whole_file
 from emf.flow import guided, sample, seed_of
 from emf.model.autoencoder import Latent, load_dcae
 from emf.model.text_to_image import TextToImage
@@ -99,9 +101,7 @@ class Sampler:
         instantaneous velocity by Euler's method (`average` of Settings). Raises ValueError on what does not fit."""
         from emf.weights.folders import load
 
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if place.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"generate: --device {device}, but no GPU is there")
+        place = find_device(device)
         config, network = load(run)
         if config.objective == "flow_matching" and not flow_matching:
             raise ValueError(f"generate: {run} was trained for flow matching alone; say --flow-matching")
@@ -225,7 +225,7 @@ def to_uint8(images: Tensor | np.ndarray) -> np.ndarray:
 def write_images(images: Tensor, captions: Sequence[str], out: Path, told: dict[str, Any]) -> list[Path]:
     """PNG files with the caption and what is told of them in their metadata; small ones eight times as large. A name
     that is taken gets the next number."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     taken, paths = len(list(out.glob("*.png"))), []
     for image, caption in zip(to_uint8(images), captions, strict=True):
         while (path := out / f"{taken:05d}.png").exists():
@@ -235,6 +235,8 @@ def write_images(images: Tensor, captions: Sequence[str], out: Path, told: dict[
             note.add_text(key, str(value))
         picture = Image.fromarray(image)
         zoom = 8 if picture.width < SMALL else 1
-        picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST).save(path, pnginfo=note)
+        picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+        with whole_file(path) as part:
+            picture.save(part, "png", pnginfo=note)
         paths.append(path)
     return paths

@@ -95,7 +95,7 @@ def tear(vae: Path) -> None:
     ("change", "message"),
     [
         (lambda vae: (vae / "config.json").unlink(), "holds no autoencoder"),
-        (lambda vae: (vae / "config.json").write_text("{"), "no JSON object"),
+        (lambda vae: (vae / "config.json").write_text("{"), "config.json is JSON that ends too early"),
         (lambda vae: (vae / "config.json").write_text("[]"), "no JSON object"),
         (edit(_class_name="AutoencoderKL"), "class AutoencoderKL"),
         (edit(scaling_factor=None), "scaling_factor"),
