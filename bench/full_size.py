@@ -54,7 +54,7 @@ def main() -> None:
             return u
 
         start = time.monotonic()
-        loss = meanflow_loss(velocity, velocity, x, e, t, r, 1, FlowConfig())[0].mean()
+        loss = meanflow_loss(velocity, velocity, x, e, (t, r, 1), FlowConfig())[0].mean()
         print(f"forward + tangent: {time.monotonic() - start:.0f} s", flush=True)
         loss.backward()
         print(f"with backward: {time.monotonic() - start:.0f} s", flush=True)

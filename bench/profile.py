@@ -48,7 +48,7 @@ def forward(s: Setting, share: float) -> torch.Tensor:
     """The loss."""
     r, b = s.times(share)
     velocity = lambda z, t, r: s.net(z, t, r, s.c)  # noqa: E731
-    return meanflow_loss(velocity, velocity, s.x, s.e, s.t, r, b, s.flow)[0].mean()
+    return meanflow_loss(velocity, velocity, s.x, s.e, (s.t, r, b), s.flow)[0].mean()
 
 
 def step(s: Setting, optimizer: torch.optim.Optimizer, share: float) -> None:

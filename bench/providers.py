@@ -123,7 +123,7 @@ def dual(share: float, net: Callable[[Setting], Any]) -> Step:
             seen.append(u.tangent)
             return u
 
-        loss = meanflow_loss(velocity, velocity, s.x, s.e, s.t, r, b, s.flow)[0].mean()
+        loss = meanflow_loss(velocity, velocity, s.x, s.e, (s.t, r, b), s.flow)[0].mean()
         return loss, seen[0]
 
     return step

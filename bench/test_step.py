@@ -14,6 +14,7 @@ import pytest
 from bench.ops import GPU
 from bench.step import measure, save
 
+pytest_plugins = ["bench.machine_info"]
 SIZE, ROUNDS = os.environ.get("EMF_BENCH_SIZE", "cpu"), int(os.environ.get("EMF_BENCH_ROUNDS", "3"))
 NAMES = ["fm", *(f"dual {share}" for share in ("1", "0.75", "0.5", "0.25", "0"))]
 NAMES += ["fm, checkpointing", "dual 1, checkpointing", "paper", "func.jvp", "no_grad jvp + forward"]

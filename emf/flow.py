@@ -19,6 +19,8 @@ from emf_kernels import Dual, meanflow, path, primal
 
 Network = Callable[[Any, Any, Tensor | None], Any]
 """(z [B, C, H, W], t [B], r [B] or None) -> velocity [B, C, H, W]; Duals in, Dual out."""
+Times = tuple[Tensor, Tensor, int]
+"""(t [B], r [B], b): the first b samples have r < t, the others r = t."""
 
 
 def seed_of(seed: int, number: int) -> int:
@@ -34,7 +36,7 @@ def scheduled(pair: tuple[float, float], progress: float, flow: FlowConfig) -> f
     return (1 - s) * pair[0] + s * pair[1]
 
 
-def times(progress: float, n: int, flow: FlowConfig, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
+def times(progress: float, n: int, flow: FlowConfig, generator: torch.Generator) -> Times:
     """(t [n], r [n], b), float32: the first b samples have r < t, the others r = t. progress in [0, 1] (the
     schedule is EMF's, arXiv 2604.18168).
 
@@ -63,18 +65,19 @@ def meanflow_loss(
     null: Network,
     x: Tensor,
     e: Tensor,
-    t: Tensor,
-    r: Tensor,
-    b: int,
+    when: Times,
     flow: FlowConfig,
+    *,
     progress: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """(weighted loss, mean squared error), both [B]: u_theta against v - (t - r) stopgrad(du/dt), by one dual pass.
+    when is (t, r, b), as `times` draws them.
 
     The tangent is (v, 0, 1) along (z, r, t), for the first b samples; in the others r = t multiplies it by zero, so
     they carry none. null, the network without its condition, is called for guidance inside the target only; samples
     whose condition was dropped have the same optimum with it as without.
     """
+    t, r, b = when
     z, v = path(x, e, t)
     v = target_velocity(network, null, z, v, t, flow)
     along = v if flow.along == "data" else instantaneous(network, z, t)

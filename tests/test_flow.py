@@ -84,7 +84,7 @@ def test_meanflow_loss_against_an_independent_computation(guidance: float) -> No
     t = torch.tensor([0.9, 0.5, 0.7, 0.3]).double()
     r = torch.tensor([0.1, 0.4, 0.7, 0.3]).double()
     network, null = (lambda z, t, r, c=c: net(z, t, r, c) for c in (c, torch.zeros_like(c)))
-    loss, error = meanflow_loss(network, null, x, e, t, r, 2, FlowConfig(guidance=guidance))
+    loss, error = meanflow_loss(network, null, x, e, (t, r, 2), FlowConfig(guidance=guidance))
     loss.sum().backward()
     got = {k: p.grad.clone() for k, p in net.named_parameters() if p.grad is not None}
     net.zero_grad()
@@ -150,7 +150,7 @@ def test_a_dual_network_gets_a_tangent_for_the_first_samples_only() -> None:
 
     x, e = torch.randn(2, 4, 2)
     t = torch.full((4,), 0.5)
-    meanflow_loss(network, network, x, e, t, torch.cat([t[:1] / 2, t[1:]]), 1, FlowConfig())
+    meanflow_loss(network, network, x, e, (t, torch.cat([t[:1] / 2, t[1:]]), 1), FlowConfig())
     z, t = seen[0]
     assert z.tangent.shape == (1, 2) and t.tangent.tolist() == [1.0]
 
@@ -185,13 +185,13 @@ def test_v_loss_is_improved_meanflow(toy: Any) -> None:
     """|| u + (t - r) sg(du/dt) - v ||^2 with du/dt along the network's own velocity, its gradient too."""
     network, null, x, e, t, r = toy
     flow = FlowConfig(along="network", weight_p=0.0)
-    loss, _ = meanflow_loss(network, null, x, e, t, r, 3, flow)
+    loss, _ = meanflow_loss(network, null, x, e, (t, r, 3), flow)
     z, v = path(x, e, t)
     own = network(z, t, t).detach()
     u, u_dot = torch.func.jvp(lambda z, t: network(z, t, r), (z, t), (own, torch.ones_like(t)))
     want = (u + broadcast(t - r) * u_dot.detach() - v).square().sum((1, 2, 3))
     torch.testing.assert_close(loss, want)
-    plain, _ = meanflow_loss(network, null, x, e, t, r, 3, FlowConfig(weight_p=0.0))
+    plain, _ = meanflow_loss(network, null, x, e, (t, r, 3), FlowConfig(weight_p=0.0))
     assert (plain[:3] != loss[:3]).all() and plain[3] == loss[3]
 
 
@@ -202,8 +202,8 @@ def test_a_difference_is_the_derivative_to_second_order(toy: Any) -> None:
     # not of the first sample, which has a kink (a ReLU's) within the step
     far, near = ((difference(network, z, t, r, v, h) - want)[1:].norm() for h in (1e-3, 5e-4))
     assert near < 1e-3 * want.norm() and far / near == pytest.approx(4, rel=0.05)
-    exact, _ = meanflow_loss(network, null, x, e, t, r, 4, FlowConfig())
-    close, _ = meanflow_loss(network, null, x, e, t, r, 4, FlowConfig(derivative="difference", difference_step=1e-5))
+    exact, _ = meanflow_loss(network, null, x, e, (t, r, 4), FlowConfig())
+    close, _ = meanflow_loss(network, null, x, e, (t, r, 4), FlowConfig(derivative="difference", difference_step=1e-5))
     torch.testing.assert_close(close, exact, rtol=1e-6, atol=1e-6)
 
 
@@ -214,7 +214,7 @@ def test_alpha_flow_goes_from_flow_matching_to_meanflow(toy: Any) -> None:
     def gradient(flow: FlowConfig, progress: float) -> Tensor:
         w = torch.zeros(3, 4, 4, dtype=torch.float64, requires_grad=True)  # added to the network's output
         moved = lambda z, t, r: _plus(network(z, t, r), w)  # noqa: E731
-        return torch.autograd.grad(meanflow_loss(moved, null, x, e, t, r, 4, flow, progress)[0].sum(), w)[0]
+        return torch.autograd.grad(meanflow_loss(moved, null, x, e, (t, r, 4), flow, progress=progress)[0].sum(), w)[0]
 
     alpha = FlowConfig(derivative="alpha", alpha=(1.0, 1e-4), weight_p=0.0)
     u = network(z, t, r)

@@ -36,6 +36,7 @@ def geneval(
     out: Path,
     images: Images = None,
     prompts: Path | None = None,
+    *,
     draw: Draw = NOTHING,
     detections: Path | None = None,
     detector: str = "facebook/mask2former-swin-small-coco-instance",
@@ -63,7 +64,7 @@ def geneval(
         networks: Any = dict(detector=detector, clip=clip, detections=detections, device=device)
         return run_geneval(folder, here, **networks, name=name, steps=steps)
 
-    _run(images, out, draw, device, name, score, lambda: geneval_items(prompts))
+    _run(images, out, draw, score, device=device, name=name, items=lambda: geneval_items(prompts))
 
 
 def dpg(
@@ -71,6 +72,7 @@ def dpg(
     images: Images = None,
     prompts: Path | None = None,
     questions: Path | None = None,
+    *,
     draw: Draw = NOTHING,
     answers: Path | None = None,
     vqa: str = "Salesforce/blip-vqa-base",
@@ -107,7 +109,7 @@ def dpg(
         how: Any = dict(vqa=vqa, answers=answers, quirks=quirks, resolution=resolution, device=device)
         return run_dpg(folder, here, questions, **how, name=name, steps=steps)
 
-    _run(images, out, draw, device, name, score, lambda: dpg_items(prompts))
+    _run(images, out, draw, score, device=device, name=name, items=lambda: dpg_items(prompts))
 
 
 def hps(
@@ -115,6 +117,7 @@ def hps(
     images: Images = None,
     prompts: Path | None = None,
     weights: Path | None = None,
+    *,
     draw: Draw = NOTHING,
     tokenizer: str = "openai/clip-vit-large-patch14",
     half: bool = False,
@@ -148,16 +151,17 @@ def hps(
             folder, here, texts, weights, tokenizer=tokenizer, half=half, device=device, name=name, steps=steps
         )
 
-    _run(images, out, draw, device, name, score, lambda: hps_items(texts))
+    _run(images, out, draw, score, device=device, name=name, items=lambda: hps_items(texts))
 
 
 def _run(
     images: Path | None,
     out: Path,
     drawing: Drawing,
+    score: Callable[[Path, Path, str, int | None], Any],
+    *,
     device: str,
     name: str,
-    score: Callable[[Path, Path, str, int | None], Any],
     items: Callable[[], tuple[Any, dict[str, str]]],
 ) -> None:
     """Score a folder of images, or draw them first."""

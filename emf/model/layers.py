@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import emf_kernels as ops
+from emf.model.sizes import TransformerConfig
 from emf_kernels import Dual, each
 
 Value = Tensor | Dual
@@ -143,23 +144,13 @@ class GLUMBConv(nn.Module):
 class Block(nn.Module):
     """One SANA block: modulated self-attention, ungated cross-attention, modulated GLUMBConv."""
 
-    def __init__(
-        self,
-        channels: int,
-        heads: int,
-        head_size: int,
-        cross_heads: int,
-        cross_head_size: int,
-        ratio: float,
-        qk_norm: bool,
-        eps: float,
-    ) -> None:
+    def __init__(self, s: TransformerConfig) -> None:
         super().__init__()
-        self.eps = eps
-        self.scale_shift_table = nn.Parameter(torch.randn(6, channels) / channels**0.5)
-        self.attn1 = SelfAttention(channels, heads, head_size, qk_norm)
-        self.attn2 = CrossAttention(channels, cross_heads, cross_head_size, qk_norm)
-        self.ff = GLUMBConv(channels, ratio)
+        self.eps = s.norm_eps
+        self.scale_shift_table = nn.Parameter(torch.randn(6, s.channels) / s.channels**0.5)
+        self.attn1 = SelfAttention(s.channels, s.num_attention_heads, s.attention_head_dim, s.qk_norm)
+        self.attn2 = CrossAttention(s.channels, s.num_cross_attention_heads, s.cross_attention_head_dim, s.qk_norm)
+        self.ff = GLUMBConv(s.channels, s.mlp_ratio)
 
     def forward(self, x: Value, m: Value, c: Tensor, mask: Tensor | None, height: int, width: int) -> Any:
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = ops.modulation(m, self.scale_shift_table)

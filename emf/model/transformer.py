@@ -34,20 +34,12 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config, s, c = config, config, config.channels
-        block = (
-            c,
-            s.num_attention_heads,
-            s.attention_head_dim,
-            s.num_cross_attention_heads,
-            s.cross_attention_head_dim,
-            s.mlp_ratio,
-        )
         self.patch_embed = nn.ModuleDict({"proj": Projection(s.in_channels, c, s.patch_size)})
         self.time_embed = TimeEmbed(SINUSOID, c)
         if s.dual_time:
             self.time_embed_t, self.time_embed_r = TimeEmbed(SINUSOID, c), TimeEmbed(SINUSOID, c)
         self.caption_projection, self.caption_norm = CaptionProjection(s.caption_channels, c), RMSNorm(c)
-        self.transformer_blocks = nn.ModuleList(Block(*block, s.qk_norm, s.norm_eps) for _ in range(s.num_layers))
+        self.transformer_blocks = nn.ModuleList(Block(s) for _ in range(s.num_layers))
         self.scale_shift_table = nn.Parameter(torch.randn(2, c) / c**0.5)
         self.proj_out = Linear(c, s.patch_size**2 * s.out_channels)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from emf.config import Config
+from emf.files import append_rows, mend_rows, write_rows
 from emf.train.plan import forward_flops, peak_flops
 
 
@@ -30,16 +30,8 @@ class Log:
         self.out, self.console, self.total = out, Console(), total
         for name in ("metrics.jsonl", "curve.jsonl"):
             file = out / name
-            if file.exists():  # a kill may have torn the last line; what ends in a newline is whole
-                try:
-                    rows = [
-                        row
-                        for row in file.read_text().splitlines(keepends=True)
-                        if row.endswith("\n") and json.loads(row)["step"] <= start
-                    ]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(f"resume: {file} holds a line that is no row with a step ({error!r})") from None
-                file.write_text("".join(rows))
+            if file.exists():
+                write_rows(file, [row for row in mend_rows(file, ("step",)) if row["step"] <= start])
         columns = (
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -50,8 +42,7 @@ class Log:
         self.task = self.progress.add_task("train", total=total, completed=start, note="")
 
     def metrics(self, row: dict[str, Any]) -> None:
-        with (self.out / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_rows(self.out / "metrics.jsonl", [row])
         eta = (self.total - row["step"]) / max(row["it_s"], 1e-9)
         note = f"loss {row['loss']:.4f}  error {row['error']:.4f}  {row['it_s']:.2f} it/s"
         note += f"  {row['tflops']:.1f} TFLOP/s" + (f"  MFU {row['mfu']:.0%}" if "mfu" in row else "")
@@ -60,8 +51,7 @@ class Log:
             print(f"step {row['step']}/{self.total}  {note}  ETA {eta / 60:.1f} min", flush=True)
 
     def curve(self, row: dict[str, Any]) -> None:
-        with (self.out / "curve.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_rows(self.out / "curve.jsonl", [row])
         scores = "  ".join(f"{steps}-step {score:.3f}" for steps, score in row["overall"].items())
         self.progress.console.print(f"step {row['step']}: {scores}")
 

@@ -18,6 +18,7 @@ from emf.config import Config
 from emf.data.feed import Feed, feed
 from emf.errors import Diverged
 from emf.evaluate.digits_scorer import Scorer
+from emf.files import write_text
 from emf.sample.sampling_settings import GUIDANCE
 from emf.train.batch import Batch, batches
 from emf.train.log import Log, memory_mib, speed
@@ -49,8 +50,7 @@ def train(config: Config, out: Path | str, resume: bool = False) -> None:
         scorer = Scorer.fit() if rank == 0 and config.run.eval_every and not config.data.sources else None
         log = None
         if rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "config.json").write_text(configs.to_json(config))
+            write_text(out / "config.json", configs.to_json(config))
             log = Log(out, start, config.steps)
             log.progress.start()
         try:

@@ -461,7 +461,7 @@ def test_the_trainers_loss_takes_any_encoder(which, blip3o, qwen_tokenizer):
     def velocity(z, t, r):
         return network(z, t, r, ids, mask, drop)
 
-    loss, _ = meanflow_loss(velocity, velocity, x, e, t, r, 1, FlowConfig())
+    loss, _ = meanflow_loss(velocity, velocity, x, e, (t, r, 1), FlowConfig())
     loss.mean().backward()
     weight = network.transformer.caption_projection.linear_1.weight
     assert torch.isfinite(loss).all() and weight.grad.abs().max() > 0

@@ -121,7 +121,7 @@ def test_step_of_emf(case: Case) -> None:
             seen.extend((u.primal.detach(), u.tangent))
             return u
 
-        got = meanflow_loss(network, network, x, e, t, r, 2, FlowConfig())[0]
+        got = meanflow_loss(network, network, x, e, (t, r, 2), FlowConfig())[0]
         got.mean().backward()
         pairs = dict(u=(seen[0], u), u_dot=(seen[1], u_dot[:2]), loss=(got.detach(), loss))
         errors = {name: off(a, b) for name, (a, b) in pairs.items()}

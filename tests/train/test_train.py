@@ -302,7 +302,8 @@ def test_wrong_input_is_one_line_and_writes_nothing(
     cases: dict[str, list[str]] = {
         "no recipe 'nothing'": ["nothing"],
         "missing.json": [str(tmp_path / "missing.json")],
-        "is not JSON": [written("torn.json", '{"recipe": ')],
+        "is JSON that ends too early": [written("torn.json", '{"recipe": ')],
+        "is not JSON": [written("toml.json", "recipe = 1")],
         "expected an object": [written("list.json", [1])],
         "no multiple": [*recipe, "--zero.accumulation", "3"],
         "bf16.enabled": [*recipe, "--zero.json", auto],

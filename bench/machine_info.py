@@ -1,4 +1,4 @@
-"""A benchmark's JSON names no host."""
+"""A plugin of pytest that bench/test_step.py loads: a benchmark's JSON names no host."""
 
 from typing import Any
 
