@@ -29,6 +29,7 @@ from emf.data.digits import prompts as digits_prompts
 from emf.device import device as checked
 from emf.evaluate.published import BENCHMARKS, FLOW_MATCHING, by_steps
 from emf.files import write_json, write_settings, write_text
+from emf.sample.sampling_settings import GUIDANCE, GUIDANCE_PRETRAINED
 from emf.show.progress import track
 from emf.show.sheet import captioned, write_sheet
 from emf.show.table import Markdown, bold, markdown
@@ -152,12 +153,12 @@ def _write(out: Path, settings: dict[str, Any], panels: Panels, n: int) -> None:
     rows = [[name, *(f"{scores[k]:.2f}" for k in (1, 4, 30))] for name, scores in theirs.items()]
     lines += ["", *markdown([f"the paper's {FLOW_MATCHING}", "1 step", "4", "30"], rows)]
     guidance = settings["guidance"]
+    by_default = f"by default: {GUIDANCE:g} for the digits, else {GUIDANCE_PRETRAINED:g}"
     lines += [
         "",
         f"{n} prompts, the same prompts and noise (seed {settings['seed']}) for every backbone; in brackets the "
         f"{LEVEL:.0%} bootstrap interval over prompts. Assumed, for the paper does not say:",
-        f"- guidance {'by default: 1.25 for the digits, else 2' if guidance is None else guidance}, Euler steps of "
-        "equal size, no time shift",
+        f"- guidance {by_default if guidance is None else guidance}, Euler steps of equal size, no time shift",
         "- a score is known for the digits' world alone; elsewhere the figures say how near an image of few steps "
         f"comes to the same backbone's image of {counts[-1]} steps, not whether it shows the prompt",
         "- BLIP3o-NEXT's image tokens are drawn once a prompt, by the same seed at every number of steps",

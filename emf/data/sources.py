@@ -206,11 +206,12 @@ def scan(sources: Iterable[Source], drops: Drops, listings: Path | None = None) 
     Raises ValueError on a source without a sample.
     """
     from rich.console import Console
-    from rich.progress import Progress
+
+    from emf.show.progress import bars
 
     kept, indices = TarListings(listings), []
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with bars(console=console, transient=True, disable=not console.is_terminal) as progress:
         for source in sources:
             tars, root, files = find_files(source.path, drops)
             task = progress.add_task(f"scan {source.path}", total=len(files) if tars else 1)

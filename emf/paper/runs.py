@@ -9,17 +9,17 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 
 from emf.config import Config
-from emf.files import claim, write_json
+from emf.files import claim, whole_file, write_json
 from emf.network.build import build
-from emf.paper.parts import EMF_STEPS, FM_STEPS, Budget, Part, parts
+from emf.paper.parts import Budget, Part, parts
+from emf.paper.scoring import measure, score
 from emf.recipes import BASE
+from emf.show.progress import bars
 from emf.weights.checkpoints import WEIGHTS, checkpoints
 from emf.weights.start import read_init
 from emf.weights.tensors import items, write_file
@@ -34,15 +34,12 @@ def run_all(out: Path, budget: Budget, jobs: int) -> None:
     every = {p.name: p for p in parts(budget)}
     done = {name for name in every if (out / name / SCORES).is_file()}
     waiting = [p for name, p in every.items() if name not in done]
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     os.environ["OMP_NUM_THREADS"] = "1"  # of the children: a core each
     server = multiprocessing.get_context("forkserver")
     # a fresh process for each part, which need not import everything again
-    server.set_forkserver_preload(
-        ["emf.train.loop", "emf.paper.runs"]
-    )  # a fresh process a part, but one import for all
+    server.set_forkserver_preload(["emf.train.loop", "emf.paper.runs"])
     with (
-        Progress(*columns) as progress,
+        bars(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()) as progress,
         ProcessPoolExecutor(jobs, mp_context=server, max_tasks_per_child=1) as pool,
     ):
         task = progress.add_task("paper", total=len(every), completed=len(done))
@@ -100,68 +97,5 @@ def write_start(file: Path, config: Config) -> None:
     torch.manual_seed(config.seed)
     state = build(config).state_dict()
     state |= {name: w for name, w in read_init(BASE).items() if name.startswith("transformer.")}
-    write_file(file.with_suffix(".part"), items(state))
-    file.with_suffix(".part").replace(file)
-
-
-def score(run: Path, budget: Budget) -> dict[str, Any]:
-    """{steps: {overall, by_tag}} of a run's averaged weights; the same prompts and noise for every part. EMF's own
-    sampler, or Euler's for a base. Keeps samples.npy, one image of each task at each number of steps."""
-    from emf.data.digits import TAGS, prompts
-    from emf.evaluate.digits_scorer import Scorer
-    from emf.sample.sampler import Sampler, to_uint8
-    from emf.sample.sampling_settings import GUIDANCE, Settings
-    from emf.weights.folders import load_run
-
-    config, network = load_run(run)
-    few = config.objective == "meanflow"
-    specs, scorer, rows, shown = prompts(budget.per_tag), Scorer.fit(), {}, []
-    texts = [s["prompt"] for s in specs]
-    for steps in EMF_STEPS if few else FM_STEPS:
-        how = Settings(steps, GUIDANCE, average=few, batch=150)
-        images = Sampler(config, network).images(texts, how).numpy()
-        result = scorer.score(images, specs)
-        rows[str(steps)] = {"overall": result["overall"], "by_tag": result["by_tag"]}
-        shown.append(to_uint8(images[:: budget.per_tag][: len(TAGS)]))
-    np.save(run / "samples.npy", np.stack(shown))  # [steps, tasks, H, W, 3]
-    return rows
-
-
-@torch.no_grad()
-def measure(run: Path, budget: Budget) -> dict[str, Any]:
-    """Discriminability and disentanglement of a base's text encoder (the paper's Tables 1 and 2), with pixels in the
-    place of DINO features."""
-    from emf.analyze.discriminability import chance, discriminability
-    from emf.analyze.disentanglement import disentanglement
-    from emf.analyze.encoders import embed_texts
-    from emf.weights.folders import load_run
-
-    encoder = load_run(run)[1].encoder
-    captions, features = scenes(budget.texts)
-    number = np.arange(len(captions))
-    own = embed_texts(encoder, captions).numpy()
-    near, centred = (discriminability(own, number, features, number, centred=c).score.mean for c in (False, True))
-    apart = disentanglement(encoder, captions)
-    return {
-        "discriminability": near,
-        "discriminability, centred": centred,
-        "chance": chance(features, number),
-        "disentanglement": apart.plain.mean,
-        "disentanglement, centred": apart.centred.mean,
-    }
-
-
-def scenes(n: int, seed: int = 5) -> tuple[list[str], np.ndarray]:
-    """(n different captions, features [n, 3 H W] of a held-out scene of each): pixels less background, smoothed, so
-    that their cosine says whether colours and places agree."""
-    from scipy.ndimage import gaussian_filter
-
-    from emf.data.digits import BACKGROUND, render, sample_spec
-
-    rng, specs = np.random.default_rng(seed), dict[str, Any]()
-    while len(specs) < n:
-        spec = sample_spec(rng)
-        specs.setdefault(spec["prompt"], spec)
-    images = np.stack([render(spec, rng, "held_out") for spec in specs.values()])
-    smooth = gaussian_filter(images - (BACKGROUND / 127.5 - 1), (0, 0, 1, 1))
-    return list(specs), smooth.reshape(n, -1)
+    with whole_file(file) as part:
+        write_file(part, items(state))

@@ -175,24 +175,22 @@ def plan(
 
 def show(p: Plan) -> None:
     """The plan as tables on the terminal."""
-    from rich.console import Console
-    from rich.table import Table
+    from emf.show.table import console, terminal
 
-    console, table = Console(), Table(title=f"{p.model}: GiB a GPU, micro-batch {p.micro_batch}, {p.gpus} GPUs")
-    for head in ("ZeRO", "weights", "grads", "optim", "EMA", "kept", "sum", "recomputed", "sum"):
-        table.add_column(head, justify="right")
+    rows, out = [], console()
     for row in p.rows:
         state = sum(row[k] for k in ("weights", "gradients", "optimizer", "ema"))
         cells = [str(row["stage"]), *(f"{row[k]:.1f}" for k in ("weights", "gradients", "optimizer", "ema"))]
         for kind, fits in (("activations", "fits"), ("checkpointed", "fits_checkpointed")):
             mark = "" if row[fits] else f" > {p.memory:g}"
             cells += [f"{row[kind]:.1f}", f"{state + row[kind]:.1f}{mark}"]
-        table.add_row(*cells)
-    console.print(table)
-    console.print(f"{p.total / 1e9:.2f}B parameters, {p.trained / 1e9:.2f}B of them trained")
-    console.print(
+        rows.append(cells)
+    heads = ("ZeRO", "weights", "grads", "optim", "EMA", "kept", "sum", "recomputed", "sum")
+    out.print(terminal(heads, rows, f"{p.model}: GiB a GPU, micro-batch {p.micro_batch}, {p.gpus} GPUs"))
+    out.print(f"{p.total / 1e9:.2f}B parameters, {p.trained / 1e9:.2f}B of them trained")
+    out.print(
         f"{p.step_flops / 1e15:.1f} PFLOP a step, a share of {p.share:g} with r < t; {p.step_seconds:.2f} s expected: "
         + ", ".join(f"{what} {days:.1f} days" for what, days in p.days.items())
     )
     sizes = ", ".join(f"{k} {v:.1f} GiB" for k, v in p.cache_gib.items())
-    console.print(f"a cache of {SAMPLES:,} samples: {sizes}")
+    out.print(f"a cache of {SAMPLES:,} samples: {sizes}")

@@ -19,7 +19,8 @@ from emf.paper import runs as running
 from emf.paper.found import Found, verdicts
 from emf.paper.parts import ABLATIONS, ENCODERS, FULL, QUICK, parts
 from emf.paper.results_page import write_paper
-from emf.paper.runs import run_all, scenes
+from emf.paper.runs import run_all
+from emf.paper.scoring import scenes
 
 
 def encoder(**further: Any) -> SmallEncoder:
