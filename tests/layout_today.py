@@ -5,9 +5,7 @@ TODAY: dict[str, set[str]] = {
     "upwards": set(),
     "cli": set(),
     "name": set(),
-    "long": {
-        "tests/conditioning/test_conditioning.py",
-    },
+    "long": set(),
     "arguments": {
         "emf/sample/emf_pipeline.py __call__",
     },

@@ -78,8 +78,8 @@ def byte_tokenizer(special: list[str], template: str = "$A", **roles: str) -> An
 
 def ta_tok_file(
     path: Path,
-    kind: Any = dict,
     *,
+    kind: Any = dict,
     normalized: bool = True,
     pool: int = 1,
     extra: Any = None,

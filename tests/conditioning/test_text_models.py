@@ -1,0 +1,84 @@
+"""Gemma, CLIP and T5 as text encoders, against plain forwards of tiny models of the real classes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pytest
+import torch
+from text_models import (
+    CAPTIONS,
+    CLOSE,
+    TextModel,
+    clip,
+    every_text_model,
+    gemma,
+)
+
+from emf.conditioning.encoder import mean_pool
+from emf.conditioning.text import TextEncoder, sana_instruction
+
+
+@torch.no_grad()
+def test_gemma_is_sana_pipelines_own() -> None:
+    from diffusers import SanaPipeline
+
+    torch.manual_seed(0)
+    model, tokenizer = gemma()
+    encoder = TextEncoder(model, tokenizer, 300, instruction=sana_instruction(), lower=True)
+    pipeline = SanaPipeline(tokenizer=tokenizer, text_encoder=model, vae=None, transformer=None, scheduler=None)
+    captions = [*CAPTIONS, "a very long caption " * 40]
+    # what SanaPipeline.__call__ passes on by default
+    lines = sana_instruction().split("\n")
+    states, mask, null, null_mask = pipeline.encode_prompt(captions, device="cpu", complex_human_instruction=lines)
+    ids, row_mask = encoder.tokenize(captions)
+    own, own_mask = encoder(ids, row_mask)
+    assert own.shape == (4, 300, 16) and torch.equal(own_mask, mask.bool())
+    torch.testing.assert_close(own, states, **CLOSE)
+    dropped, dropped_mask = encoder(ids, row_mask, torch.tensor([False, True, True, False]))
+    assert torch.equal(dropped_mask[1:3], null_mask[1:3].bool()) and null_mask.sum() == 4
+    torch.testing.assert_close(dropped[1:3][dropped_mask[1:3]], null[1:3][null_mask[1:3].bool()], **CLOSE)
+    torch.testing.assert_close(dropped[[0, 3]], own[[0, 3]], **CLOSE)
+
+
+@every_text_model
+@torch.no_grad()
+def test_text_states_are_those_of_each_caption_alone(text_model: TextModel) -> None:
+    model, tokenizer = text_model()
+    encoder = TextEncoder(model, tokenizer, 77)
+    states, mask = encoder(*encoder.tokenize(CAPTIONS))
+    assert states.shape == (3, 77, encoder.channels) and mask.shape == (3, 77)
+    for row, keep, caption in zip(states, mask, CAPTIONS, strict=True):
+        plain = model(**tokenizer(caption, return_tensors="pt")).last_hidden_state[0]
+        torch.testing.assert_close(row[keep], plain, **CLOSE)
+
+
+def test_rows_longer_than_the_model_are_refused() -> None:
+    with pytest.raises(ValueError, match="90 tokens with the instruction; the model has 77 positions"):
+        TextEncoder(*clip(), 77, instruction="Read: " * 2 + ".")
+
+
+@every_text_model
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["empty", "zeros"])
+def test_null_of_text_encoders(text_model: TextModel, kind: Literal["empty", "zeros"]) -> None:
+    model, tokenizer = text_model()
+    encoder = TextEncoder(model, tokenizer, 77, null=kind)
+    states, mask = encoder(*encoder.tokenize(CAPTIONS), torch.tensor([False, True, False]))
+    if kind == "zeros":
+        assert mask[1].all() and not states[1].any() and states[0].any()
+    else:
+        plain = model(**tokenizer("", return_tensors="pt")).last_hidden_state[0]
+        torch.testing.assert_close(states[1][mask[1]], plain, **CLOSE)
+
+
+@every_text_model
+@torch.no_grad()
+def test_the_mean_is_over_the_captions_tokens(text_model: TextModel) -> None:
+    model, tokenizer = text_model()
+    plain = torch.stack([model(**tokenizer(c, return_tensors="pt")).last_hidden_state[0].mean(0) for c in CAPTIONS])
+    alone = TextEncoder(model, tokenizer, 77)
+    torch.testing.assert_close(mean_pool(*alone.text_states(CAPTIONS)), plain, **CLOSE)
+    instructed = TextEncoder(model, tokenizer, 60, instruction="Describe: ")
+    torch.testing.assert_close(mean_pool(*instructed.text_states(CAPTIONS, template=False)), plain, **CLOSE)
+    assert not torch.allclose(mean_pool(*instructed.text_states(CAPTIONS)), plain, atol=1e-3)
