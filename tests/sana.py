@@ -23,6 +23,8 @@ SIZES: dict[str, Any] = dict(
     sample_size=8,
     qk_norm="rms_norm_across_heads",
 )
+OURS: dict[str, Any] = {k: v for k, v in SIZES.items() if k not in ("cross_attention_dim", "qk_norm")}
+"""The same sizes as fields of emf's TransformerConfig."""
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> None:

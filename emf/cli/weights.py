@@ -61,9 +61,9 @@ def export(
         text: a folder from emf convert whose language model goes with it; default: the run's condition
         dtype: of the transformer
     """
-    from emf.weights.export import export_run
+    from emf.weights.export import export as run_export
 
-    config = export_run(run, out, base=base, text=text, dtype=dtype)
+    config = run_export(run, out, base=base, text=text, dtype=dtype)
     if config.condition.kind == "small":
         print(f"{out}: the transformer; diffusers has no place for the digits' text encoder, which stays with the run")
     else:

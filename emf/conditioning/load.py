@@ -9,13 +9,13 @@ from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from emf.conditioning.blip3o import Blip3oNext, SpecialTokens, Window
 from emf.conditioning.encoder import Encoder
 from emf.conditioning.small import Connector
 from emf.conditioning.text import TextEncoder, sana_instruction
 from emf.files import read_json, why
+from emf.model.state import read_state
 
 Kind = Literal["blip3o", "gemma", "clip", "t5"]
 LENGTHS = {"gemma": 300, "clip": 77, "t5": 300}
@@ -66,11 +66,11 @@ def _load_blip3o(
     tokens = SpecialTokens.from_config(_config(language), str(language / "config.json"))
     model = _model(Qwen3ForCausalLM, language, dtype)
     try:
-        state = load_file(file)
+        state = read_state(file)
         channels, hidden = state["linear_1.weight"].shape
         connector = Connector(hidden, channels).to(dtype)
         connector.load_state_dict(state)
-    except (SafetensorError, OSError, KeyError, RuntimeError, ValueError) as error:
+    except (KeyError, RuntimeError, ValueError) as error:
         raise ValueError(f"conditioning: {file} is no connector of BLIP3o-NEXT: {why(error)}") from None
     return Blip3oNext(model, _tokenizer(language), tokens, connector, window=window, freeze=freeze, **settings)
 

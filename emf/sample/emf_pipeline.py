@@ -1,4 +1,4 @@
-"""EMF as a diffusers pipeline: few-step sampling with u(z_t, r, t) from a folder that emf.weights.export wrote, as in
+"""EMF as a diffusers pipeline: few-step sampling with u(z_t, r, t) from a folder that `emf export` wrote, as in
 `EMFPipeline.from_pretrained("out")(prompt_embeds=states, num_inference_steps=2, guidance_scale=1.5).images`."""
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from emf.model.autoencoder import decode
-from emf.model.transformer import Transformer, TransformerConfig
+from emf.model.sizes import TransformerConfig
+from emf.model.transformer import Transformer
 from emf.sample.sampler import latents_of
 from emf.sample.sampling_settings import GUIDANCE_PIPELINE
-from emf.weights.export import export
+from emf.weights.export import write_export
 from emf.weights.folders import load_exported_transformer
 from emf.weights.layouts import DUAL, TEXT
 
@@ -46,7 +47,7 @@ class EMFTransformer(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_export(cls, folder: Path, dtype: torch.dtype = torch.float32) -> EMFTransformer:
-        """The transformer folder that emf.weights.export wrote, with both time embedders. Raises ValueError where it is
+        """The transformer folder that `emf export` wrote, with both time embedders. Raises ValueError where it is
         another."""
         if not (folder / DUAL).is_file():
             raise ValueError(
@@ -103,7 +104,7 @@ class EMFPipeline(DiffusionPipeline):
         network, name = self.transformer.network, dict(self.config).get("_name_or_path")
         origin = Path(name) if name else None
         text = origin if origin is not None and (origin / TEXT[0]).is_dir() else None
-        export(network.state_dict(), network.config, Path(save_directory), base=origin, text=text)
+        write_export(network.state_dict(), network.config, Path(save_directory), base=origin, text=text)
 
     @torch.no_grad()
     def __call__(

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from emf.weights.layouts import read_json
+from emf.weights.layouts import read_settings
 
 CONNECTOR = "model.diffusion_connector."
 VAE = "model.sana_vae."
@@ -64,7 +64,7 @@ def read_config(folder: Path, keys: Mapping[str, Any]) -> tuple[dict[str, Any], 
     the config says otherwise. Raises ValueError where token ids are missing or outside the vocabulary.
     """
     path = folder / "config.json"
-    tree = read_json(path)
+    tree = read_settings(path)
     if lost := [k for k in TOKENS if type(tree.get(k)) is not int]:
         raise ValueError(f"convert: {path} has no {', '.join(lost)}; expected the config of a BLIP3o-NEXT model")
     tokens = {k: int(tree[k]) for k in (*TOKENS, *FURTHER) if type(tree.get(k)) is int}

@@ -8,7 +8,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from emf.model.transformer import SINUSOID, TransformerConfig
+from emf.model.sizes import TransformerConfig
+from emf.model.transformer import SINUSOID
 from emf_kernels import time_embedding
 
 BRANCHES = ("time_embed_t", "time_embed_r")

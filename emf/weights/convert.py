@@ -18,13 +18,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from emf.model.transformer import Transformer, TransformerConfig
-from emf.weights import blip3o_parts
-from emf.weights import tensors as files
+from emf.files import refuse_existing, whole_folder
+from emf.model.sizes import TransformerConfig
+from emf.model.transformer import Transformer
+from emf.show.progress import count_bytes
+from emf.weights import blip3o_parts, tensors
 from emf.weights.branches import BRANCHES, time_branches
 from emf.weights.layouts import SANA, UNUSED, Layout, Piece, detect, infer, read_config
 from emf.weights.tensors import Item, Weights
 
+WHO = "weights: "  # how errors about the folder begin
 LISTED = 20  # names in an error
 
 
@@ -68,7 +71,7 @@ def convert(
     Peak memory: the input file that is mapped, and one tensor where it is computed. Raises ValueError, of one line, on
     whatever does not fit; `out` must not exist.
     """
-    files.refuse_existing(out)
+    refuse_existing(out, WHO)
     if shard_gb <= 0:
         raise ValueError(f"convert: shard_gb {shard_gb} must be positive")
     folder = source / "transformer" if (source / "transformer").is_dir() else source
@@ -91,9 +94,9 @@ def convert(
     about["missing"] = left_out = _check(weights, parts, unused, patterns, source)
     plan = {path: _items(weights, wanted, left_out.get(path, []), dtype) for path, wanted in parts.items()}
     total = sum(item.bytes for items in plan.values() for item in items)
-    with files.whole(out) as unfinished, files.progress("convert", total) as advance:
+    with whole_folder(out, WHO) as unfinished, count_bytes("convert", total) as advance:
         for path, items in plan.items():
-            files.write((unfinished / path).parent, Path(path).name, items, advance, int(shard_gb * 1e9))
+            tensors.write((unfinished / path).parent, Path(path).name, items, advance, int(shard_gb * 1e9))
         if "language_model" in about:
             blip3o_parts.write_language_files(folder, unfinished / "language_model", about["language_model"], dtype)
         (unfinished / "config.json").write_text(json.dumps(about, indent=2) + "\n")
@@ -101,7 +104,7 @@ def convert(
 
 
 def _files(folder: Path) -> list[Path]:
-    if found := files.find(folder):
+    if found := tensors.find(folder):
         return found
     nested = sorted((folder / "checkpoints").glob("*.pth"))  # where the original repositories have theirs
     if len(nested) != 1:

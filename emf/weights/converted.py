@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from emf.model.transformer import Transformer, TransformerConfig
-from emf.weights.layouts import read_json
+from emf.model.sizes import TransformerConfig
+from emf.model.transformer import Transformer
+from emf.weights.layouts import read_settings
 from emf.weights.tensors import Weights
 
 
@@ -29,7 +30,7 @@ class Converted:
 def read_converted(folder: Path) -> Converted:
     """A converted folder's config.json. Raises ValueError where it is none."""
     path = folder / "config.json"
-    tree = read_json(path)
+    tree = read_settings(path)
     sizes, known = tree.get("transformer"), {f.name for f in fields(TransformerConfig)}
     if not isinstance(sizes, dict) or "source" not in tree:
         raise ValueError(f"checkpoint: {folder} is no converted checkpoint; make one with `emf convert`")
@@ -49,7 +50,7 @@ def load_converted(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Tr
     files = sorted(folder.glob("transformer*.safetensors"))
     index = folder / "transformer.safetensors.index.json"
     if index.is_file():
-        files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
+        files = sorted({folder / name for name in read_settings(index)["weight_map"].values()})
     if lost := [file.name for file in files if not file.is_file()] or ([] if files else ["transformer.safetensors"]):
         raise ValueError(f"checkpoint: {folder} has no {lost[0]}")
     weights = Weights(files)

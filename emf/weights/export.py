@@ -21,35 +21,41 @@ from torch import Tensor, nn
 
 from emf.conditioning.encoder import Encoder
 from emf.config import Config
-from emf.model.transformer import TransformerConfig
-from emf.weights import tensors as files
+from emf.files import refuse_existing, whole_file, whole_folder
+from emf.model.sizes import TransformerConfig
+from emf.show.progress import count_bytes
+from emf.weights import tensors
 from emf.weights.branches import BRANCHES
 from emf.weights.checkpoints import WEIGHTS, newest
 from emf.weights.folders import load_run
-from emf.weights.layouts import DUAL, TEXT, read_json, to_diffusers
+from emf.weights.layouts import DUAL, TEXT, read_settings, to_diffusers
 
+WHO = "weights: "  # how errors about the folder begin
 TEXT_PARTS = ("text_encoder", "tokenizer")
 PARTS = ("vae", *TEXT_PARTS)
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
 """SANA's flow matching without a shift, as BLIP3o-NEXT samples it."""
 
 
-def export_run(
-    run: Path,
-    out: Path,
+def export(
+    run: Path | str,
+    out: Path | str,
     *,
     base: Path | None = None,
     text: Path | None = None,
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
 ) -> Config:
-    """A run, or one of its checkpoints, as the folder `out`; see export. Low-rank adapters are merged. Returns the
-    run's config.
+    """A run, or one of its checkpoints, as the folder `out` in diffusers' layout; see write_export. Low-rank adapters
+    are merged. Returns the run's config.
 
     base: a diffusers folder whose vae, text encoder and tokenizer go with it; None: that of the run's data
     text: a folder from emf convert whose language model goes with it; None: the run's condition
-    dtype: of the transformer. The digits' text encoder, for which diffusers has no place, stays with the run.
+    dtype: of the transformer
+    The digits' text encoder, for which diffusers has no place, stays with the run. Raises ValueError where `out` exists
+    or a part is missing.
     """
-    files.refuse_existing(out)
+    run, out = Path(run), Path(out)
+    refuse_existing(out, WHO)
     config, network = load_run(run)
     if text is None and config.condition.kind == "blip3o":
         text = config.condition.folder or config.init
@@ -57,7 +63,7 @@ def export_run(
     trained = network.encoder if network.own_encoder and config.condition.kind != "small" else None
     how = {k: getattr(config.condition, k) for k in ("kind", "scale", "window")}
     base = base or config.data.vae
-    export(state, config.transformer, out, base=base, text=text, encoder=trained, condition=how)
+    write_export(state, config.transformer, out, base=base, text=text, encoder=trained, condition=how)
     return config
 
 
@@ -75,13 +81,13 @@ def release(run: Path, out: Path) -> int:
     """A run's averaged weights in float16 as one file; returns its bytes. Raises ValueError where `out` exists."""
     if out.exists():
         raise ValueError(f"release: {out} exists; remove it first")
-    state = files.read_weights(newest(run) / WEIGHTS)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    files.write_file(out, files.items(state, torch.float16))
+    state = tensors.read_weights(newest(run) / WEIGHTS)
+    with whole_file(out) as part:
+        tensors.write_file(part, tensors.items(state, torch.float16))
     return out.stat().st_size
 
 
-def export(
+def write_export(
     checkpoint_state: Mapping[str, Tensor],
     config: TransformerConfig,
     out: Path,
@@ -103,7 +109,7 @@ def export(
     without a vae. Raises ValueError where `out` exists, base is no diffusers folder, text no such checkpoint, or the
     state is not the config's.
     """
-    files.refuse_existing(out)
+    refuse_existing(out, WHO)
     index = _index(base, None if encoder else text)
     if encoder is not None:
         index |= {name: encoder.parts.get(name, [None, None]) for name in TEXT_PARTS}
@@ -116,15 +122,16 @@ def export(
         )
     if condition:
         index["_condition"] = dict(condition)
-    main, beside = files.items(own), files.items(dual)
-    with files.whole(out) as part, files.progress("export", sum(i.bytes for i in main + beside)) as advance:
+    main, beside = tensors.items(own), tensors.items(dual)
+    total = sum(i.bytes for i in main + beside)
+    with whole_folder(out, WHO) as part, count_bytes("export", total) as advance:
         folder = part / "transformer"
         folder.mkdir()
         # One file of any size: diffusers maps it.
-        files.write_file(folder / "diffusion_pytorch_model.safetensors", main, advance)
+        tensors.write_file(folder / "diffusion_pytorch_model.safetensors", main, advance)
         if beside:
             scales = {k: str(getattr(config, k)) for k in ("time_scale", "base_time_scale")}
-            files.write_file(folder / DUAL, beside, advance, scales)
+            tensors.write_file(folder / DUAL, beside, advance, scales)
         (folder / "config.json").write_text(_json(to_diffusers(config)))
         (part / "scheduler").mkdir()
         (part / "scheduler" / "scheduler_config.json").write_text(_json(SCHEDULER))
@@ -148,7 +155,7 @@ def _index(base: Path | None, text: Path | None) -> dict[str, Any]:
             raise ValueError(
                 f"export: {base} has no model_index.json; expected a pipeline's folder in diffusers' layout"
             )
-        theirs = read_json(base / "model_index.json")
+        theirs = read_settings(base / "model_index.json")
     index: dict[str, Any] = {
         "_class_name": "SanaPipeline",
         "transformer": ["diffusers", "SanaTransformer2DModel"],

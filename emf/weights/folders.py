@@ -15,13 +15,14 @@ from emf.model.transformer import Transformer
 from emf.network.build import encoder
 from emf.recipes import from_file
 from emf.weights.checkpoints import SETTINGS, newest
-from emf.weights.layouts import DUAL, read_config, read_json
+from emf.weights.layouts import DUAL, read_config, read_settings
 from emf.weights.start import resumed
 from emf.weights.tensors import Weights, load_weights, read_metadata
 
 
-def load(folder: Path) -> tuple[Config, TextToImage]:
+def load(folder: Path | str) -> tuple[Config, TextToImage]:
     """(config, network) of a run, a checkpoint or an export."""
+    folder = Path(folder)
     return load_export(folder) if (folder / "model_index.json").is_file() else load_run(folder)
 
 
@@ -35,7 +36,7 @@ def load_run(run: Path) -> tuple[Config, TextToImage]:
 def load_export(folder: Path) -> tuple[Config, TextToImage]:
     """(config, network) of a folder in diffusers' layout with text parts: emf export's, or of a published SANA
     pipeline, which has no time embedders of EMF's. Raises ValueError where a part is missing."""
-    index = read_json(folder / "model_index.json")
+    index = read_settings(folder / "model_index.json")
     kinds = {"Gemma2Model": "gemma", "Gemma2ForCausalLM": "gemma", "CLIPTextModel": "clip", "T5EncoderModel": "t5"}
     named = (index.get("text_encoder") or [None, None])[1]
     how = {"kind": "blip3o" if (folder / "language_model").is_dir() else kinds.get(named)}

@@ -6,14 +6,14 @@ and sizes; JiuhaiChen/BLIP3o (BLIP3o-NEXT) and AMAP-ML/EMF for the prefix and th
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emf.model.transformer import TransformerConfig
+from emf.files import read_json
+from emf.model.sizes import TransformerConfig
 
 SANA = "model.sana."
 DUAL = "time_embed_dual.safetensors"
@@ -178,7 +178,7 @@ FIXED = dict(
 
 def read_config(path: Path) -> TransformerConfig:
     """A diffusers transformer/config.json (SanaTransformer2DModel). Raises ValueError for what is not known here."""
-    tree = read_json(path)
+    tree = read_settings(path)
     if (name := tree.get("_class_name", "SanaTransformer2DModel")) != "SanaTransformer2DModel":
         raise ValueError(f"convert: {path} is of {name}; expected SanaTransformer2DModel")
     known = {*SIZES, *FIXED, "out_channels", "cross_attention_dim", "mlp_ratio", "interpolation_scale", "qk_norm"}
@@ -225,14 +225,12 @@ def to_diffusers(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ValueError where there is none."""
+def read_settings(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of weights' settings. Raises ValueError where there is none."""
     try:
-        tree = json.loads(path.read_text())
-    except OSError as error:
-        raise ValueError(f"convert: {path} cannot be read: {error.strerror}") from None
+        tree = read_json(path)
     except ValueError as error:
-        raise ValueError(f"convert: {path} is not JSON: {error}") from None
+        raise ValueError(f"convert: {error}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"convert: {path} holds {type(tree).__name__}; expected an object")
     return tree

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import pickle
-import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +38,6 @@ DTYPES = {
 """The format's names."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PIECE = 2**18  # elements cast and written at a time
-MARKER = ".emf-part"  # says that an unfinished folder is ours to replace
 PICKLES = (".pth", ".pt", ".bin")
 
 
@@ -259,47 +255,3 @@ def _pieces(item: Item) -> Iterator[memoryview]:
         raise ValueError(f"weights: {item.key} is {tuple(tensor.shape)}; announced as {item.shape}")
     for piece in tensor.detach().flatten().split(PIECE):
         yield piece.to("cpu", item.dtype).contiguous().view(torch.uint8).numpy().data
-
-
-def refuse_existing(out: Path) -> None:
-    """Raises ValueError where `out` is taken."""
-    if os.path.lexists(out):
-        raise ValueError(f"weights: {out} exists; name a folder that does not")
-
-
-@contextmanager
-def whole(out: Path) -> Iterator[Path]:
-    """A folder `out`.part to write into, renamed to `out` when whole and removed on an error. What a kill left of an
-    earlier one is replaced.
-
-    Raises ValueError where `out` exists, or the .part folder is not one of ours.
-    """
-    refuse_existing(out)
-    part = out.with_name(out.name + ".part")
-    if os.path.lexists(part):
-        if not (part / MARKER).is_file():
-            raise ValueError(f"weights: {part} is in the way and not ours; move it")
-        shutil.rmtree(part)
-    part.mkdir(parents=True)
-    (part / MARKER).touch()
-    try:
-        yield part
-        refuse_existing(out)
-        (part / MARKER).unlink()
-        part.rename(out)
-    except Exception:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-
-
-@contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], Any]]:
-    """A bar over bytes on stderr, where that is a terminal; yields what is told of bytes done."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda n: bar.advance(task, n)

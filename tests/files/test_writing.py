@@ -80,6 +80,18 @@ def test_errors_about_other_files_stay_what_they_are(tmp_path: Path) -> None:
         (tmp_path / "b").read_text()
 
 
+def test_an_error_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), whole_folder(tmp_path / "out") as part:
+        (part / "a").touch()
+        raise RuntimeError
+    assert not [*tmp_path.iterdir()]
+    with whole_folder(tmp_path / "deep" / "out") as part:
+        (part / "a").touch()
+    assert [p.name for p in (tmp_path / "deep" / "out").iterdir()] == ["a"]
+    with pytest.raises(ValueError, match="race exists"), whole_folder(tmp_path / "race") as part:
+        (tmp_path / "race").mkdir()
+
+
 def test_json_knows_no_nan(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {1: (float("nan"), 1.5), "b": {"c": float("inf")}})
     assert read_json(tmp_path / "a.json") == {"1": [None, 1.5], "b": {"c": None}}

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import sana
 import torch
 from graph import kept
 from torch import Tensor
@@ -14,19 +15,7 @@ from torch import Tensor
 from emf.model.transformer import Transformer, TransformerConfig
 from emf_kernels import Dual
 
-SMALL = TransformerConfig(
-    in_channels=4,
-    out_channels=4,
-    num_attention_heads=4,
-    attention_head_dim=8,
-    num_layers=2,
-    num_cross_attention_heads=2,
-    cross_attention_head_dim=16,
-    caption_channels=20,
-    patch_size=2,
-    sample_size=8,
-    dual_time=True,
-)
+SMALL = TransformerConfig(**sana.OURS, patch_size=2, dual_time=True)
 
 
 def batch(dtype: torch.dtype = torch.float64, n: int = 3) -> tuple[Tensor, ...]:

@@ -27,18 +27,7 @@ from emf.cli.weights import export
 from emf.weights.convert import convert
 from emf.weights.folders import load, load_run
 
-SIZES = dict(
-    num_layers=2,
-    num_attention_heads=4,
-    attention_head_dim=8,
-    num_cross_attention_heads=2,
-    cross_attention_head_dim=16,
-    caption_channels=20,
-    sample_size=8,
-    in_channels=4,
-    out_channels=4,
-)
-SMALL = [word for k, v in SIZES.items() for word in (f"--transformer.{k.replace('_', '-')}", str(v))]
+SMALL = [word for k, v in sana.OURS.items() for word in (f"--transformer.{k.replace('_', '-')}", str(v))]
 SMALL += ["--steps", "4", "--batch-size", "4", "--data.size", "32", "--optim.warmup", "1", "--optim.lr", "1e-3"]
 SMALL += ["--zero.accumulation", "1", "--zero.stage", "0", "--zero.dtype", "float32"]
 SMALL += ["--run.log-every", "1", "--run.save-every", "2"]
@@ -53,8 +42,7 @@ class World:
         special = ["<pad>", "<|im_start|>", "<|im_end|>", "<im_start>", "<im_end>", "<S0>", "<S1>", "<S2>"]
         special += [f"<I{i}>" for i in range(50)]
         tokenizer = byte_tokenizer(special, pad_token="<pad>", eos_token="<|im_end|>")
-        sizes = {k: v for k, v in sana.SIZES.items()}
-        model = sana.diffusers_model(**sizes)
+        model = sana.diffusers_model()
         sana.blip3o(folder / "blip3o", model, tied=True, extras=True, tokenizer=tokenizer)
         model.save_pretrained(folder / "sana")
         convert(folder / "blip3o", self.base, config=folder / "sana" / "config.json")

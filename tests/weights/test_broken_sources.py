@@ -102,7 +102,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (truncate, "is not a whole safetensors file"),
     "empty": (lambda p: [f.unlink() for f in p.iterdir()], "holds no weights; expected a diffusers SANA folder"),
     "no config": (lambda p: (p / "config.json").unlink(), "is 32 wide, which tells no number of heads"),
-    "not JSON": (lambda p: (p / "config.json").write_text("{"), "is not JSON"),
+    "not JSON": (lambda p: (p / "config.json").write_text("{"), "is JSON that ends too early"),
     "two sets": (lambda p: (p / "model.safetensors").touch(), "holds 2 sets of weights"),
     "Sprint": (edit(guidance_embeds=True), "guidance_embeds True is not supported; expected False"),
     "norm": (edit(qk_norm="layer_norm"), "qk_norm 'layer_norm' is not known"),

@@ -22,22 +22,10 @@ from emf.model.transformer import Transformer, TransformerConfig
 from emf.sample.emf_pipeline import EMFPipeline
 from emf.weights.convert import convert
 from emf.weights.converted import load_converted
-from emf.weights.export import export
+from emf.weights.export import write_export
 from emf.weights.layouts import read_config
 
-CONFIG = TransformerConfig(
-    in_channels=4,
-    out_channels=4,
-    num_attention_heads=4,
-    attention_head_dim=8,
-    num_layers=2,
-    num_cross_attention_heads=2,
-    cross_attention_head_dim=16,
-    caption_channels=20,
-    sample_size=8,
-    dual_time=True,
-    time_scale=10.0,
-)
+CONFIG = TransformerConfig(**sana.OURS, dual_time=True, time_scale=10.0)
 
 
 def network(config: TransformerConfig = CONFIG) -> Transformer:
@@ -98,7 +86,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_diffusers_class_reads_it(tmp_path: Path, changes: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     """Every key, no other, and our velocity in flow-matching mode."""
     ours = network(replace(CONFIG, **changes))
-    export(ours.state_dict(), ours.config, tmp_path / "out")
+    write_export(ours.state_dict(), ours.config, tmp_path / "out")
     logging.getLogger("diffusers").propagate = True
     theirs, info = diffusers.SanaTransformer2DModel.from_pretrained(
         tmp_path / "out", subfolder="transformer", output_loading_info=True
@@ -126,7 +114,7 @@ def pipeline(folder: Path, **kwargs: Any) -> EMFPipeline:
 @torch.no_grad()
 def test_the_pipeline_samples_with_both_embedders(tmp_path: Path, steps: int, guidance: float) -> None:
     ours = network()
-    export(ours.state_dict(), CONFIG, tmp_path / "out")
+    write_export(ours.state_dict(), CONFIG, tmp_path / "out")
     pipe = pipeline(tmp_path / "out")
     z, _, c = sana.inputs()
     velocity = lambda states: lambda z, t, r: ours(z, t, r, states)  # noqa: E731
@@ -139,7 +127,7 @@ def test_the_pipeline_samples_with_both_embedders(tmp_path: Path, steps: int, gu
 
 
 def test_noise_comes_from_the_generator(tmp_path: Path) -> None:
-    export(network().state_dict(), CONFIG, tmp_path / "out")
+    write_export(network().state_dict(), CONFIG, tmp_path / "out")
     pipe, c = pipeline(tmp_path / "out"), sana.inputs()[2]
 
     def draw(seed: int, **more: Any) -> Tensor:
@@ -158,7 +146,7 @@ def test_noise_comes_from_the_generator(tmp_path: Path) -> None:
 
 
 def test_other_parts_come_from_the_base(tmp_path: Path, base: Path) -> None:
-    export(network().state_dict(), CONFIG, tmp_path / "out", base=base)
+    write_export(network().state_dict(), CONFIG, tmp_path / "out", base=base)
     for file in base.rglob("*/*"):
         copy = tmp_path / "out" / file.relative_to(base)
         assert copy.read_bytes() == file.read_bytes() and not copy.is_symlink()
@@ -180,7 +168,7 @@ def test_text_parts_of_a_converted_blip3o_next(tmp_path: Path, base: Path) -> No
     sana.blip3o(tmp_path / "a", theirs, tied=True, extras=False)
     text = tmp_path / "text"
     convert(tmp_path / "a", text, config=tmp_path / "sana" / "config.json")
-    export(network().state_dict(), CONFIG, tmp_path / "out", base=base, text=text)
+    write_export(network().state_dict(), CONFIG, tmp_path / "out", base=base, text=text)
     for file in (text / "connector.safetensors", *(text / "language_model").iterdir()):
         assert (tmp_path / "out" / file.relative_to(text)).read_bytes() == file.read_bytes()
     assert not (tmp_path / "out" / "tokenizer").exists()  # the base's encoder is another
@@ -189,11 +177,11 @@ def test_text_parts_of_a_converted_blip3o_next(tmp_path: Path, base: Path) -> No
     pipe.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "language_model" / "config.json").exists()
     with pytest.raises(ValueError, match="expected a converted BLIP3o-NEXT checkpoint"):
-        export(network().state_dict(), CONFIG, tmp_path / "no", base=base, text=base)
+        write_export(network().state_dict(), CONFIG, tmp_path / "no", base=base, text=base)
 
 
 def test_prompts_need_a_conditioning(tmp_path: Path) -> None:
-    export(network().state_dict(), CONFIG, tmp_path / "out")
+    write_export(network().state_dict(), CONFIG, tmp_path / "out")
     z, _, c = sana.inputs()
     null = torch.full_like(c, 0.3)
     pipe = pipeline(tmp_path / "out", conditioning=lambda prompts: (c[: len(prompts)], null[: len(prompts)], None))
@@ -215,7 +203,7 @@ def test_prompts_need_a_conditioning(tmp_path: Path) -> None:
 
 def test_a_pipeline_is_saved_again(tmp_path: Path, base: Path) -> None:
     ours = network()
-    export(ours.state_dict(), CONFIG, tmp_path / "out", base=base)
+    write_export(ours.state_dict(), CONFIG, tmp_path / "out", base=base)
     pipe = pipeline(tmp_path / "out", text_encoder=None, tokenizer=None, torch_dtype=torch.bfloat16)
     assert pipe.transformer.dtype == torch.bfloat16 and pipe.transformer.network.config == CONFIG
     z, _, c = sana.inputs()
@@ -234,7 +222,7 @@ def test_published_to_ours_to_diffusers_is_the_identity(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "a")
     convert(tmp_path / "a", tmp_path / "b")
     ours, checkpoint = load_converted(tmp_path / "b")
-    export(ours.state_dict(), checkpoint.transformer, tmp_path / "c")
+    write_export(ours.state_dict(), checkpoint.transformer, tmp_path / "c")
     state = load_file(tmp_path / "c" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert state.keys() == theirs.state_dict().keys()
     assert all(torch.equal(state[k], v) for k, v in theirs.state_dict().items())
@@ -254,16 +242,16 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path, base: Path) -> None:
         ("out", None, {f"transformer.{k}": v for k, v in state.items()}, CONFIG, "expected a Transformer's state dict"),
     ):
         with pytest.raises(ValueError, match=message) as error:
-            export(weights, config, tmp_path / out, base=where)
+            write_export(weights, config, tmp_path / out, base=where)
         assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
 def test_pipeline_of_another_folder_is_one_line(tmp_path: Path) -> None:
     net = network(replace(CONFIG, dual_time=False))
-    export(net.state_dict(), net.config, tmp_path / "single")
+    write_export(net.state_dict(), net.config, tmp_path / "single")
     with pytest.raises(ValueError, match="has no time_embed_dual.safetensors"):
         pipeline(tmp_path / "single")
-    export(network().state_dict(), CONFIG, tmp_path / "out")
+    write_export(network().state_dict(), CONFIG, tmp_path / "out")
     dual = tmp_path / "out" / "transformer" / "time_embed_dual.safetensors"
     state = load_file(dual)
     save_file(state, dual)

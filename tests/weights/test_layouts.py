@@ -46,14 +46,4 @@ def test_published_sizes_are_read_from_shapes(size: str, qk_norm: bool, kind: st
 def test_read_config_and_its_inverse(tmp_path: Path, theirs: Any) -> None:
     theirs.save_config(tmp_path)
     config = read_config(tmp_path / "config.json")
-    assert config == TransformerConfig(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=4,
-        attention_head_dim=8,
-        num_layers=2,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=16,
-        caption_channels=20,
-        sample_size=8,
-    )
+    assert config == TransformerConfig(**sana.OURS)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from emf.weights import tensors as weights
-from emf.weights.tensors import DTYPES, Item, Weights, find, items, read_metadata, whole, write, write_file
+from emf.weights.tensors import DTYPES, Item, Weights, find, items, read_metadata, write, write_file
 
 
 def state() -> dict[str, Tensor]:
@@ -116,15 +116,3 @@ def test_what_goes_wrong_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (tmp_path / "d" / "x.safetensors").symlink_to("/dev/full")
         with refused("x.safetensors cannot be written: No space left on device"):
             write(tmp_path / "d", "x", items({"x": torch.zeros(10**5)}))
-
-
-def test_an_error_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), whole(tmp_path / "out") as part:
-        (part / "a").touch()
-        raise RuntimeError
-    assert not [*tmp_path.iterdir()]
-    with whole(tmp_path / "deep" / "out") as part:
-        (part / "a").touch()
-    assert [p.name for p in (tmp_path / "deep" / "out").iterdir()] == ["a"]
-    with pytest.raises(ValueError, match="race exists"), whole(tmp_path / "race") as part:
-        (tmp_path / "race").mkdir()
