@@ -68,7 +68,8 @@ class Sampler:
     number is its place in the call unless `numbers` says otherwise. It does not depend on the other images of its
     batch, nor on the size of the batch, the number of threads or the kind of processor, up to rounding: in float32 a
     pixel of the 8-bit picture then differs by at most one level of 255. Sampled again in the same batches, with the
-    same number of threads on the same machine, it is the same bit for bit.
+    same number of threads on the same machine, it is the same bit for bit. (BLIP3o-NEXT draws image tokens before the
+    image, and rounding can tip one of those where a draw falls on the border of two; the image is then another one.)
     """
 
     def __init__(

@@ -47,10 +47,11 @@ def seeds(*numbers: int) -> list[torch.Generator]:
 
 def test_generation_depends_on_its_own_generator_only() -> None:
     encoder = blip3o(image_tokens=20)
-    together = encoder.generate(CAPTIONS, seeds(3, 4, 5))
+    few = Sampling(top_k=4)  # so few borders between tokens that rounding, which the batch changes, tips no draw
+    together = encoder.generate(CAPTIONS, seeds(3, 4, 5), few)
     assert together.shape == (3, 20)
-    assert torch.equal(encoder.generate(CAPTIONS[1:2], seeds(4))[0], together[1])
-    assert not torch.equal(encoder.generate(CAPTIONS[1:2], seeds(6))[0], together[1])
+    assert torch.equal(encoder.generate(CAPTIONS[1:2], seeds(4), few)[0], together[1])
+    assert not torch.equal(encoder.generate(CAPTIONS[1:2], seeds(6), few)[0], together[1])
     with pytest.raises(ValueError, match="2 generators for 3 captions"):
         encoder.generate(CAPTIONS, seeds(0, 1))
 

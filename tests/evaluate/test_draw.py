@@ -11,41 +11,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from digits_run import small_run
 from PIL import Image
-from safetensors.torch import save_file
 from same_pictures import assert_same_pictures
 
-from emf import config as configs
 from emf.cli import evaluate as commands
 from emf.evaluate import pictures
 from emf.evaluate.drawing import Drawing
-from emf.network.build import build
-from emf.recipes import digits
 
 PROMPTS = ["a red seven", "two blue threes", "a four above a one"]
 ITEMS = ["long", "other", "third"]
 
 
-def checkpoint(folder: Path, seed: int = 0) -> Path:
-    """A tiny network of the digits' world, as a run saves it."""
-    torch.manual_seed(seed)
-    config = digits()
-    sizes = dict(num_layers=1, num_attention_heads=1, num_cross_attention_heads=1, cross_attention_head_dim=32)
-    config = replace(config, transformer=replace(config.transformer, **sizes, patch_size=6))  # type: ignore[arg-type]
-    network = build(replace(config, init=None))
-    with torch.no_grad():
-        for p in network.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    folder.mkdir(parents=True)
-    save_file({k: v.contiguous() for k, v in network.state_dict().items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(configs.to_json(config))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoint(tmp_path_factory.mktemp("draw") / "run")
+    return small_run(tmp_path_factory.mktemp("draw") / "run")
 
 
 @pytest.fixture
@@ -135,7 +115,7 @@ def test_ranks_share_the_work(
 def test_other_settings_are_refused(run: Path, metadata: Path, tmp_path: Path, change: dict[str, Any]) -> None:
     geneval(run, tmp_path / "out", metadata, steps="1")
     before = files(tmp_path / "out")
-    other = checkpoint(tmp_path / "other", seed=1) if "weights" in change else run
+    other = small_run(tmp_path / "other", seed=1) if "weights" in change else run
     change = {k: v for k, v in change.items() if k != "weights"}
     with pytest.raises(ValueError, match="other settings"):
         geneval(other, tmp_path / "out", metadata, steps="1", **change)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from training import files, kill_in_save, metrics, train
 from emf.cli.data import cache
 from emf.cli.generate import generate
 from emf.cli.weights import export
+from emf.conditioning.blip3o import Blip3oNext
+from emf.conditioning.sampling import Sampling
 from emf.weights.convert import convert
 from emf.weights.folders import load, load_run
 
@@ -118,6 +121,14 @@ def pixels(folder: Path) -> list[np.ndarray]:
     return [np.asarray(Image.open(file)).astype(float) for file in sorted(folder.glob("*.png"))]
 
 
+@pytest.fixture
+def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Image tokens by the four likeliest: so few borders between them that rounding, which the batch changes, tips no
+    draw."""
+    monkeypatch.setattr(Blip3oNext, "generate", partialmethod(Blip3oNext.generate, sampling=Sampling(top_k=4)))
+
+
+@pytest.mark.usefixtures("few_tokens")
 def test_generation_and_export(run: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     generate(CAPTIONS, run, tmp_path / "a", steps=2, n=2)
     said = capsys.readouterr().err
