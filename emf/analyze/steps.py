@@ -173,4 +173,4 @@ def _write_sheet(path: Path, backbones: Backbones, picture: Picture, stride: int
     rows = [(name, i) for i in range(0, len(texts), stride)[:SHOWN] for name in backbones.runs]
     captions = [f"{name}: {texts[i]}" for name, i in rows]
     columns = {steps_of(n): [picture(name, n, i) for name, i in rows] for n in backbones.counts}
-    write_sheet(path, captioned(captions, columns), ["", *columns], cell=120, lines=7)
+    write_sheet(path, captioned(captions, columns), ["", *columns], cell=126, lines=7)

@@ -272,7 +272,7 @@ class Blip3oNext(Encoder):
         As in the released code nothing but top-k and top-p restricts a token: a model that answers with words gives
         words. Where that would end a text early it goes on: n is fixed.
         """
-        from rich.progress import track
+        from emf.show.progress import track
 
         layer, sampling = self.output_layer, sampling or Sampling()
         uniform = uniforms(generator, len(captions), self.image_tokens).to(self.device)

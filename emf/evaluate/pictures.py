@@ -16,13 +16,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from emf.evaluate.benchmark import ELSEWHERE, Result, write_comparison
 from emf.evaluate.drawing import Drawing
 from emf.evaluate.hps import STYLES, read_prompts
 from emf.files import claim, numbered_jsonl, read_text, whole_file, write_text
 from emf.sample.sampler import Sampler
+from emf.show.progress import bars
 
 IMAGES, SETTINGS = "images", "drawing.json"
 PATIENCE = 1800  # seconds without a new image, after which rank 0 no longer waits for the others
@@ -118,7 +118,7 @@ def draw_pictures(items: Sequence[Item], texts: dict[str, str], out: Path, drawi
         claim(folder, {**told, "steps": steps}, own, name=SETTINGS, advice=ELSEWHERE, writer=rank)
         for name, text in texts.items():
             write_text(folder / name, text, rank)
-    with bar() as progress:
+    with bars() as progress:
         task = progress.add_task("drawing", total=sum(len(group) for _, group in todo))
         for steps, group in todo:
             each = 4 if group[0].grid else 1
@@ -131,10 +131,6 @@ def draw_pictures(items: Sequence[Item], texts: dict[str, str], out: Path, drawi
                 progress.advance(task)
     if rank == 0:
         wait_for([out / str(steps) / IMAGES / item.file for steps in drawing.counts for item in items])
-
-
-def bar() -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
 
 def grid(four: Sequence[Image.Image]) -> Image.Image:
@@ -160,7 +156,7 @@ def wait_for(files: Sequence[Path]) -> None:
     missing, last = [f for f in files if not f.is_file()], time.monotonic()
     if not missing:
         return
-    with bar() as progress:
+    with bars() as progress:
         task = progress.add_task("waiting for the other ranks", total=len(files))
         while missing:
             progress.update(task, completed=len(files) - len(missing))

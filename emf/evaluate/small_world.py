@@ -57,7 +57,7 @@ def evaluate_run(run: Path, per_tag: int, guidance: float, seed: int) -> dict[st
     scores |= calibrate(scorer, world=config.world)
     write_json(run / "scores.json", scores)
     write_sheet(
-        run / "samples.png", captioned([specs[i]["prompt"] for i in shown], pictures), ["", *pictures], cell=120
+        run / "samples.png", captioned([specs[i]["prompt"] for i in shown], pictures), ["", *pictures], cell=126
     )
     show(scores)
     return scores

@@ -163,7 +163,7 @@ def samples(out: Path, budget: Budget) -> Html:
     if not rows:
         return Html()
     png = io.BytesIO()
-    sheet(rows, cell=64).save(png, "png")
+    sheet(rows, cell=54).save(png, "png")
     note = page.note(
         f"Three images of each of the six tasks ({', '.join(TAGS)}); below each its number of steps. The same noise "
         "for all."

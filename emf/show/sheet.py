@@ -13,7 +13,7 @@ from PIL import Image
 from emf.files import whole_file
 from emf.show.lettering import Lettering
 
-CELL, GAP = 176, 10  # pixels
+CELL, GAP, UNDER = 176, 10, 3  # pixels: an image's place, between cells, from an image to its text
 TEXT = 150  # pixels of a column without images, at least
 SMALL = 64  # pixels below which an image is enlarged without smoothing
 PAPER, MAT = "white", "#eef0f3"
@@ -41,13 +41,17 @@ def sheet(
     wide = [cell if pictured[j] else max(cell, TEXT) for j in range(columns)]
     texts = [[plain.wrap(c.text, wide[j], lines) if c.text else [] for j, c in enumerate(row)] for row in rows]
     named = [bold.wrap(head, wide[j], 2) for j, head in enumerate(heads)]
-    tall = [cell if any(c.image is not None for c in row) else 0 for row in rows]
-    used = [max((len(t) for t in row), default=0) for row in texts]
-    beside = [t and all(c.image is None or not c.text for c in row) for t, row in zip(tall, rows, strict=True)]
-    # text beside images needs no room below them
+
+    def below(c: Cell) -> int:
+        """From a cell's top to its text."""
+        return cell + UNDER if c.image is not None else 0
+
     deep = [
-        max(t, n * plain.line) if next_to else t + n * plain.line + (3 if t and n else 0)
-        for t, n, next_to in zip(tall, used, beside, strict=True)
+        max(
+            (cell if c.image is not None and not t else below(c) + len(t) * plain.line)
+            for c, t in zip(*row, strict=True)
+        )
+        for row in zip(rows, texts, strict=True)
     ]
     top = GAP + (max(map(len, named)) * bold.line + GAP // 2 if named else 0)
     size = GAP + sum(w + GAP for w in wide), top + sum(d + GAP for d in deep)
@@ -60,8 +64,7 @@ def sheet(
         for j, c in enumerate(row):
             if c.image is not None:
                 made.paste(_fitted(c.image, cell), (places[j], y))
-            below = tall[i] + 3 if c.image is not None or not beside[i] and tall[i] else 0
-            plain.draw(made, (places[j], y + below), texts[i][j], wide[j])
+            plain.draw(made, (places[j], y + below(c)), texts[i][j], wide[j])
         y += deep[i] + GAP
     return made
 

@@ -1,12 +1,16 @@
 """The report page: whole, self-contained, and honest about what is missing."""
 
+from __future__ import annotations
+
 import json
 import math
 from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from emf import config as configs
+from emf.config import Config, to_json
 from emf.data.digits import TAGS
 from emf.evaluate.run_page import write_report
 from emf.recipes import digits, digits_base
@@ -16,22 +20,28 @@ FM = {1: 0.12, 4: 0.48, 30: 0.72}
 EMF = {1: 0.43, 2: 0.58, 4: 0.69, 8: 0.71}
 
 
-def score_rows(model, overall):
+def score_rows(model: str, overall: dict[int, float]) -> list[dict[str, Any]]:
     spread = (0.25, 0.05, -0.12, 0.2, -0.18, -0.2)
     tags = {n: {tag: min(1, max(0, s + d)) for tag, d in zip(TAGS, spread, strict=True)} for n, s in overall.items()}
     return [{"model": model, "steps": n, "overall": s, "by_tag": tags[n]} for n, s in overall.items()]
 
 
-def write_jsonl(file, rows):
+def write_jsonl(file: Path, rows: list[dict[str, Any]]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def fake_run(run, config, scores=(), curve=(), seed=0):
+def fake_run(
+    run: Path,
+    config: Config,
+    scores: list[dict[str, Any]] | None = None,
+    curve: dict[int, float] | None = None,
+    seed: int = 0,
+) -> Path:
     """A run's folder as train and evaluate leave it, without the training."""
     run.mkdir()
-    (run / "config.json").write_text(configs.to_json(config))
+    (run / "config.json").write_text(to_json(config))
     emf = config.objective == "meanflow"
-    rows = []
+    rows: list[dict[str, Any]] = []
     for step in range(10, config.steps + 1, 10):
         wobble = 1 + 0.3 * math.sin(step * 12.9898 + seed)
         error = (1.4 if emf else 0.9) * math.exp(-3 * step / config.steps) * wobble + 0.2
@@ -49,7 +59,7 @@ def fake_run(run, config, scores=(), curve=(), seed=0):
 
 
 @pytest.fixture
-def emf_run(tmp_path):
+def emf_run(tmp_path: Path) -> Path:
     run = fake_run(tmp_path / "demo", digits(), score_rows("fm", FM) + score_rows("emf", EMF), EMF)
     columns = {"FM 1": [[[[51, 102, 153]]]], "EMF 1": [[[[255, 0, 0]]]]}
     write_sheet(run / "samples.png", captioned(["two red <sevens>"], columns), ["", *columns])
@@ -59,25 +69,25 @@ def emf_run(tmp_path):
 class Page(HTMLParser):
     """The elements of a page; asserts that each is closed where it must be."""
 
-    def __init__(self, text):
+    def __init__(self, text: str) -> None:
         super().__init__()
-        self.open, self.images, self.links = [], [], []
+        self.open, self.images, self.links = list[str](), list[dict[str, str]](), list[str]()
         self.feed(text)
         assert self.open == []
 
-    def handle_starttag(self, tag, attrs):
-        attrs = dict(attrs)
-        self.links += [v for k, v in attrs.items() if k in ("src", "href", "srcset")]
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        attributes = {k: v or "" for k, v in attrs}
+        self.links += [v for k, v in attributes.items() if k in ("src", "href", "srcset")]
         if tag == "img":
-            self.images.append(attrs)
+            self.images.append(attributes)
         if tag not in ("img", "meta", "br"):
             self.open.append(tag)
 
-    def handle_endtag(self, tag):
+    def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
 
-def test_page_is_whole_and_self_contained(emf_run):
+def test_page_is_whole_and_self_contained(emf_run: Path) -> None:
     text = write_report(emf_run).read_text()
     page = Page(text)
     assert len(page.images) == 9 and all(len(image["alt"]) > 20 for image in page.images)
@@ -87,23 +97,23 @@ def test_page_is_whole_and_self_contained(emf_run):
     assert "is missing" not in text
 
 
-def test_shares_of_the_gap_stand_beside_the_papers(emf_run):
+def test_shares_of_the_gap_stand_beside_the_papers(emf_run: Path) -> None:
     text = write_report(emf_run).read_text()
     for here, paper in (("52 %", "62 %"), ("77 %", "87 %"), ("95 %", "98 %")):
         assert f"<b>{here}</b>" in text and f"the paper: {paper}" in text
 
 
-def test_same_files_same_page(emf_run):
+def test_same_files_same_page(emf_run: Path) -> None:
     assert write_report(emf_run).read_bytes() == write_report(emf_run).read_bytes()
 
 
-def test_flow_matching_run_without_curve(tmp_path):
+def test_flow_matching_run_without_curve(tmp_path: Path) -> None:
     text = write_report(fake_run(tmp_path / "base", digits_base(), score_rows("fm", FM))).read_text()
     assert len(Page(text).images) == 7
     assert "gap closed in" not in text and "0.72 in 30" in text and "curve.jsonl is missing" in text
 
 
-def test_says_what_is_missing_and_what_makes_it(tmp_path):
+def test_says_what_is_missing_and_what_makes_it(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "bare", digits())
     text = write_report(run).read_text()
     assert len(Page(text).images) == 6
@@ -111,13 +121,13 @@ def test_says_what_is_missing_and_what_makes_it(tmp_path):
         assert f"{file} is missing; <code>emf evaluate digits {run}</code>" in text
 
 
-def test_no_gap_is_no_share(tmp_path):
+def test_no_gap_is_no_share(tmp_path: Path) -> None:
     scores = score_rows("fm", dict.fromkeys(FM, 0.0)) + score_rows("emf", EMF)
     text = write_report(fake_run(tmp_path / "untrained", digits(), scores)).read_text()
     assert "no gap" in text and "nan" not in text.split("</style>")[1].split("data:image")[0]
 
 
-def test_a_row_half_written_is_left_out(emf_run):
+def test_a_row_half_written_is_left_out(emf_run: Path) -> None:
     with (emf_run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9990, "lo')
     assert "{0} of {0}".format(digits().steps) in write_report(emf_run).read_text()
@@ -134,7 +144,7 @@ def test_a_row_half_written_is_left_out(emf_run):
         ("config.json", None, "config: no file"),
     ],
 )
-def test_what_is_wrong_is_one_line(emf_run, file, text, message):
+def test_what_is_wrong_is_one_line(emf_run: Path, file: str, text: str | None, message: str) -> None:
     (emf_run / file).unlink() if text is None else (emf_run / file).write_text(text)
     with pytest.raises(ValueError, match=message) as error:
         write_report(emf_run)
