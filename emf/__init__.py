@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from emf.sample.sampler import Sampler
     from emf.train.loop import train
     from emf.weights.export import export
-    from emf.weights.folders import load as load
+    from emf.weights.folders import load
 
 __version__ = "0.1.0"
 __all__ = ["RECIPES", "Config", "EMFPipeline", "Sampler", "__version__", "export", "load", "recipes", "train"]

@@ -17,18 +17,18 @@ HEAVY = ("torch", "transformers", "diffusers", "deepspeed", "sklearn", "matplotl
 
 EXAMPLE = """
 from dataclasses import replace
-from pathlib import Path
 
 import emf
 
-out = Path("run")
+out = "run"
 config = emf.RECIPES["digits"]()
 config = replace(config, steps=2, batch_size=4, run=replace(config.run, eval_every=0))
 emf.train(config, out)
 config, network = emf.load(out)
 sampler = emf.Sampler.load(out)
-images = sampler.images(["a red seven"])
-print(tuple(images.shape), config.steps, network.transformer.config.dual_time)
+(picture,) = sampler.pictures(["a red seven"], steps=2)
+emf.export(out, "export")
+print(picture.size, config.steps, network.transformer.config.dual_time)
 """
 
 
@@ -86,7 +86,9 @@ def test_train_is_a_package_and_can_be_called(code: str, tmp_path: Path) -> None
 
 def test_ten_lines_train_and_sample(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
-    assert python(EXAMPLE, tmp_path).splitlines()[-1] == "(1, 3, 18, 18) 2 True"
+    said = python(EXAMPLE, tmp_path)
+    assert (tmp_path / "export" / "model_index.json").is_file()
+    assert said.splitlines()[-1] == "(18, 18) 2 True"
 
 
 def test_the_example_of_the_readme(tmp_path: Path) -> None:

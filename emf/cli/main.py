@@ -1,4 +1,7 @@
-"""`emf`: the commands. What a user got wrong is one line on stderr and exit code 2."""
+"""`emf`: which command does what. What a user got wrong is one line on stderr and exit code 2.
+
+The commands' modules import what computes in their functions alone, so that help comes at once.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,56 @@ try:
 except ImportError:
     raise SystemExit(NEEDS_EXTRA) from None
 
-from emf.cli import analyze as analyzing
-from emf.cli import data as on_data
-from emf.cli import evaluate as evaluating
-from emf.cli import generate as generating
-from emf.cli import pages, planning
-from emf.cli import weights as on_weights
+from emf.cli import analyze, data, evaluate, generate, pages, planning, weights
 from emf.train.command import main as train
+
+
+def _train() -> None:
+    """Train a recipe, or a config.json again (`emf train --help`)."""
+
+
+def _evaluate() -> None:
+    """Score: digits (a run of the small world), geneval, dpg or hps (a folder of images)."""
+
+
+def _analyze() -> None:
+    """Compare text encoders: discriminability, disentanglement; flow matching at few steps: steps."""
+
+
+def _data() -> None:
+    """Look at image-text data: inspect."""
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": _train,
+    "generate": generate.generate,
+    "evaluate": _evaluate,
+    "analyze": _analyze,
+    "report": pages.report,
+    "plan": planning.plan,
+    "convert": weights.convert,
+    "data": _data,
+    "cache": data.cache,
+    "export": weights.export,
+    "release": weights.release,
+    "paper": pages.paper,
+}
+"""In the order of `emf --help`. Those of a group, and train, have their line of help here alone."""
+
+GROUPS: dict[str, dict[str, Callable[..., None]]] = {
+    "evaluate": {
+        "digits": evaluate.on_digits,
+        "geneval": evaluate.geneval,
+        "dpg": evaluate.dpg,
+        "hps": evaluate.hps,
+    },
+    "analyze": {
+        "discriminability": analyze.discriminability,
+        "disentanglement": analyze.disentanglement,
+        "steps": analyze.steps,
+    },
+    "data": {"inspect": data.inspect},
+}
 
 
 def _deferred(command: Callable[..., None]) -> Callable[..., Any]:
@@ -36,50 +82,11 @@ def _deferred(command: Callable[..., None]) -> Callable[..., Any]:
 
 def main() -> None:
     """Entry of `emf`."""
-    arguments = sys.argv[1:]
+    arguments, prog, chosen = sys.argv[1:], "emf", COMMANDS
     if arguments[:1] == ["train"]:
         return train(arguments[1:])
-
-    def train_help() -> None:
-        """Train a recipe, or a config.json again (`emf train --help`)."""
-
-    def evaluate_help() -> None:
-        """Score: digits (a run of the small world), geneval, dpg or hps (a folder of images)."""
-
-    def analyze_help() -> None:
-        """Compare text encoders: discriminability, disentanglement; flow matching at few steps: steps."""
-
-    def data_help() -> None:
-        """Look at image-text data: inspect."""
-
-    e, a = evaluating, analyzing
-    groups: dict[str, dict[str, Any]] = {
-        "evaluate": {"digits": e.on_digits, "geneval": e.geneval, "dpg": e.dpg, "hps": e.hps},
-        "analyze": {
-            "discriminability": a.discriminability,
-            "disentanglement": a.disentanglement,
-            "steps": a.steps,
-        },
-        "data": {"inspect": on_data.inspect},
-    }
-    chosen: dict[str, Any] = {
-        "train": train_help,
-        "generate": generating.generate,
-        "evaluate": evaluate_help,
-        "analyze": analyze_help,
-        "report": pages.report,
-        "plan": planning.plan,
-        "convert": on_weights.convert,
-        "data": data_help,
-        "cache": on_data.cache,
-        "export": on_weights.export,
-        "release": on_weights.release,
-        "paper": pages.paper,
-    }
+    if arguments and arguments[0] in GROUPS:
+        prog, chosen, arguments = f"emf {arguments[0]}", GROUPS[arguments[0]], arguments[1:]
     with report_errors():
-        parser = tyro.extras.subcommand_cli_from_dict
-        prog = "emf"
-        if arguments and arguments[0] in groups:
-            prog, chosen, arguments = f"emf {arguments[0]}", groups[arguments[0]], arguments[1:]
         later = {name: _deferred(command) for name, command in chosen.items()}
-        one_line(parser, later, args=arguments or ["--help"], prog=prog)()
+        one_line(tyro.extras.subcommand_cli_from_dict, later, args=arguments or ["--help"], prog=prog)()

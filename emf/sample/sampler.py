@@ -91,7 +91,7 @@ class Sampler:
     @classmethod
     def load(
         cls,
-        run: Path,
+        run: Path | str,
         vae: Path | None = None,
         dtype: str | None = None,
         device: str | None = None,
@@ -103,6 +103,7 @@ class Sampler:
         from emf.weights.folders import load
 
         place = find_device(device)
+        run = Path(run)
         config, network = load(run)
         if config.objective == "flow_matching" and not flow_matching:
             raise ValueError(f"generate: {run} was trained for flow matching alone; say --flow-matching")

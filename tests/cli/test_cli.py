@@ -59,46 +59,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "command", ["", "train", "generate", "evaluate digits", "evaluate geneval", "evaluate", "report", "release", "plan"]
-)
-def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert emf(*command.split(), "--help") == 0
-    text = capsys.readouterr()
-    assert text.err == "" and "Traceback" not in text.out and len(text.out.split()) > 25
-    wanted = {
-        "": ["train", "generate", "evaluate", "report", "release", "plan", "Score: digits"],
-        "train": ["usage: emf train", *RECIPES, "--out", "--resume"],
-        "generate": ["a red seven", "--run", "--out", "--steps", "--guidance", "--flow-matching"],
-        "evaluate": ["digits", "geneval", "dpg", "hps"],
-        "evaluate digits": ["a run's folder", "--per-tag"],
-        "evaluate geneval": ["metadata.jsonl", "--detections", "results.md", "--checkpoint", "--steps"],
-        "plan": ["MODEL", "--gpus", "--micro-batch", "--mfu"],
-        "report": ["a run's folder", "report.html"],
-        "release": ["a run's folder", "--out", "must not exist"],
-    }
-    for word in wanted[command]:
-        assert word in text.out, word
-
-
-def test_help_without_arguments_and_of_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
-    assert emf() == 0
-    assert "release" in capsys.readouterr().out
-    assert emf("train") == 0
-    assert "digits-base" in capsys.readouterr().out
-    assert emf("train", "digits", "--help") == 0
-    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for word in (
-        "--optim.lr",
-        "--zero.stage {0,1,2,3}",
-        "--transformer.time-scale",
-        "Largest norm",
-        "--out",
-        "default",
-    ):
-        assert word in text, word
-
-
 def test_as_a_program() -> None:
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(

@@ -1,0 +1,91 @@
+"""Help: it is there for every command, says what there is, and comes at once."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from places import ROOT
+
+from emf.recipes import RECIPES
+
+HEAVY = ("torch", "triton", "numpy", "transformers", "diffusers", "deepspeed", "sklearn", "matplotlib", "PIL")
+COMMANDS = {
+    "": ["train", "generate", "evaluate", "report", "release", "plan", "Score: digits"],
+    "train": ["usage: emf train", *RECIPES, "--out", "--resume"],
+    "train digits": ["--optim.lr", "--zero.stage {0,1,2,3}", "--transformer.time-scale", "Largest norm", "--out"],
+    "train sana-1.5-1.6b": ["--condition.kind", "--data.sources", "--lora.rank", "default: blip3o"],
+    "generate": ["a red seven", "--run", "--out", "--steps", "--guidance", "--flow-matching"],
+    "evaluate": ["digits", "geneval", "dpg", "hps"],
+    "evaluate digits": ["a run's folder", "--per-tag"],
+    "evaluate geneval": ["metadata.jsonl", "--detections", "results.md", "--checkpoint", "--steps"],
+    "evaluate dpg": ["dpg_bench.csv", "--questions", "--checkpoint"],
+    "evaluate hps": ["HPS_v2.1_compressed.pt", "--weights", "--checkpoint"],
+    "analyze": ["discriminability", "disentanglement", "steps"],
+    "analyze discriminability": ["NAME=KIND:FOLDER", "--data", "--pooling", "--queries"],
+    "analyze disentanglement": ["NAME=KIND:FOLDER", "--unit", "--fraction"],
+    "analyze steps": ["NAME=FOLDER", "--guidance", "--per-tag"],
+    "report": ["a run's folder", "report.html"],
+    "plan": ["MODEL", "--gpus", "--micro-batch", "--mfu"],
+    "convert": ["SOURCE", "--allow-missing", "--shard-gb"],
+    "data": ["inspect"],
+    "data inspect": ["SOURCES", "--size", "--limit"],
+    "cache": ["SOURCES", "--vae", "--ta-tok", "--parts"],
+    "export": ["EMFPipeline.from_pretrained", "--base", "--text"],
+    "release": ["a run's folder", "--out", "must not exist"],
+    "paper": ["results.json", "--quick", "--jobs"],
+}
+LIST_HEAVY = f"print('imported', *[name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+HELP = f"""
+import sys
+from emf.cli.main import main
+try:
+    main()
+except SystemExit as end:
+    {LIST_HEAVY}
+    raise
+"""
+
+
+def python(*arguments: str) -> tuple[str, str, float]:
+    """(stdout, stderr, seconds of a processor) of a Python that ends well."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    environment = os.environ | dict(PYTHONPATH=path, COLUMNS="200")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stdout + done.stderr
+    took = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return done.stdout, done.stderr, took
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_comes_at_once(command: str) -> None:
+    """Without importing what computes; a quarter of a second of a processor, for which two are allowed."""
+    said, errors, took = python("-c", HELP, *command.split(), "--help")
+    assert errors == "imported\n" and took < 2, (errors, took)
+    text = " ".join(said.replace("│", " ").split())
+    assert len(text.split()) > 15
+    for word in COMMANDS[command]:
+        assert word in text, word
+
+
+@pytest.mark.parametrize("module", ["emf", "emf.cli"])
+def test_without_arguments_it_is_help(module: str) -> None:
+    assert "release" in python("-m", module)[0]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["digits", "--help"]], ids=str)
+def test_the_module_of_training_answers_as_the_command(arguments: list[str]) -> None:
+    """What `deepspeed --module emf.train` starts."""
+    assert python("-m", "emf.train", *arguments)[0] == python("-m", "emf", "train", *arguments)[0]
+
+
+def test_every_command_is_asked(tmp_path: Path) -> None:
+    from emf.cli.main import COMMANDS as groups
+
+    assert {name.split()[0] for name in COMMANDS if name} == set(groups)
