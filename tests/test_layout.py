@@ -13,7 +13,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from layout_today import TODAY
 from places import ROOT
 
 FOLDERS = ("emf", "kernels", "bench", "examples", "tests")
@@ -164,12 +163,12 @@ def test_what_the_checks_would_find(tmp_path: Path) -> None:
 
 def test_no_imports_in_a_circle() -> None:
     found = {short(file) for circle in circles(GRAPH) for file in circle}
-    assert sorted(found - TODAY["circle"]) == []
+    assert sorted(found) == []
 
 
 def test_imports_point_downwards() -> None:
     upwards = {f"{short(a)} -> {short(b)}" for a, found in GRAPH.items() for b in found if room(b) > room(a)}
-    assert sorted(upwards - TODAY["upwards"]) == []
+    assert sorted(upwards) == []
 
 
 def test_nothing_imports_the_commands_but_the_entries() -> None:
@@ -217,12 +216,12 @@ def test_no_file_without_a_subject() -> None:
 def test_no_two_files_of_one_name() -> None:
     names = Counter(p.name for p in [*FILES, *ROOT.glob("*.py")])
     several = {name for name, n in names.items() if n > 1} - {"__init__.py", "__main__.py"}
-    assert sorted({short(p) for p in FILES if p.name in several} - TODAY["name"]) == []
+    assert sorted(short(p) for p in FILES if p.name in several) == []
 
 
 def test_files_are_short() -> None:
     lengths = {short(p): len(p.read_text().splitlines()) for p in FILES}
-    assert {file: lines for file, lines in lengths.items() if lines > 400 and file not in TODAY["long"]} == {}
+    assert {file: lines for file, lines in lengths.items() if lines > 400} == {}
 
 
 def test_functions_take_few_arguments_by_position() -> None:
@@ -234,7 +233,7 @@ def test_functions_take_few_arguments_by_position() -> None:
         for node in ast.walk(tree(file)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not node.name.startswith("test_"):
                 many[f"{short(file)} {node.name}"] = positional(node)
-    assert {name: n for name, n in many.items() if n > 6 and name not in TODAY["arguments"]} == {}
+    assert {name: n for name, n in many.items() if n > 6} == {}
 
 
 def test_emf_kernels_imports_from_the_root() -> None:
