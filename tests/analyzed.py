@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 from image_files import encoded, noise, write_folder
-from tiny import byte_tokenizer, clip_tokenizer
+from tiny import byte_tokenizer, clip_tokenizer, tiny_sana
 
 from emf.conditioning.blip3o import Blip3oNext, SpecialTokens
 from emf.conditioning.small import Connector, EncoderConfig
 from emf.config import Config, to_json
-from emf.model.transformer import TransformerConfig
 
 LONG = "A red barn, old and tall, stands in a field. Two cows graze beside it; the sky is grey. It rains."
 WORDS = ["a red cat", "two blue dogs", "a red cat", "a tall tree, in the fog", "one green bus", "x"]
@@ -88,11 +87,11 @@ def write_run(folder: Path, seed: int, objective: str = "flow_matching", **field
     from emf.weights.checkpoints import saved_names
 
     torch.manual_seed(seed)
-    sizes = dict(in_channels=3, out_channels=3, num_layers=1, num_attention_heads=2, attention_head_dim=8)
-    sizes |= dict(num_cross_attention_heads=2, cross_attention_head_dim=8, caption_channels=fields.pop("width", 24))
-    sizes |= dict(sample_size=fields.pop("size", 18), mlp_ratio=2.0, dual_time=objective == "meanflow")
+    sizes = dict(caption_channels=fields.pop("width", 24), sample_size=fields.pop("size", 18), patch_size=1)
+    sizes |= dict(num_cross_attention_heads=2, cross_attention_head_dim=8, mlp_ratio=2.0)
+    sizes |= dict(dual_time=objective == "meanflow")
     given = dict(encoder=EncoderConfig(32, 48, 1, 2, 1, 16, 24)) | fields
-    config = Config("digits-base", objective, transformer=TransformerConfig(**sizes), **given)
+    config = Config("digits-base", objective, transformer=tiny_sana(**sizes), **given)
     network = build(config)
     names = saved_names(network, config)
     place = folder / "checkpoints" / "step_0000001"

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import tiny_sana
 from torch import Tensor
 
 from emf.flow import (
@@ -19,7 +20,7 @@ from emf.flow import (
     target_velocity,
     times,
 )
-from emf.model.transformer import Transformer, TransformerConfig
+from emf.model.transformer import Transformer
 from emf_kernels import Dual
 
 
@@ -78,8 +79,7 @@ def test_path_keeps_the_time_in_bfloat16() -> None:
 def test_meanflow_loss_against_an_independent_computation(guidance: float) -> None:
     """On the real transformer: target by torch.func.jvp over all samples, weight and gradient by hand."""
     torch.manual_seed(0)
-    config = TransformerConfig(3, 3, 2, 8, 1, 1, 16, 12, 2.5, 2, 4, dual_time=True)
-    net = Transformer(config).double()
+    net = Transformer(tiny_sana()).double()
     x, e, c = torch.randn(4, 3, 4, 4).double(), torch.randn(4, 3, 4, 4).double(), torch.randn(4, 3, 12).double()
     t = torch.tensor([0.9, 0.5, 0.7, 0.3]).double()
     r = torch.tensor([0.1, 0.4, 0.7, 0.3]).double()
@@ -159,7 +159,7 @@ def test_a_dual_network_gets_a_tangent_for_the_first_samples_only() -> None:
 def toy() -> Any:
     """(network, null, x, e, t, r) on the real transformer in float64; every r < t but the last."""
     torch.manual_seed(0)
-    net = Transformer(TransformerConfig(3, 3, 2, 8, 1, 1, 16, 12, 2.5, 2, 4, dual_time=True)).double()
+    net = Transformer(tiny_sana()).double()
     x, e, c = torch.randn(4, 3, 4, 4).double(), torch.randn(4, 3, 4, 4).double(), torch.randn(4, 3, 12).double()
     t, r = torch.tensor([0.9, 0.5, 0.7, 0.3]).double(), torch.tensor([0.1, 0.2, 0.6, 0.3]).double()
     network, null = (lambda z, t, r, c=c: net(z, t, r, c) for c in (c, torch.zeros_like(c)))

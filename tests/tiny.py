@@ -1,4 +1,4 @@
-"""Tokenizers and an image tokenizer of the real classes, tiny, for tests without a network."""
+"""A transformer's sizes, tokenizers and an image tokenizer of the real classes, tiny, for tests without a network."""
 
 from __future__ import annotations
 
@@ -8,6 +8,16 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
+
+from emf.model.sizes import TransformerConfig
+
+
+def tiny_sana(**changes: Any) -> TransformerConfig:
+    """One layer of 16 channels on images of 3 x 4 x 4."""
+    sizes = dict(in_channels=3, out_channels=3, num_attention_heads=2, attention_head_dim=8, num_layers=1)
+    sizes |= dict(num_cross_attention_heads=1, cross_attention_head_dim=16, caption_channels=12)
+    further: dict[str, Any] = dict(mlp_ratio=2.5, patch_size=2, sample_size=4, dual_time=True)
+    return TransformerConfig(**{**sizes, **further, **changes})
 
 
 def clip_tokenizer(context: int = 40) -> Any:

@@ -59,7 +59,8 @@ def read_coco(data: Path, split: str) -> Pairs:
     try:
         tree: dict[str, Any] = read_json(file)
         names = {int(i["id"]): str(i["file_name"]) for i in tree["images"]}
-        said = sorted((int(a["image_id"]), int(a["id"]), str(a["caption"]).strip()) for a in tree["annotations"])
+        told = [a for a in tree["annotations"] if a["caption"] is not None]  # as data sets write an absent caption
+        said = sorted((int(a["image_id"]), int(a["id"]), str(a["caption"]).strip()) for a in told)
     except (ValueError, KeyError, TypeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else why(error)
         raise ValueError(f"analyze: {file} is no file of COCO captions: {reason}") from None

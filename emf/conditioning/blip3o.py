@@ -31,6 +31,8 @@ from emf.files import read_json, whole_file, write_json
 SYSTEM = "You are a helpful assistant."
 REQUEST = "Please generate image based on the following caption: {}"
 Window = Literal["inference", "released"]
+LONGEST = 2048
+"""Tokens of a prompt, at most: what the released training code cuts at."""
 
 
 @dataclass(frozen=True)
@@ -159,9 +161,13 @@ class Blip3oNext(Encoder):
 
         image_ids [B, n] int64: the images' tokens as vocabulary ids (TA-Tok's codes through `from_codes`, or
         `generate`'s). None: the rows end after <S0>, ready to be continued; forward has no states for them.
-        Raises ValueError where image_ids have another shape.
+        A prompt of more than LONGEST tokens loses the end of its caption, with a warning: a batch's rows are as long as
+        its longest. Raises ValueError where image_ids have another shape.
         """
         texts = self.tokenizer([self.prompt(c) for c in captions], add_special_tokens=False)["input_ids"]
+        if max(map(len, texts), default=0) > LONGEST:
+            ending = self.prompt("caption").rpartition("caption")[2]
+            texts = [cut(text, len(self.tokenizer(ending, add_special_tokens=False)["input_ids"])) for text in texts]
         if image_ids is None:
             return self.pad([[*text, *self.head] for text in texts])
         if image_ids.shape != (len(captions), self.image_tokens):
@@ -293,3 +299,11 @@ class Blip3oNext(Encoder):
 def positions(mask: Tensor) -> Tensor:
     """Position ids [B, L] that count a row's tokens from 0; padding has 0."""
     return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def cut(prompt: list[int], ending: int) -> list[int]:
+    """A prompt's tokens, LONGEST at most, with its last `ending` ones. Warns where some are left out."""
+    if len(prompt) <= LONGEST:
+        return prompt
+    warnings.warn(f"conditioning: a prompt of {len(prompt)} tokens was cut to {LONGEST}", stacklevel=3)
+    return prompt[: LONGEST - ending] + prompt[len(prompt) - ending :]

@@ -19,13 +19,15 @@ from text_models import (
     plain_connector,
     plain_states,
 )
+from tiny import tiny_sana
 
+from emf.conditioning.blip3o import LONGEST
 from emf.conditioning.encoder import mean_pool
 from emf.conditioning.small import Connector
 from emf.conditioning.text import TextEncoder
 from emf.flow import FlowConfig, meanflow_loss
 from emf.model.text_to_image import TextToImage
-from emf.model.transformer import Transformer, TransformerConfig
+from emf.model.transformer import Transformer
 
 
 @torch.no_grad()
@@ -173,18 +175,7 @@ def test_text_states_of_blip3o() -> None:
 def test_the_trainers_loss_takes_any_encoder(which: str) -> None:
     torch.manual_seed(0)
     encoder = blip3o() if which == "blip3o" else TextEncoder(*gemma(), 40, instruction="Draw: ")
-    config = TransformerConfig(
-        in_channels=3,
-        out_channels=3,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_layers=1,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=8,
-        caption_channels=encoder.channels,
-        sample_size=4,
-        dual_time=True,
-    )
+    config = tiny_sana(caption_channels=encoder.channels)
     network = TextToImage(encoder, Transformer(config))
     ids, mask = encoder.tokenize(CAPTIONS, image_ids()[1])
     x, e = torch.randn(2, 3, 3, 4, 4).unbind()
@@ -198,3 +189,16 @@ def test_the_trainers_loss_takes_any_encoder(which: str) -> None:
     loss.mean().backward()
     weight = network.transformer.caption_projection.linear_1.weight
     assert torch.isfinite(loss).all() and weight.grad.abs().max() > 0
+
+
+@torch.no_grad()
+def test_a_long_caption_is_cut_to_what_the_released_code_takes() -> None:
+    """The rows of a batch are as long as its longest, and the end of the prompt is kept."""
+    encoder = blip3o()
+    with pytest.warns(UserWarning, match=r"a prompt of \d+ tokens was cut to 2048"):
+        ids, mask = encoder.tokenize(["a cat", "word " * 4000])
+    assert ids.shape == (2, LONGEST + len(encoder.head)) and mask[1].all()
+    said = TOKENIZER.decode(ids[1])
+    assert said.endswith("<|im_end|>\n<|im_start|>assistant\n<im_start><S0>") and said.count("word ") > 300
+    alone, _ = encoder.tokenize(["a cat"])
+    assert torch.equal(ids[0][mask[0]], alone[0])
