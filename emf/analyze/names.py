@@ -70,7 +70,9 @@ class EncoderName:
 
 def is_run(folder: Path) -> bool:
     """A run's folder, one of its checkpoints, or an export."""
-    if (folder / "checkpoints").is_dir() or (folder / "model_index.json").is_file():
+    from emf.weights.checkpoints import FOLDER
+
+    if (folder / FOLDER).is_dir() or (folder / "model_index.json").is_file():
         return True
     try:
         tree = read_json(folder / "config.json")

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) in the transformer: peft's, with a forward for Duals."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685) in the transformer. They are peft's, with a forward that takes Duals."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
 
 
 def add_lora(transformer: Transformer, config: LoraConfig) -> None:
-    """Adapters in place, of no effect until they are trained. Raises ValueError where a target names no linear
-    layer."""
+    """Put adapters in place; they have no effect until they are trained. Raises ValueError where a target names no
+    linear layer."""
     names = [name for name, module in transformer.named_modules() if isinstance(module, Linear)]
     if idle := [t for t in config.targets if not any(n == t or n.endswith(f".{t}") for n in names)]:
         raise ValueError(f"config: lora.targets {idle[0]} names no linear layer; one is {names[-1]}")

@@ -78,13 +78,13 @@ def run_part(part: Part, out: Path, budget: Budget) -> None:
         if not start.is_file():
             write_start(start, config)
     else:
-        start = checkpoints(out / part.base / "checkpoints")[-1] / WEIGHTS
+        start = checkpoints(out / part.base)[-1] / WEIGHTS
     config = replace(config, init=start)
     with (folder / LOG).open("a") as log, redirect_stdout(log), redirect_stderr(log):
-        saved = checkpoints(folder / "checkpoints")
+        saved = checkpoints(folder)
         if not saved or saved[-1].name != f"step_{config.steps:07d}":
             train(config, folder, resume=True)
-            if checkpoints(folder / "checkpoints")[-1].name != f"step_{config.steps:07d}":
+            if checkpoints(folder)[-1].name != f"step_{config.steps:07d}":
                 sys.exit(1)  # it was asked to stop
         result = score(folder, budget)
         if part.base is None:

@@ -36,8 +36,7 @@ def train(config: Config, out: Path | str, resume: bool = False) -> None:
     written; Diverged where the loss, the gradient or the weights are not finite."""
     out = Path(out)
     with process_group() as (rank, world):
-        folder = out / "checkpoints"
-        saved = checkpoints(folder)
+        saved = checkpoints(out)
         check_folder_of_run(out, saved, config, resume)
         torch.manual_seed(config.seed)
         network = resumed(config, saved[-1]) if saved else started(config)
@@ -217,5 +216,5 @@ class Training:
             raise Diverged(
                 f"train: the weights are not finite after step {done - 1}; last good checkpoint: {self.last}"
             )
-        folder, text = self.out / "checkpoints", configs.to_json(self.config)
-        self.last = str(self.engine.save(folder, done, text, self.config.run.keep))
+        text = configs.to_json(self.config)
+        self.last = str(self.engine.save(self.out, done, text, self.config.run.keep))

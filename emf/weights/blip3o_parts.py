@@ -1,6 +1,7 @@
-"""What a BLIP3o-NEXT folder holds beside the transformer: the Qwen3 AR part, special token ids, connector, VAE, TA-Tok.
+"""What a BLIP3o-NEXT folder holds beside the transformer: the autoregressive part, which is a Qwen3, special token ids,
+connector, VAE and TA-Tok.
 
-Source: JiuhaiChen/BLIP3o (branch BLIP3o-NEXT) blip3o_arch.py, blip3o_qwen_inference.py: names and config fields;
+Source of names and config fields: JiuhaiChen/BLIP3o (branch BLIP3o-NEXT) blip3o_arch.py and blip3o_qwen_inference.py;
 AMAP-ML/EMF keeps them.
 """
 
@@ -22,7 +23,8 @@ VAE = "model.sana_vae."
 TA_TOK = "model.vision_tower.vision_tower."
 TOKENS = ("image_start_tag_id", "image_end_tag_id", "scale_start_token_id", "image_start_token_id")
 FURTHER = ("scale_end_token_id", "image_end_token_id", "num_scale_tokens", "num_image_tokens")
-"""How many there are of each, in one way or another; may be absent."""
+"""Fields of config.json that say, in one way or another, how many scale and image tokens there are. They may be
+absent."""
 OURS = {
     "0.weight": "linear_1.weight",
     "0.bias": "linear_1.bias",
@@ -49,11 +51,11 @@ class Part:
     """A further set of weights of a checkpoint."""
 
     path: str
-    """Of its files in the checkpoint, without their ending."""
+    """The path of its files in the converted folder, without their ending."""
     names: dict[str, str]
     """Name in the part -> name in the source."""
     shapes: dict[str, tuple[int, ...]]
-    """Name in the part -> shape, of all that it should have; {}: whatever there is."""
+    """Name in the part -> shape, of everything that it should have. Empty: whatever the source has is taken."""
 
 
 def read_config(folder: Path, keys: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:

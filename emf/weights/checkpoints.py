@@ -20,6 +20,8 @@ from emf.config import Config
 from emf.model.text_to_image import TextToImage
 from emf.weights.tensors import Weights, items, read_weights, write_file
 
+FOLDER = "checkpoints"
+"""Where a run's folder has them."""
 WEIGHTS, SETTINGS, MADE = "model.safetensors", "config.json", "checkpoint.json"
 PART, GONE = ".part", ".gone"
 """Endings of a folder that is being written, or removed; it is never read."""
@@ -36,9 +38,9 @@ class Made:
     """ZeRO stage of the run."""
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints in a folder, oldest first. A copy that somebody keeps under another name is none."""
-    return sorted(p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{7}", p.name) and p.is_dir())
+def checkpoints(run: Path) -> list[Path]:
+    """The whole checkpoints of a run's folder, oldest first. A copy that somebody keeps under another name is none."""
+    return sorted(p for p in (run / FOLDER).glob("step_*") if re.fullmatch(r"step_\d{7}", p.name) and p.is_dir())
 
 
 def newest(run: Path) -> Path:
@@ -46,7 +48,7 @@ def newest(run: Path) -> Path:
     is none."""
     if (run / WEIGHTS).is_file():
         return run
-    saved = checkpoints(run / "checkpoints")
+    saved = checkpoints(run)
     if not saved:
         raise ValueError(
             f"{run} holds no checkpoint; expected a run's folder, or a folder with model.safetensors and config.json"
@@ -85,18 +87,18 @@ def read_made(checkpoint: Path) -> Made:
         raise ValueError(f"resume: {checkpoint} is broken ({error}); delete it to resume from one before") from None
 
 
-def begin(folder: Path, step: int) -> Path:
+def begin(run: Path, step: int) -> Path:
     """The empty folder in which the checkpoint of a step is written, until `finish` gives it its name. What an earlier
     process left of it is removed."""
-    part = unfinished(folder, step)
+    part = unfinished(run, step)
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     return part
 
 
-def unfinished(folder: Path, step: int) -> Path:
+def unfinished(run: Path, step: int) -> Path:
     """Where `begin` makes a checkpoint's folder."""
-    return folder / f"step_{step:07d}{PART}"
+    return run / FOLDER / f"step_{step:07d}{PART}"
 
 
 def write_checkpoint(part: Path, weights: dict[str, Tensor], config: str, made: Made) -> None:
@@ -112,7 +114,7 @@ def finish(part: Path, keep: int) -> Path:
     if final.exists():
         remove(final)
     part.rename(final)
-    for old in checkpoints(final.parent)[:-keep]:
+    for old in checkpoints(final.parents[1])[:-keep]:
         remove(old)
     return final
 

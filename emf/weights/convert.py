@@ -1,8 +1,9 @@
-"""A published checkpoint into a folder of ours, streamed.
+"""A published checkpoint is made a folder of ours, a tensor at a time.
 
-The folder: config.json (TransformerConfig, where it came from; of BLIP3o-NEXT the Qwen3 config, special token ids and
-connector sizes), transformer.safetensors with both time embedders; of BLIP3o-NEXT also language_model/ (a Qwen3 folder
-of transformers'), connector.safetensors and, where the source has them, vae/ and ta_tok/.
+The folder holds config.json (the sizes of the transformer, and where it came from) and transformer.safetensors, which
+has both of EMF's time embedders. Of BLIP3o-NEXT it holds language_model/ (a Qwen3 folder as transformers reads it),
+connector.safetensors and, where the source has them, vae/ and ta_tok/; config.json then has the Qwen3 config, the
+special token ids and the sizes of the connector too.
 """
 
 from __future__ import annotations
@@ -33,16 +34,19 @@ LISTED = 20  # names in an error
 
 @dataclass(frozen=True)
 class Wanted:
-    """A tensor that a part should have, and where it comes from. make: computes it from there instead of copying."""
+    """A tensor that a part of the folder should have."""
 
     name: str
     piece: Piece
+    """Where it lies in the source."""
     shape: tuple[int, ...] | None
+    """None: whatever the source has."""
     make: Callable[[], Tensor] | None = None
+    """Computes the tensor from the piece, where it is not a copy of it."""
 
 
 Parts = dict[str, list[Wanted]]
-"""By the path of its files without their ending, in the folder."""
+"""What each part should have, by the path of its files in the folder, without their ending."""
 
 
 def convert(
@@ -58,18 +62,20 @@ def convert(
     allow_misshaped: Sequence[str] = (),
     shard_gb: float = 5.0,
 ) -> str:
-    """Published weights into the folder `out`; what was found, in one line.
+    """Make published weights the folder `out`. Returns what was found, in one line.
 
     source: a diffusers SANA folder or its transformer folder, an original .pth, a BLIP3o-NEXT folder, a released EMF
             checkpoint (BLIP3o-NEXT's layout or a bare transformer), or one file of weights
     config: diffusers' config.json of the transformer, where the source has none and is of no published width
-    embedder_init, time_scale: of EMF's two time embedders where the source has none; see add_time_branches
-    dtype: None keeps each tensor's
-    allow_*: patterns (fnmatch) of the source's names that may be missing (emf.weights.converted leaves them at their
-             initialisation), may be there without a use (dropped), or may have another shape (dropped, so missing)
-    shard_gb: largest file written, in 1e9 bytes
-    Peak memory: the input file that is mapped, and one tensor where it is computed. Raises ValueError, of one line, on
-    whatever does not fit; `out` must not exist.
+    embedder_init, time_scale: how EMF's two time embedders are made where the source has none; see add_time_branches
+    dtype: of the tensors that are written; None keeps each tensor's own
+    allow_missing: patterns (fnmatch) of the source's names that may be missing; emf.weights.converted leaves those
+                   weights at their initialisation
+    allow_extra: patterns of names that may be there without a use; they are dropped
+    allow_misshaped: patterns of names that may have another shape; they are dropped, and so missing
+    shard_gb: the largest file that is written, in 1e9 bytes
+    The peak of memory is the input file that is mapped, and one tensor where it is computed. Raises ValueError, of one
+    line, on whatever does not fit, and where `out` exists.
     """
     refuse_existing(out, WHO)
     if shard_gb <= 0:
@@ -127,7 +133,7 @@ def _sizes(weights: Weights, layout: Layout, given: Path | None) -> TransformerC
 def _transformer(
     weights: Weights, layout: Layout, model: TransformerConfig, embedder_init: str
 ) -> tuple[list[Wanted], str]:
-    """(what our transformer needs, the layout in words)."""
+    """(the tensors that our transformer needs, the source's layout in words)."""
     with torch.device("meta"):
         shapes = {k: tuple(v.shape) for k, v in Transformer(model).state_dict().items()}
     released = any(k.startswith(f"{layout.prefix}{b}.") for k in weights.entries for b in BRANCHES)
@@ -147,8 +153,8 @@ def _transformer(
 def _check(
     weights: Weights, parts: Parts, unused: set[str], patterns: tuple[Sequence[str], ...], source: Path
 ) -> dict[str, list[str]]:
-    """Names by part that are allowed to be missing. Raises ValueError listing what is missing, extra and misshaped and
-    allowed by no pattern."""
+    """The names, by part, that are missing and may be. Raises ValueError with a list of what is missing, has no use or
+    has another shape, and is allowed by no pattern."""
     entries = weights.entries
     every = [w for wanted in parts.values() for w in wanted]
     missing = sorted({w.piece.key for w in every} - entries.keys())
@@ -182,7 +188,8 @@ def _check(
 
 
 def _items(weights: Weights, wanted: list[Wanted], left_out: list[str], dtype: str | None) -> list[Item]:
-    """What is written, file by file of the source; what is computed comes first, before a file is mapped whole."""
+    """The tensors of a part in the order in which they are written: first what is computed, before a file is mapped
+    whole, then file by file of the source."""
     place = {file: i for i, file in enumerate(weights.files)}
     kept, items = [w for w in wanted if w.name not in left_out], []
     for w in sorted(

@@ -16,15 +16,18 @@ from emf.weights.tensors import Weights
 
 @dataclass(frozen=True)
 class Converted:
-    """A folder's settings. language_model, tokens, connector: of BLIP3o-NEXT, else empty."""
+    """The settings of a converted folder."""
 
     folder: Path
     transformer: TransformerConfig
     missing: dict[str, list[str]]
     """Names by part that the source did not have, and was allowed not to."""
     language_model: dict[str, Any]
+    """The Qwen3 config of BLIP3o-NEXT; empty for a SANA, as the two that follow are."""
     tokens: dict[str, int]
+    """Special token ids by name."""
     connector: dict[str, int]
+    """Sizes of the connector."""
 
 
 def read_converted(folder: Path) -> Converted:

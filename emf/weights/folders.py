@@ -21,7 +21,8 @@ from emf.weights.tensors import Weights, load_weights, read_metadata
 
 
 def load(folder: Path | str) -> tuple[Config, TextToImage]:
-    """(config, network) of a run, a checkpoint or an export."""
+    """(config, network) of a run, a checkpoint or an export, on the CPU, in eval mode. Raises ValueError where the
+    folder is none of them, or a part is missing or broken."""
     folder = Path(folder)
     return load_export(folder) if (folder / "model_index.json").is_file() else load_run(folder)
 

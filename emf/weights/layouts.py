@@ -57,7 +57,7 @@ ORIGINAL_STACKED = {
 }
 """Module -> (module, part, of how many parts stacked along the rows)."""
 UNUSED = ("y_embedder.y_embedding", "pos_embed", "logvar_linear.weight", "logvar_linear.bias")
-"""Of a .pth: the null caption, fixed positions, training's own."""
+"""What an original .pth holds that is not read: the null caption, fixed positions, weights of its training."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Piece:
     parts: int = 1
 
     def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
-        """Of this part; the whole's where it cannot be divided, which then fits nothing."""
+        """The shape of this part. Where the whole cannot be divided it is the whole's, which then fits nothing."""
         if self.parts == 1 or not whole or whole[0] % self.parts:
             return whole
         return (whole[0] // self.parts, *whole[1:])
@@ -77,13 +77,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class Layout:
-    """Names of a transformer's weights. prefix: of diffusers' names; original: the .pth names instead."""
+    """How a checkpoint names a transformer's weights."""
 
     prefix: str = ""
+    """What stands before diffusers' names."""
     original: bool = False
+    """The names are those of an original .pth."""
 
     def find(self, name: str) -> Piece:
-        """Where our tensor `name` (diffusers' names) is."""
+        """Where our tensor `name`, which is diffusers' name, lies."""
         if not self.original:
             return Piece(self.prefix + name)
         module, dot, leaf = name.rpartition(".")
@@ -116,7 +118,8 @@ def detect(keys: Collection[str], where: Path) -> Layout:
 
 
 def infer(shapes: Mapping[str, tuple[int, ...]], layout: Layout, where: Path) -> TransformerConfig:
-    """A transformer's sizes from its shapes; what they do not tell (positions, sample size) is SANA's at 1024 pixels.
+    """A transformer's sizes from the shapes of its weights. What they do not tell, positions and sample size, is SANA's
+    at 1024 pixels.
 
     Raises ValueError where a tensor that they are read from is missing, or the width is of no published SANA, whose
     number of heads is then unknown.

@@ -1,8 +1,8 @@
-"""Weights on disk, streamed: read tensor by tensor from safetensors (single or sharded) or a .pth, written piece by
-piece, so that no more than the input file that is being read is ever in memory.
+"""Weights on disk. They are read tensor by tensor, from safetensors (one file or shards) or from a .pth, and written
+piece by piece, so that no more than the input file that is being read is ever in memory.
 
-safetensors' own writer needs all tensors of a file at once; the format (8 bytes of length, a JSON header, the data) is
-written here.
+safetensors' own writer needs all tensors of a file at once. The format is simple (8 bytes of length, a JSON header, the
+data), and is written here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""The format's names."""
+"""The dtypes that safetensors knows, by the names that it gives them."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PIECE = 2**18  # elements cast and written at a time
 PICKLES = (".pth", ".pt", ".bin")
@@ -51,7 +51,7 @@ class Entry:
 
 
 class Weights:
-    """The tensors of a file or of a sharded folder by name; one file is open at a time."""
+    """The tensors of some files by name. One file is open at a time."""
 
     def __init__(self, files: list[Path]) -> None:
         self.files, self.entries = files, dict[str, Entry]()
@@ -61,7 +61,7 @@ class Weights:
             self.entries |= _entries(file)
 
     def read(self, key: str) -> Tensor:
-        """A view of the file, not to be written to. Raises ValueError where the file is broken."""
+        """A tensor as a view of its file, not to be written to. Raises ValueError where the file is broken."""
         file = self.entries[key].file
         if file != self._file:
             self._tensor = lambda key: torch.empty(0)  # the former file is unmapped before the next is mapped
@@ -74,8 +74,8 @@ class Weights:
 
 
 def find(path: Path) -> list[Path]:
-    """The files of the weights in a folder (sharded by an index, a single safetensors, else a single .pth), or the
-    file itself; [] where a folder holds none.
+    """The files of the weights in a folder: the shards that an index names, a single safetensors file, or else a single
+    .pth. Of a file the file itself. Empty where a folder holds none.
 
     Raises ValueError where there are several to choose from, or a shard is missing.
     """
@@ -130,7 +130,7 @@ def _opened(file: Path) -> Any:
 
 
 def _unpickle(file: Path) -> dict[str, Tensor]:
-    """The state dict in a .pth, mapped; one of the format before torch 1.6 cannot be and is read whole."""
+    """The state dict in a .pth. The file is mapped, but for the format before torch 1.6, which must be read whole."""
     try:
         with open(file, "rb") as head:
             mapped = head.read(2) == b"PK"
@@ -156,8 +156,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(network: nn.Module, state: dict[str, Tensor], source: str, names: set[str] | None = None) -> None:
-    """Strictly: every key and shape must agree. names: of the weights that are there; None: all. Raises ValueError
-    naming the first that does not."""
+    """Copy a state dict into a network; every name and shape must agree.
+
+    names: of the network's weights that the state must hold; None: all of them. source: where the state comes from, for
+    the error. Raises ValueError that names the first weight that does not agree.
+    """
     own = network.state_dict() if names is None else {k: p for k, p in network.named_parameters() if k in names}
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
@@ -187,7 +190,7 @@ class Item:
 
 
 def items(state: dict[str, Tensor], dtype: torch.dtype | None = None) -> list[Item]:
-    """Tensors in memory as Items."""
+    """What is to be written of tensors that are in memory."""
     return [Item(k, tuple(v.shape), dtype or v.dtype, lambda v=v: v) for k, v in state.items()]  # type: ignore[misc]
 
 

@@ -1,4 +1,4 @@
-"""A network under DeepSpeed: step, moving average, collectives, checkpoints."""
+"""A network under DeepSpeed: its optimizer's step, the moving average, collectives, checkpoints."""
 
 from __future__ import annotations
 
@@ -26,6 +26,30 @@ from emf.weights import checkpoints
 from emf.weights.checkpoints import Made, saved_names
 
 
+def parameter_groups(network: TextToImage, config: Config) -> list[tuple[list[nn.Parameter], float]]:
+    """(weights that are trained, the factor on their learning rate). The condition's path, which is the text encoder
+    and the projection of its states, has a factor of its own. Raises ValueError where nothing is trained."""
+    slow: list[nn.Parameter] = []
+    fast: list[nn.Parameter] = []
+    for name, p in network.named_parameters():
+        if p.requires_grad:
+            (slow if name.startswith(("encoder.", "transformer.caption_")) else fast).append(p)
+    groups = [(params, factor) for params, factor in ((fast, 1.0), (slow, config.optim.condition_lr)) if params]
+    if not groups:
+        raise ValueError(f"config: trained {config.trained} leaves no weight to train")
+    return groups
+
+
+def register_borrowed(network: nn.Module) -> None:
+    """Tell DeepSpeed of the weights that a module uses though a child of it owns them (its `borrows`): ZeRO-3 gathers
+    weights for their owner's forward alone."""
+    for module in network.modules():
+        for name in getattr(module, "borrows", ()):
+            owner, _, leaf = name.rpartition(".")
+            if module.get_submodule(owner) is not None:
+                deepspeed.zero.register_external_parameter(module, getattr(module.get_submodule(owner), leaf))
+
+
 class Engine:
     """A network under DeepSpeed, with its moving average. Every method is called on every rank."""
 
@@ -42,30 +66,17 @@ class Engine:
             torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
         )
         self.dtype = torch.bfloat16 if settings["bf16"]["enabled"] else torch.float32
-        slow: list[nn.Parameter] = []
-        fast: list[nn.Parameter] = []
-        for name, p in network.named_parameters():
-            if p.requires_grad:
-                (slow if name.startswith(("encoder.", "transformer.caption_")) else fast).append(p)
-        if not slow + fast:
-            raise ValueError(f"config: trained {config.trained} leaves no weight to train")
-        self.factors, groups = [], []
-        for params, factor in ((fast, 1.0), (slow, config.optim.condition_lr)):
-            if params:
-                self.factors.append(factor)
-                groups.append({"params": params})
+        groups = parameter_groups(network, config)
+        self.factors = [factor for _, factor in groups]
         self.saved = saved_names(network, config)
         try:
-            self.engine, *_ = deepspeed.initialize(model=network, model_parameters=groups, config=settings)
+            parameters = [{"params": params} for params, _ in groups]
+            self.engine, *_ = deepspeed.initialize(model=network, model_parameters=parameters, config=settings)
         except (AssertionError, KeyError, TypeError, ValueError, ImportError) as error:
             why = " ".join(str(error).split())
             raise ValueError(f"config: DeepSpeed refuses its config, zero.json included: {why}") from None
         if self.stage == 3:
-            for module in network.modules():
-                for name in getattr(module, "borrows", ()):
-                    owner, _, leaf = name.rpartition(".")
-                    if module.get_submodule(owner) is not None:
-                        deepspeed.zero.register_external_parameter(module, getattr(module.get_submodule(owner), leaf))
+            register_borrowed(network)
         self.parameters = dict(network.named_parameters())
         if self.saved != self.parameters.keys():  # a frozen head that is tied to its embedding would be in it
             every = self.engine.module_state_dict
@@ -84,8 +95,9 @@ class Engine:
         self.ema = [x.to(where or x.device, copy=True) for x in self.shards()] if self.decay else []
 
     def shards(self) -> list[Tensor]:
-        """The float32 weights that this rank updates, flattened as DeepSpeed keeps them: all without ZeRO, else its
-        part. The moving average is of these, so that it is sharded as they are and costs no communication."""
+        """The float32 weights that this rank updates, flattened as DeepSpeed keeps them. Without ZeRO these are all
+        weights, else the rank's part. The moving average is of these: it is sharded as they are, and costs no
+        communication."""
         if self.stage:
             return [x.detach() for x in partitions(self.engine.optimizer, self.stage)]
         return [self.masters.get(id(p), p).detach() for p in self.trainable.values()]
@@ -113,8 +125,8 @@ class Engine:
         self.engine.backward(loss)
 
     def step(self, lr: float, step: int) -> bool:
-        """Optimizer step at the end of the last micro-batch, then the moving average. step counts from 0. False where
-        the gradient is NaN or inf: weights and average are left as they were."""
+        """The optimizer's step at the end of the last micro-batch, then the moving average's. step counts from 0.
+        Returns False where the gradient is NaN or inf; weights and average are then left as they were."""
         for group, factor in zip(self.engine.optimizer.param_groups, self.factors, strict=True):
             group["lr"] = lr * factor
         last = self.engine.is_gradient_accumulation_boundary()
@@ -166,8 +178,8 @@ class Engine:
         dist.barrier()
 
     def weights(self, average: bool = True) -> dict[str, Tensor]:
-        """The state dict in float32 on CPU, on rank 0 (empty elsewhere): the moving average, or the raw weights.
-        Without what is read again from the condition's folder."""
+        """The state dict of the moving average, or of the raw weights, in float32 on the CPU of rank 0; it is empty on
+        the other ranks. Weights that are read again from the condition's folder are not in it."""
         state: dict[str, Tensor] = {}
         with self.average_in_place() if average and self.ema else nullcontext(), torch.no_grad():
             for name, p in self.parameters.items():
@@ -185,15 +197,15 @@ class Engine:
                     state[name] = full.detach().to("cpu", torch.float32, copy=True).contiguous()
         return state
 
-    def save(self, folder: Path, step: int, config: str, keep: int) -> Path:
-        """folder/step_N: the engine's state, the moving average, whole, and the run's config; see
-        emf.weights.checkpoints. Of the checkpoints in the folder the newest `keep` stay.
+    def save(self, run: Path, step: int, config: str, keep: int) -> Path:
+        """A checkpoint in a run's folder: the engine's state, the moving average, whole, and the run's config; see
+        emf.weights.checkpoints. The newest `keep` of the run's checkpoints stay.
 
         Written under another name and renamed when every rank is done, so a folder of that name is always whole.
         """
-        part = checkpoints.unfinished(folder, step)
+        part = checkpoints.unfinished(run, step)
         if self.rank == 0:
-            checkpoints.begin(folder, step)
+            checkpoints.begin(run, step)
         self.barrier()
         partial = self.saved != self.parameters.keys()
         self.engine.save_checkpoint(

@@ -1,9 +1,8 @@
-"""The DeepSpeed dict of a run: derived from its config, with the user's own JSON merged over it."""
+"""The DeepSpeed dict of a run: it is derived from the run's config, and the user's own JSON is merged over it."""
 
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import deepspeed
 import torch
 
 from emf.config import Config
+from emf.files import read_json
 
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}
 OWN_KEYS = {  # fields of the config, from which the micro-batch is derived: no DeepSpeed JSON may say otherwise
@@ -22,8 +22,8 @@ OWN_KEYS = {  # fields of the config, from which the micro-batch is derived: no 
 
 
 def engine_config(config: Config, world: int, out: Path | None = None) -> dict[str, Any]:
-    """The DeepSpeed dict of a run that writes in folder out; the user's own JSON is merged over it. Raises ValueError
-    on "auto", which only the HF Trainer resolves."""
+    """The DeepSpeed dict of a run on `world` ranks, whose monitors write in the folder `out`. Raises ValueError on
+    batches that do not divide, and on "auto" in the user's JSON, which only the HF Trainer resolves."""
     micro, rest = divmod(config.batch_size, world * config.zero.accumulation)
     if rest or not micro:
         raise ValueError(
@@ -60,9 +60,9 @@ def engine_config(config: Config, world: int, out: Path | None = None) -> dict[s
             derived[MONITORS[name]] |= {"output_path": str(out or "."), "job_name": name}
     if config.zero.json is not None:
         try:
-            own = json.loads(config.zero.json.read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"config: zero.json {config.zero.json} cannot be read: {error}") from None
+            own = read_json(config.zero.json)
+        except ValueError as error:
+            raise ValueError(f"config: zero.json: {error}") from None
         check_own_json(config.zero.json, own)
         derived = _merge(derived, own)
     automatic = [name for name, value in _leaves(derived) if value == "auto"]
