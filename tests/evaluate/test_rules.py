@@ -9,7 +9,7 @@ from geneval_cases import CASES, TWO_RED, at, one
 
 from emf.data.digits import TAGS
 from emf.evaluate.detector import CLASSES
-from emf.evaluate.rules import check_metadata, evaluate, select
+from emf.evaluate.rules import Detection, check_metadata, evaluate, relations, select
 
 
 def test_there_are_cases_enough() -> None:
@@ -96,3 +96,83 @@ def test_a_position_of_another_form_is_named(position: Any) -> None:
     spec = {"tag": "position", "prompt": "", "include": [one("dog"), one("cat", position=position)]}
     with pytest.raises(ValueError, match=r"^here: the position of include\[1\] names no relation"):
         check_metadata(spec, CLASSES, "here")
+
+
+def seen(
+    label: str, box: tuple[float, float, float, float] = (0, 0, 8, 8), color: str | None = None, score: float = 1.0
+) -> Detection:
+    return Detection(label, score, box, color)
+
+
+def wants(*include: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"include": list(include), **more}
+
+
+@pytest.mark.parametrize(("n", "holds"), [(0, False), (1, False), (2, True), (3, False), (4, False)])
+def test_counting_wants_the_exact_number(n: int, holds: bool) -> None:
+    spec = wants({"class": "six", "count": 2}, exclude=[{"class": "six", "count": 3}])
+    correct, reason = evaluate(spec, [seen("six")] * n + [seen("one")])
+    assert correct == holds and bool(reason) != holds
+
+
+def test_surplus_is_caught_by_exclude_alone() -> None:
+    assert evaluate(wants({"class": "six", "count": 2}), [seen("six")] * 3) == (True, "")
+    assert evaluate(wants({"class": "six", "count": 1}), [seen("six"), seen("two")]) == (True, "")
+
+
+def test_colour_is_asked_of_the_highest_scored_only() -> None:
+    red = {"class": "six", "count": 1, "color": "red"}
+    low, high = seen("six", color="red", score=0.4), seen("six", color="blue", score=0.9)
+    assert evaluate(wants(red), [low])[0]
+    assert not evaluate(wants(red), [low, high])[0]
+    assert not evaluate(wants(red | {"count": 2}), [low, high])[0]
+    assert evaluate(wants(red | {"count": 2}), [low, seen("six", color="red")])[0]
+    assert not evaluate(wants(red), [seen("six")])[0]  # no colour was seen
+
+
+def test_position_is_asked_against_the_target() -> None:
+    spec = wants({"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]})
+    dog, cat = seen("dog", (20, 0, 28, 8)), seen("cat", (0, 0, 8, 8))
+    assert evaluate(spec, [dog, cat]) == (True, "")
+    assert evaluate(spec, [seen("dog", cat.box), seen("cat", dog.box)]) == (False, "expected cat left of target")
+    assert evaluate(spec, [cat]) == (False, "expected dog>=1, found 0; no target for cat to be left of")
+
+
+def test_a_target_of_the_wrong_colour_is_none() -> None:
+    spec = wants({"class": "dog", "count": 1, "color": "red"}, {"class": "cat", "count": 1, "position": ["left of", 0]})
+    correct, reason = evaluate(spec, [seen("dog", (20, 0, 28, 8), "blue"), seen("cat")])
+    assert not correct and "red dog" in reason and "no target" in reason
+
+
+def test_every_pair_must_stand_in_the_relation() -> None:
+    spec = wants({"class": "dog", "count": 2}, {"class": "cat", "count": 1, "position": ["left of", 0]})
+    cat, far, behind = seen("cat", (20, 0, 28, 8)), seen("dog", (40, 0, 48, 8)), seen("dog", (0, 0, 8, 8))
+    assert evaluate(spec, [cat, far, far])[0]
+    assert not evaluate(spec, [cat, far, behind])[0]
+
+
+@pytest.mark.parametrize(
+    ("dx", "dy", "expected"),
+    [
+        (-20, 0, {"left of"}),
+        (20, 0, {"right of"}),
+        (0, -20, {"above"}),
+        (0, 20, {"below"}),
+        (20, 20, {"right of", "below"}),
+        (2.0, 0, set()),  # the sizes add up to 20: offsets up to 2 are none
+        (3.9, 0, set()),  # 1.9 / 3.9 < 1/2
+        (4.1, 0, {"right of"}),  # 2.1 / 4.1 > 1/2
+        (0, -4.1, {"above"}),
+        (20, 11, {"right of"}),  # 9 / |(20, 11)| < 1/2
+        (0, 0, set()),
+    ],
+)
+def test_relations_around_the_threshold(dx: float, dy: float, expected: set[str]) -> None:
+    assert relations(seen("a", (50 + dx, 50 + dy, 60 + dx, 60 + dy)), seen("b", (50, 50, 60, 60))) == expected
+
+
+def test_the_threshold_is_a_setting() -> None:
+    spec = wants({"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["right of", 0]})
+    near = [seen("dog", (0, 0, 10, 10)), seen("cat", (3, 0, 13, 10))]
+    assert not evaluate(spec, near)[0]
+    assert evaluate(spec, near, threshold=0.05)[0]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -56,6 +56,7 @@ TEXTS = [
 IMAGES = [encoded("PNG"), encoded("JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0"), encoded("WEBP")]
 
 
+@settings(deadline=None)
 @given(data=st.one_of(st.binary(max_size=200), damaged(TEXTS), damaged(IMAGES)))
 @pytest.mark.parametrize("read", READERS, ids=lambda read: read.__name__)
 def test_any_bytes_give_a_value_or_one_line(
@@ -69,6 +70,7 @@ def test_any_bytes_give_a_value_or_one_line(
         assert "any.bin" in str(error) and len(str(error).splitlines()) == 1
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), max_size=40))
 def test_every_encoding_gives_the_same_text(text: str) -> None:
     expected = text.removeprefix("\ufeff").replace("\n\ufeff", "\n")
