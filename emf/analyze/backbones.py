@@ -106,6 +106,7 @@ def draws_digits(folder: Path) -> bool:
 
 
 def check_flow_matching(folder: Path, objective: str | None) -> None:
+    """Raises ValueError where a backbone was trained for another objective."""
     if objective != "flow_matching":
         raise ValueError(
             f"analyze: {folder} was trained for MeanFlow; the comparison is of flow-matching backbones, before EMF"

@@ -105,9 +105,11 @@ class Retrieved:
     """By encoder: places in chosen [Q, k], of embeddings as they are and of centred ones."""
 
     def caption(self, place: int) -> str:
+        """The caption at a place in chosen."""
         return self.pairs.captions[self.chosen[place]]
 
     def picture(self, place: int) -> Image.Image:
+        """The image that belongs to it."""
         return self.pairs.open(int(self.image[place]))
 
 

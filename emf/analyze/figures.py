@@ -18,7 +18,8 @@ from emf.show.plot import COLORS, EMF, FM, GREY, MARKERS, steps_axis, write_plot
 def plot_scores(
     path: Path, rows: Sequence[Row], paper: dict[str, float], label: str, chance: float | None = None
 ) -> None:
-    """A line for each encoder, plain and centred; the paper's figures below in grey."""
+    """A line for each encoder with its plain and its centred score, and the paper's figures below in grey. chance: the
+    score of a random image, a dotted line."""
 
     def draw(figure: Figure) -> None:
         axes, named = figure.subplots(), dict[str, Any]()
@@ -47,7 +48,7 @@ def plot_scores(
 
 
 def plot_steps(path: Path, panels: dict[str, dict[str, dict[int, Interval]]]) -> None:
-    """A panel by measure, in it a line for each backbone over the number of steps."""
+    """A panel for each measure with a line for each backbone, over the number of steps."""
 
     def draw(figure: Figure) -> None:
         named: dict[str, Any] = {}
@@ -70,4 +71,5 @@ def plot_steps(path: Path, panels: dict[str, dict[str, dict[int, Interval]]]) ->
 
 
 def _name(text: str) -> str:
+    """A name that is short enough for a legend."""
     return readable(textwrap.shorten(text, 28, placeholder="…"))

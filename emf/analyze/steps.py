@@ -124,6 +124,7 @@ def run_steps(
 
 
 def steps_of(n: int) -> str:
+    """A number of steps in words."""
     return f"{n} step" + "s" * (n > 1)
 
 

@@ -19,7 +19,8 @@ Series = dict[str, list[Any]]
 
 
 def gather(out: Path, budget: Budget) -> dict[str, Any]:
-    """What the parts that are done have found, each a list over seeds; results.json. `missing`: the others."""
+    """What the parts that are done have found, written to results.json too: every figure as a list over seeds. Its key
+    `missing` names the parts that are not done."""
     scores: dict[str, Any] = {}
     encoders: dict[str, Series] = {}
     curves: dict[str, Any] = {}
@@ -51,17 +52,19 @@ def gather(out: Path, budget: Budget) -> dict[str, Any]:
 
 
 def mean(values: Sequence[float]) -> float:
+    """Their mean; nan of none."""
     return float(np.mean(values)) if len(values) else float("nan")
 
 
 class Found:
-    """results.json, asked by name."""
+    """The contents of results.json, which are asked for by name."""
 
     def __init__(self, tree: dict[str, Any]) -> None:
         self.tree = tree
 
     def score(self, group: str, steps: int, tag: str | None = None) -> list[float]:
-        """By seed; of parts that are missing none."""
+        """The overall scores at a number of steps by seed, or those of one task; an empty list of a part that is
+        missing."""
         row = self.tree["scores"].get(group, {}).get(str(steps))
         if row is None:
             return []

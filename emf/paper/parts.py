@@ -18,7 +18,7 @@ FM_STEPS, EMF_STEPS = (1, 2, 4, 8, 30), (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Budget:
-    """How long everything takes."""
+    """How much is trained and scored, which decides how long it takes."""
 
     base_steps: int = 400
     emf_steps: int = 200
@@ -27,7 +27,7 @@ class Budget:
     per_tag: int = 20
     """Prompts of each of the six tasks in a score."""
     curve_prompts: int = 6
-    """... in a score during training."""
+    """Prompts of each task in a score during training."""
     curve_points: int = 5
     texts: int = 600
     """Captions of the two analyses of text encoders."""

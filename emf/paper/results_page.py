@@ -24,7 +24,7 @@ BY_ENCODER = dict(zip(ENCODERS, COLORS, strict=False))
 
 
 def said(values: Sequence[float], digits: int = 3) -> Html:
-    """Mean, and below it the range over seeds."""
+    """A cell with the mean over seeds, and below it their range; a dash where nothing was measured."""
     if not len(values):
         return Html("–")
     text = f"{mean(values):.{digits}f}"
@@ -39,11 +39,12 @@ def few(n: int) -> str:
 
 
 def section(title: str, *inside: Html) -> Html:
+    """A part of the page under a heading."""
     return Html(f"<h2>{page.words(title)}</h2>{''.join(inside)}")
 
 
 def encoder_tables(found: Found) -> Html:
-    """Tables 1 and 2."""
+    """The paper's Tables 1 and 2: discriminability and disentanglement of the text encoders, with the paper's below."""
     rows = [[e, *(said(found.encoder(e, m)) for m in MEASURES)] for e in ENCODERS]
     rows += [
         [f"{name}, paper", f"{x:.3f}", "", f"{PUBLISHED['disentanglement'][name]:.3f}", ""]
@@ -61,7 +62,7 @@ def encoder_tables(found: Found) -> Html:
 
 
 def by_task(found: Found) -> Html:
-    """Table 3."""
+    """The paper's Table 3: the scores of EMF and of flow matching, task by task."""
     lines = [("EMF", "emf/trained", n) for n in (1, 2, 4)]
     lines += [("flow matching", "base/trained", n) for n in (30, 4, 1)]
     rows = []
@@ -74,7 +75,7 @@ def by_task(found: Found) -> Html:
 
 
 def curve_plot(found: Found) -> Html:
-    """Figure 4."""
+    """The paper's Figure 4: the score at few steps while EMF is trained. Nothing where no curve was measured."""
     curve = found.tree["curves"].get("emf/trained")
     if not curve:
         return Html()
@@ -92,6 +93,7 @@ def curve_plot(found: Found) -> Html:
 
 
 def table_5(found: Found) -> Html:
+    """The paper's Table 5, its scores by text encoder, and the plots that belong to it."""
     rows = []
     for e in ENCODERS:
         many = [said(found.score(f"base/{e}", n)) for n in (30, 4, 1)]
@@ -115,7 +117,7 @@ def table_5(found: Found) -> Html:
 
 
 def stability(found: Found) -> Html:
-    """Figure 6."""
+    """The paper's Figure 6: the error while EMF is trained, on each text encoder."""
 
     def draw(axes: Axes) -> None:
         for e, color in BY_ENCODER.items():
@@ -132,6 +134,7 @@ def stability(found: Found) -> Html:
 
 
 def ablations(found: Found) -> Html:
+    """EMF with one setting changed at a time, beside EMF unchanged."""
     rows = [[Html("<b>none</b>"), *(said(found.score("emf/trained", n)) for n in EMF_STEPS), ""]]
     for name, told in ABLATIONS.items():
         cells = []
@@ -149,7 +152,8 @@ def ablations(found: Found) -> Html:
 
 
 def samples(out: Path, budget: Budget) -> Html:
-    """Images of each task by every encoder, flow matching and EMF."""
+    """A sheet of images of each task, drawn on every text encoder by flow matching and by EMF. Nothing where no run has
+    images yet."""
     kinds = (("FM", "base", FM_STEPS, (1, 4, 30)), ("EMF", "emf", EMF_STEPS, (1, 2, 4)))
     rows = []
     for e in ENCODERS:
@@ -173,7 +177,7 @@ def samples(out: Path, budget: Budget) -> Html:
 
 
 def write_paper(out: Path, budget: Budget) -> Path:
-    """results.json and report-paper.html in `out`, from the parts that are done."""
+    """Write results.json and report-paper.html in `out` from the parts that are done; returns the page's path."""
     tree = gather(out, budget)
     found = Found(tree)
     mark = {"agrees": EMF, "does not": FM}

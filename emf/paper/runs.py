@@ -1,4 +1,4 @@
-"""The parts, trained and scored: resumable, one process a core."""
+"""The parts of the paper in miniature are trained and scored, one process a core. What was stopped is gone on with."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ SCORES, LOG, ENCODER, BUDGET, START = "scores.json", "log.txt", "encoder.json", 
 
 
 def run_all(out: Path, budget: Budget, jobs: int) -> None:
-    """Every part that has no scores yet, `jobs` at once; stopped, it goes on. Raises ValueError where `out` holds
-    another budget's, and where a part fails, naming its log."""
+    """Train and score every part that has no scores yet, `jobs` of them at once; called again it goes on. Raises
+    ValueError where `out` holds the runs of another budget, and where a part fails, naming its log."""
     claim(out, asdict(budget), None, name=BUDGET, who="paper: ", advice="choose another --out")
     every = {p.name: p for p in parts(budget)}
     done = {name for name in every if (out / name / SCORES).is_file()}
@@ -67,8 +67,8 @@ def run_all(out: Path, budget: Budget, jobs: int) -> None:
 
 
 def run_part(part: Part, out: Path, budget: Budget) -> None:
-    """Train a part in out/<name> (or go on with it), score it; for a base, measure its encoder too. What it says goes
-    to log.txt there."""
+    """Train a part in the folder out/<name>, or go on with it, and score it. Of a base the text encoder is measured
+    too. What it prints goes to log.txt in that folder."""
     from emf.train.loop import train
 
     folder, config = out / part.name, part.config
@@ -93,7 +93,8 @@ def run_part(part: Part, out: Path, budget: Budget) -> None:
 
 
 def write_start(file: Path, config: Config) -> None:
-    """The shipped base's transformer, and an encoder with random weights."""
+    """Write the weights that a base starts from: the shipped base's transformer, and a text encoder with random
+    weights."""
     torch.manual_seed(config.seed)
     state = build(config).state_dict()
     state |= {name: w for name, w in read_init(BASE).items() if name.startswith("transformer.")}
