@@ -115,7 +115,7 @@ def random_network(layers: int, channels: int = 256, tokens: int = 256) -> tuple
 def trained_network(run: Path) -> tuple[Transformer, dict[str, Tensor]]:
     """The transformer of a run of the digits, and scenes for it."""
     from emf.data import digits
-    from emf.evaluate.small_world import load_run
+    from emf.weights.folders import load_run
 
     config, network = load_run(run)
     x, captions = digits.make_batch(7, 16, "test", config.world)

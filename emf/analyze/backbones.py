@@ -17,12 +17,11 @@ from emf.config import read
 from emf.evaluate.digits_scorer import Scorer
 from emf.files import open_image, whole_file
 from emf.sample.sampler import Sampler, to_uint8
-from emf.sample.sampling_settings import Settings
+from emf.sample.sampling_settings import SMALL_AT_ONCE, Settings
 from emf.show.progress import track
 from emf.weights.checkpoints import newest
 from emf.weights.folders import load_run
 
-DIGITS_AT_ONCE = 64  # images
 Picture = Callable[[str, int, int], Image.Image]
 """(backbone, steps, number of the prompt) -> its image."""
 
@@ -65,7 +64,7 @@ class Backbones:
                 if name not in networks:
                     networks[name] = load_run(self.runs[name])
                 config, network = networks[name]
-                how = replace(self.settings, steps=n, batch=DIGITS_AT_ONCE)
+                how = replace(self.settings, steps=n, batch=SMALL_AT_ONCE)
                 drawn = Sampler(config, network).images(self.texts, how).numpy()
                 with whole_file(file) as part, part.open("wb") as opened:
                     np.save(opened, drawn)

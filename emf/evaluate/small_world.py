@@ -1,4 +1,4 @@
-"""A run on disk: its network, its scores, its pictures."""
+"""A run of the digits' world: its scores and its pictures, few-step EMF beside the flow matching it began from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from emf.evaluate.digits_scorer import Scorer, calibrate
 from emf.files import write_json
 from emf.model.text_to_image import TextToImage
 from emf.sample.sampler import Sampler, to_uint8
-from emf.sample.sampling_settings import Settings
+from emf.sample.sampling_settings import SMALL_AT_ONCE, Settings
 from emf.show.progress import track
 from emf.show.sheet import captioned, write_sheet
 from emf.show.table import console, terminal
@@ -32,23 +32,29 @@ def load_base(config: Config) -> TextToImage:
 
 
 def evaluate_run(run: Path, per_tag: int, guidance: float, seed: int) -> dict[str, Any]:
-    """scores.json and samples.png in the run's folder; the same prompts and noise for every row."""
+    """Write scores.json and samples.png into the run's folder; every row has the same prompts and noise.
+
+    per_tag: prompts of each of the six tasks. guidance: of every sampler. seed: of the noise. Returns what scores.json
+    holds. Raises ValueError where the folder is no run that can be scored.
+    """
     if per_tag < 1 or not math.isfinite(guidance):
         raise ValueError(f"evaluate: per_tag {per_tag} and guidance {guidance}; expected at least 1, and a number")
     if not (run / "metrics.jsonl").exists() and (run / "model.safetensors").exists():
         raise ValueError(f"evaluate: {run} is a checkpoint; give the run's folder, in which the scores are written")
     config, network = load_run(run)
     specs = prompts(per_tag)
-    rows = [("fm", n, load_base(config) if config.objective == "meanflow" else network) for n in EULER]
-    if config.objective == "meanflow":
-        rows += [("emf", n, network) for n in FEW]
+    meanflow = config.objective == "meanflow"
+    base = Sampler(config, load_base(config) if meanflow else network)
+    rows = [("fm", n, base) for n in EULER]
+    if meanflow:
+        rows += [("emf", n, Sampler(config, network)) for n in FEW]
     scorer = Scorer.fit()
     scores: dict[str, Any] = {"guidance": guidance, "rows": []}
     pictures: dict[str, Any] = {}
     shown = [i for tag in range(len(TAGS)) for i in range(tag * per_tag, tag * per_tag + min(per_tag, 2))]
-    for model, steps, net in track(rows, description="sampling"):
-        how = Settings(steps, guidance, seed, average=model == "emf", batch=64)
-        images = Sampler(config, net).images([s["prompt"] for s in specs], how).numpy()
+    for model, steps, sampler in track(rows, description="sampling"):
+        how = Settings(steps, guidance, seed, average=model == "emf", batch=SMALL_AT_ONCE)
+        images = sampler.images([s["prompt"] for s in specs], how).numpy()
         result = scorer.score(images, specs)
         scores["rows"].append(
             {"model": model, "steps": steps, "overall": result["overall"], "by_tag": result["by_tag"]}
@@ -56,10 +62,9 @@ def evaluate_run(run: Path, per_tag: int, guidance: float, seed: int) -> dict[st
         pictures[f"{model.upper()} {steps}"] = to_uint8(images[shown])
     scores |= calibrate(scorer, world=config.world)
     write_json(run / "scores.json", scores)
-    write_sheet(
-        run / "samples.png", captioned([specs[i]["prompt"] for i in shown], pictures), ["", *pictures], cell=126
-    )
-    show(scores)
+    cells = captioned([specs[i]["prompt"] for i in shown], pictures)
+    write_sheet(run / "samples.png", cells, ["", *pictures], cell=126)
+    print_scores(scores)
     return scores
 
 
@@ -72,7 +77,7 @@ def closed(scores: dict[str, Any]) -> dict[int, float]:
     }
 
 
-def show(scores: dict[str, Any]) -> None:
+def print_scores(scores: dict[str, Any]) -> None:
     """The scores as a table in the terminal."""
     share, rows = closed(scores), []
     for r in scores["rows"]:

@@ -28,6 +28,8 @@ from emf.model.autoencoder import Latent, load_dcae
 from emf.model.text_to_image import TextToImage
 from emf.sample.image_tokens import tokenize
 from emf.sample.sampling_settings import GUIDANCE, GUIDANCE_PRETRAINED, Settings
+from emf.weights.checkpoints import newest
+from emf.weights.folders import load
 
 SMALL = 64  # pixels along a side below which a picture is enlarged for the eye
 TOKENS_APART = 2**40  # is added to an image's seed for its image tokens, which must not follow its noise
@@ -100,8 +102,6 @@ class Sampler:
         """run: a run, one of its checkpoints, or an export. vae: a diffusers folder with the autoencoder; None: that of
         the run's data, or of the export. dtype: None is float32 on a CPU, bfloat16 on a GPU. flow_matching: sample the
         instantaneous velocity by Euler's method (`average` of Settings). Raises ValueError on what does not fit."""
-        from emf.weights.folders import load
-
         place = find_device(device)
         run = Path(run)
         config, network = load(run)
@@ -195,8 +195,6 @@ class Sampler:
 
 def weights_stamp(run: Path) -> str:
     """A digest of a run's newest weights, or an export's: of names, sizes, and both ends of each file."""
-    from emf.weights.checkpoints import newest
-
     folder = run if (run / "model_index.json").is_file() else newest(run)
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*.safetensors")):

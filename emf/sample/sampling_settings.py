@@ -12,6 +12,9 @@ GUIDANCE_PRETRAINED = 2.0
 GUIDANCE_PIPELINE = 1.5
 """Of EMFPipeline: the default of the function that this script calls."""
 
+SMALL_AT_ONCE = 64
+"""Images of the digits' world that are computed at once where they are scored."""
+
 
 @dataclass(frozen=True)
 class Settings:

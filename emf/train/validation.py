@@ -13,11 +13,9 @@ from emf.evaluate.digits_scorer import Scorer
 from emf.model.autoencoder import load_dcae
 from emf.network.build import build
 from emf.sample.sampler import Sampler, to_uint8
-from emf.sample.sampling_settings import GUIDANCE, Settings
+from emf.sample.sampling_settings import GUIDANCE, SMALL_AT_ONCE, Settings
 from emf.show.sheet import captioned, write_sheet
 from emf.weights.tensors import load_weights
-
-SCORED_AT_ONCE = 64  # images of the digits
 
 
 def validate(config: Config, engine: Any, step: int, out: Path, scorer: Scorer | None) -> dict[str, float] | None:
@@ -59,5 +57,5 @@ def sampler_of(config: Config, state: dict[str, Tensor], engine: Any) -> Sampler
 def scored(sampler: Sampler, scorer: Scorer, per_tag: int, steps: int) -> float:
     """The overall score of the digits' prompts, `per_tag` of each task."""
     specs = digits.prompts(per_tag)
-    images = sampler.images([s["prompt"] for s in specs], steps=steps, guidance=GUIDANCE, batch=SCORED_AT_ONCE)
+    images = sampler.images([s["prompt"] for s in specs], steps=steps, guidance=GUIDANCE, batch=SMALL_AT_ONCE)
     return float(scorer.score(images.numpy(), specs)["overall"])
