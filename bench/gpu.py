@@ -24,7 +24,7 @@ from emf_kernels import REGISTRY
 
 PARTS = {"parity": 0.3, "tune": 0.5, "ops": 0.7, "step": 1.0}  # each with the share of the time after which it ends
 SWEEPS = {"step": ["sweep"]}
-TESTS = ["tests/test_ops.py", "tests/test_kernels.py"]
+TESTS = ["tests/kernels/test_ops.py", "tests/kernels/test_kernels.py"]
 
 
 def parity(seconds: float) -> bool:

@@ -1,7 +1,7 @@
 """What a training run needs before it is started: parameters, memory by ZeRO stage, operations, days (`emf plan`).
 
 Activations are those of the fused kernels: what each op of a block keeps for backward, counted from its code and held
-to measured bytes by tests/test_plan.py. Everything is for one GPU unless it says otherwise.
+to measured bytes by tests/train/test_plan.py. Everything is for one GPU unless it says otherwise.
 """
 
 from __future__ import annotations

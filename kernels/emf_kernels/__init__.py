@@ -1,24 +1,28 @@
-"""Fused operations that carry a value and its tangent together. See op.py for the contract; one operation a file."""
+"""Fused operations that carry a value and its tangent together. See op.py for the contract; ops/ has one a file.
 
-# isort: off
-from .op import REGISTRY, Case, Cost, Op, backend, lift  # first: it decides whether kernels are interpreted
+Without a GPU the kernels are made for Triton's interpreter when this package is imported, unless the environment has
+TRITON_INTERPRET. The environment itself is left as it was: see launch.decorating.
+"""
 
-# isort: on
-from .adaln import adaln
-from .attention import attention
+from . import launch
 from .dual import Dual, each, primal
-from .gated_residual import gated_residual
-from .gated_residual_adaln import gated_residual_adaln
-from .glumbconv import glumbconv
-from .linear import linear
-from .linear_attention import linear_attention
-from .meanflow import meanflow
-from .modulation import modulation
-from .path import path
-from .rmsnorm import rmsnorm
+from .op import REGISTRY, Case, Cost, Op, backend, lift
+
+with launch.decorating():
+    from .ops.adaln import adaln
+    from .ops.attention import attention
+    from .ops.gated_residual import gated_residual
+    from .ops.gated_residual_adaln import gated_residual_adaln
+    from .ops.glumbconv import glumbconv
+    from .ops.linear import linear
+    from .ops.linear_attention import linear_attention
+    from .ops.meanflow import meanflow
+    from .ops.modulation import modulation
+    from .ops.path import path
+    from .ops.rmsnorm import rmsnorm
+    from .ops.silu import silu
+    from .ops.time_embedding import time_embedding
 from .sdpa import scaled_dot_product_attention
-from .silu import silu
-from .time_embedding import time_embedding
 
 __all__ = [
     "REGISTRY",

@@ -43,11 +43,6 @@ def primal(x: Tensor | Dual) -> Tensor:
     return x.primal if isinstance(x, Dual) else x
 
 
-def halves(x: Any) -> tuple[Any, Tensor | None]:
-    """(primal, tangent or None)."""
-    return (x.primal, x.tangent) if isinstance(x, Dual) else (x, None)
-
-
 def leading(duals: Sequence[Dual], op: str) -> int:
     """b, the number of leading samples that carry a tangent; 0 without Duals. Raises ValueError where they differ."""
     sizes = {d.tangent.shape[0] if d.tangent.ndim else -1 for d in duals}

@@ -1,4 +1,5 @@
-"""How kernels are launched: tile sizes, warps and stages, from data and not by trial at a user's first call.
+"""How kernels are launched: compiled or interpreted; tile sizes, warps and stages, from data and not by trial at a
+user's first call.
 
 configs/<chip>.json is a list of objects: kernel, the shape class that it is for, config, and how it was found: "sweep"
 (timed on that chip) or "static" (the compiler's figures: nothing spills). A chip is a device's own name, or its
@@ -9,12 +10,46 @@ writes the files. Triton's interpreter takes the defaults.
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+# without a GPU kernels can only be interpreted; but the user may have decided, or imported triton, before
+_OURS = not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ and "triton" not in sys.modules
+
+
+@contextmanager
+def decorating() -> Iterator[None]:
+    """Around the import of triton and of kernels: decides whether they are compiled or interpreted.
+
+    `triton.jit` reads the environment variable TRITON_INTERPRET when it decorates a kernel, and so do the functions of
+    triton.language when triton is imported. It is set inside the block alone, and not where there is a GPU, the user
+    has set it, or triton came first: what the process and its children see afterwards is what was there before.
+    """
+    if _OURS:
+        os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        yield
+    finally:
+        if _OURS:
+            del os.environ["TRITON_INTERPRET"]
+
+
+with decorating():
+    from triton.language import sum as _of_the_language
+    from triton.runtime.jit import JITFunction
+
+    with suppress(ImportError):  # which a first launch in the interpreter would import, outside the block
+        import triton.experimental.gluon  # noqa: F401
+# Whether kernels run in the interpreter in this process, on CPU tensors; else they are compiled for a GPU.
+INTERPRETED = not isinstance(_of_the_language, JITFunction)
 
 CONFIGS = Path(__file__).parent / "configs"
 Key = tuple[str, str, str]
@@ -32,7 +67,6 @@ CONFIGURATIONS: dict[Key, dict[str, int]] = {
 }
 
 
-@torch.compiler.assume_constant_result
 @cache
 def chips(index: int | None) -> tuple[str, ...]:
     """The names under which a CUDA device's rows stand, the best first: ("nvidia-h100-80gb-hbm3", "sm_90")."""
@@ -48,8 +82,13 @@ def configuration(kernel: str, x: Tensor, default: dict[str, int], **shape: int)
     default: every free parameter, where the data have nothing for this call.
     shape:   the shape class: the sizes on which the best choice depends, rounded so that a class holds many shapes.
     """
-    for chip in chips(x.device.index) if x.is_cuda else ():
-        found = CONFIGURATIONS.get(key(chip, kernel, shape | {"bytes": x.element_size()}))
-        if found is not None:
-            return found
-    return default
+    if not x.is_cuda:
+        return default
+    return _found(kernel, x.device.index, (*shape.items(), ("bytes", x.element_size()))) or default
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _found(kernel: str, index: int | None, shape: tuple[tuple[str, int], ...]) -> dict[str, int] | None:
+    keys = (key(chip, kernel, dict(shape)) for chip in chips(index))
+    return next((CONFIGURATIONS[k] for k in keys if k in CONFIGURATIONS), None)

@@ -10,21 +10,19 @@ the same reference by the same tests.
 from __future__ import annotations
 
 import inspect
-import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from . import launch
 from .dual import Dual, check_dual, leading, primal
-
-# `triton.jit` decides at decoration whether a kernel is compiled or interpreted. Without a GPU only the interpreter can
-# run one; set before the first kernel file is imported, and never against the user's own choice.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 Backend = Literal["reference", "triton"]
 
@@ -39,7 +37,9 @@ def _jvp(fn: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, Any]:
             full[i] = p
         return fn(*full)
 
-    y, y_dot, *_ = torch.func.jvp(closed, tuple(args[i].primal for i in live), tuple(args[i].tangent for i in live))
+    # forward mode takes no value of which one element of memory is several elements: expand()ed ones are copied
+    primals = tuple(p.contiguous() if 0 in p.stride() else p for p in (args[i].primal for i in live))
+    y, y_dot, *_ = torch.func.jvp(closed, primals, tuple(args[i].tangent for i in live))
     # The tangent's own graph (recorded because the primals require grad) ends here: nothing of it outlives this op.
     return y, tuple(d.detach() for d in y_dot) if isinstance(y_dot, tuple) else y_dot.detach()
 
@@ -129,68 +129,49 @@ class Cost(NamedTuple):
 
 
 def check_kernel_dtype(op: str, lead: Tensor) -> None:
-    """Raises ValueError on a dtype for which the kernels are not right."""
+    """Raises ValueError on a dtype for which the kernels are not right, RuntimeError where they cannot run."""
     if not lead.is_cuda and lead.dtype not in (torch.float16, torch.float32):
         raise ValueError(
             f"{op}: dtype {lead.dtype} on {lead.device}; Triton's interpreter is right in float32 and float16 only"
         )
     if lead.is_cuda and lead.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"{op}: dtype {lead.dtype}; expected float16, bfloat16 or float32")
-
-
-def strides(x: Tensor | None, n: int) -> list[int]:
-    """The first n strides; zeros for a tensor that is not there."""
-    return [0] * n if x is None else [x.stride(i) for i in range(n)]
-
-
-def forward_mode(
-    ctx: Any, fused: Callable[..., Any], args: Sequence[Any], dots: Sequence[Tensor | None]
-) -> list[Tensor]:
-    """The `jvp` of a kernel's autograd.Function: the tangents of its outputs, for torch.func.jvp of a model that knows
-    no Duals. The value is computed once more beside them.
-
-    args: fused's positional arguments; dots: a tangent or None for as many of them, from the first.
-    ctx.dual: whether the call had Duals already.
-    """
-    if ctx.dual:
-        raise RuntimeError("forward-mode AD around a Dual: its tangent would have none; use one or the other")
-    live = [*dots, *[None] * (len(args) - len(dots))]
-    y = fused(*(a if d is None else Dual(a, d) for a, d in zip(args, live, strict=True)))
-    return [_Constant.apply(d.tangent, d.primal) for d in ([y] if isinstance(y, Dual) else y)]
-
-
-class _Constant(torch.autograd.Function):
-    """A tangent that forward mode hands out. A gradient through it raises: without this it would be missing, in
-    silence."""
-
-    @staticmethod
-    def forward(x_dot: Tensor, x: Tensor) -> Tensor:
-        return x_dot.view_as(x_dot)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> Any:
-        raise RuntimeError("a kernel's tangent has no gradient: detach it (MeanFlow's target is a constant)")
+    if not lead.is_cuda and not launch.INTERPRETED:
+        raise RuntimeError(
+            f"{op}: kernels are compiled in this process and cannot run on {lead.device}; for Triton's interpreter "
+            "import emf_kernels before triton where there is no GPU, or start Python with TRITON_INTERPRET=1"
+        )
 
 
 REGISTRY: dict[str, Op] = {}
-_forced: list[Backend] = []
+KNOWN = 1024  # how many accepted calls an op remembers before it forgets them all
+_forced: ContextVar[Backend | None] = ContextVar("backend", default=None)
+
+
+class _Traced(threading.local):
+    """The same for torch.compile, which cannot read a ContextVar but compiles again when this one changes."""
+
+    def __init__(self) -> None:
+        self.forced: Backend | None = None  # of the instance: a class's attribute is not guarded
+
+
+_traced = _Traced()
 
 
 @contextmanager
 def backend(name: Backend) -> Iterator[None]:
-    """Force a backend inside the block. `triton` on CPU tensors runs Triton's interpreter; an op without a kernel
-    raises ValueError."""
+    """Force a backend inside the block, for this thread or asyncio task alone. `triton` on CPU tensors runs Triton's
+    interpreter; an op without a kernel raises ValueError. A checkpoint's second forward on a GPU is run by a thread of
+    autograd's own, which does not see the block."""
     if name not in ("reference", "triton"):
         raise ValueError(f"backend {name!r} is unknown; expected 'reference' or 'triton'")
-    _forced.append(name)
+    before, _traced.forced = _traced.forced, name
+    token = _forced.set(name)
     try:
         yield
     finally:
-        _forced.pop()
+        _forced.reset(token)
+        _traced.forced = before
 
 
 class Op:
@@ -214,11 +195,11 @@ class Op:
         self,
         name: str,
         reference: Callable[..., Any],
-        *,
         inputs: Callable[..., dict[str, Any]],
-        cases: Sequence[Case],
         cost: Callable[[Case, int], Cost],
-        accepts: Callable[..., None] = lambda *_: None,
+        accepts: Callable[..., None],
+        cases: Sequence[Case],
+        *,
         batched: Sequence[str] = (),
         live: Sequence[str] | None = None,
         differentiable: Sequence[str] | None = None,
@@ -232,57 +213,112 @@ class Op:
         self.signature = inspect.signature(reference)
         parameters = self.signature.parameters.values()
         self._required = sum(p.default is p.empty for p in parameters)
-        # (name, whether None will do) of the arguments that are tensors
-        self._tensors = {
-            i: (p.name, "None" in str(p.annotation)) for i, p in enumerate(parameters) if "Tensor" in str(p.annotation)
-        }
+        self._defaults = tuple(p.default for p in parameters)
+        # (name, whether a Tensor, whether None will do) of each argument
+        self._arguments = [(p.name, "Tensor" in str(p.annotation), "None" in str(p.annotation)) for p in parameters]
+        self._accepted: dict[tuple[Any, ...], bool] = {}
+        self.__module__ = reference.__module__
         self.__doc__ = reference.__doc__
         REGISTRY[name] = self
 
     def __repr__(self) -> str:
         return f"Op({self.name}{self.signature})"
 
+    def __reduce__(self) -> str:
+        return self.name  # pickled as a function is: by its module and name
+
     def backend_for(self, x: Tensor) -> Backend:
         """The backend that a call with this tensor takes."""
-        if _forced:
-            if _forced[-1] == "triton" and self.triton is None:
+        forced = _traced.forced if torch.compiler.is_compiling() else _forced.get()
+        if forced is not None:
+            if forced == "triton" and self.triton is None:
                 raise ValueError(f"{self.name}: no Triton kernel yet; use backend('reference')")
-            return _forced[-1]
+            return forced
         return "triton" if x.is_cuda and self.triton is not None else "reference"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """With a Dual among the arguments: Duals out. Otherwise: tensors out. Raises ValueError, naming the argument,
-        on what does not fit."""
-        if kwargs or len(args) < self._required:
+        on what does not fit. A call like one that was accepted before is not looked at again."""
+        if kwargs or not self._required <= len(args) <= len(self._defaults):
             bound = self.signature.bind(*args, **kwargs)
             bound.apply_defaults()
             args = bound.args
-        duals = self._check(args)
-        lead = duals[0].primal if duals else next(a for a in args if isinstance(a, Tensor))
-        if self.backend_for(lead) == "triton":
-            assert self.triton is not None
-            check_kernel_dtype(self.name, lead)
-            if torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
+        elif len(args) < len(self._defaults):
+            args += self._defaults[len(args) :]
+        if torch.compiler.is_compiling():
+            chosen, dual = self._check(args)
+            if chosen == "triton" and forward_ad._current_level >= 0:
                 # torch.compile leaves out a kernel's forward derivative, in silence (pytorch #192985)
                 raise RuntimeError(
                     f"{self.name}: torch.func.jvp inside torch.compile; carry Duals there, or do not compile"
                 )
+        else:
+            chosen, dual = self._recognised(args)
+            if forward_ad._current_level >= 0:
+                self._refuse_tangents(args)
+        if chosen == "triton":
+            assert self.triton is not None
             return self.triton(*args)
-        return self.dual(*args) if duals else self.reference(*args)
+        return self.dual(*args) if dual else self.reference(*args)
 
-    def _check(self, args: Sequence[Any]) -> list[Dual]:
-        """The Duals among the arguments. Raises ValueError on an argument that does not fit."""
-        duals = []
-        for i, (name, optional) in self._tensors.items():
-            a = args[i] if i < len(args) else None
-            if isinstance(a, Dual):
+    def _recognised(self, args: Sequence[Any]) -> tuple[Backend, bool]:
+        """As _check, which is asked once for all calls of the same shapes, strides, dtypes, devices and constants."""
+        key: list[Any] = []
+        lead = None
+        try:
+            for a in args:
+                if isinstance(a, Dual):
+                    p, d = a
+                    key += (Dual, p.shape, p.stride(), p.dtype, p.device, d.shape, d.stride(), d.dtype, d.device)
+                    lead = p if lead is None else lead
+                elif isinstance(a, Tensor):
+                    key += (a.shape, a.stride(), a.dtype, a.device)
+                    lead = a if lead is None else lead
+                else:
+                    key += (a.__class__, a)
+            chosen = self.backend_for(lead)  # type: ignore[arg-type]
+            known = (chosen, *key)
+            dual = self._accepted.get(known)
+        except (AttributeError, RuntimeError, TypeError):  # nothing that fits, or nothing that can be remembered
+            return self._check(args)
+        if dual is None:
+            chosen, dual = self._check(args)
+            if len(self._accepted) >= KNOWN:
+                self._accepted.clear()
+            self._accepted[known] = dual
+        return chosen, dual
+
+    def _check(self, args: Sequence[Any]) -> tuple[Backend, bool]:
+        """(the backend, whether there are Duals). Raises ValueError on an argument that does not fit."""
+        duals, lead = [], None
+        for a, (name, tensor, optional) in zip(args, self._arguments, strict=True):
+            if not tensor:
+                if isinstance(a, (Dual, Tensor)):
+                    raise ValueError(f"{self.name}: {name} is a {type(a).__name__}; expected a constant")
+            elif isinstance(a, Dual):
                 if name not in self.live:
-                    expected = f"a Dual for {', '.join(self.live)} alone" if self.live else "a Tensor"
-                    raise ValueError(f"{self.name}: {name} takes no tangent; expected {expected}")
+                    raise ValueError(self._takes_none(name))
                 check_dual(self.name, name, a, strided=self.triton is None)
                 duals.append(a)
             elif not isinstance(a, Tensor) and not (a is None and optional):
                 raise ValueError(f"{self.name}: {name} is {type(a).__name__}; expected a Tensor or a Dual")
+            elif lead is None:
+                lead = a
         leading(duals, self.name)
         self.accepts(*(primal(a) if isinstance(a, Dual) else a for a in args))
-        return duals
+        lead = duals[0].primal if duals else lead
+        assert lead is not None
+        chosen = self.backend_for(lead)
+        if chosen == "triton":
+            check_kernel_dtype(self.name, lead)
+        return chosen, bool(duals)
+
+    def _takes_none(self, name: str) -> str:
+        expected = f"a Dual for {', '.join(self.live)} alone" if self.live else "a Tensor"
+        return f"{self.name}: {name} takes no tangent; expected {expected}"
+
+    def _refuse_tangents(self, args: Sequence[Any]) -> None:
+        """The same in forward-mode AD, for every backend."""
+        for a, (name, _, _) in zip(args, self._arguments, strict=True):
+            if name not in self.live and isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None:
+                raise ValueError(self._takes_none(name))

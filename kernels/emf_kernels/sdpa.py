@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .attention import attention
 from .dual import Dual, each, primal
+from .ops.attention import attention
 
 
 def scaled_dot_product_attention(

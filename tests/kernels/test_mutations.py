@@ -16,7 +16,7 @@ from parity import Outcome, compare, eager, ours, outcome
 from places import ROOT
 
 import emf_kernels
-from emf_kernels import REGISTRY, Case, Op, backend
+from emf_kernels import REGISTRY, Case, Op, backend, launch
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
@@ -72,9 +72,12 @@ MUTATIONS = {
         ("if sample < b:", "if sample < b - 1:"),
         ("h_ptr + sample * h_b + token * h_n + c, mask", "h_ptr + sample * h_b + c, mask"),
         ("tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]", "tl.arange(0, BLOCK)[None, :]"),
+        ("tl.store(dx_ptr + at, dy, mask", "tl.store(dx_ptr + at, dy * gate[None, :], mask"),
         ("gate[None, :] * dy", "dy"),
         ("dgate = tl.sum(dy * h, 0)", "dgate = tl.sum(dy, 0)"),
         ("dgate.sum(1)", "dgate[:, 0]"),
+        ("x.stride(1) if x.ndim == 3 else 0", "0"),
+        ("return dy.clone(), None, dy.clone()", "return dy.clone(), None, -dy"),
     ],
     "gated_residual_adaln": [
         ("y = x + gate * h", "y = x + h"),
@@ -89,7 +92,7 @@ MUTATIONS = {
         ("dgate += dx *", "dgate += dn *"),
         ("dscale += dn * n", "dscale += dn"),
         ("min(chunk * ROWS + ROWS, N)", "min(chunk * ROWS + ROWS, N - 1)"),
-        ("return dx, total[0] if gated else None, dh", "return dx, total[0] if gated else None, dx"),
+        ("if gated else None, dh, dscale", "if gated else None, dx, dscale"),
     ],
     "glumbconv": [
         ("s_dot = (sigmoid + s * (1 - sigmoid))", "s_dot = sigmoid"),
@@ -133,6 +136,7 @@ MUTATIONS = {
         ("w = 1 / (total + c) ** p", "w = 1 / (total + c)"),
         ("2 * w * dloss", "w * dloss"),
         ("sums.sum(1)", "sums[:, 0]"),
+        ("return batch, *(0, 0)[len(middle) :], *middle", "return batch, 0, 0"),
     ],
     "path": [
         ("(1 - t) * x + t * e", "x + t * e"),
@@ -163,22 +167,27 @@ MUTATIONS = {
         ("f = scale * tl.exp(step * i)", "f = tl.exp(step * i)"),
         ("live = sample < b", "live = sample < b - 1"),
         ("d_sin * cos - d_cos * sin", "d_sin * cos"),
-        ("-ds[1] if ctx.two", "ds[1] if ctx.two"),
+        ("(ds[0] + ds[1], -ds[1])", "(ds[0] + ds[1], ds[1])"),
+        ("(ds[0] + ds[1], -ds[1])", "(ds[0], -ds[1])"),
     ],
 }  # fmt: skip
 
 
 def mutant(name: str, old: str, new: str, folder: Path) -> Op:
-    """The op of a changed copy of its file; the registry keeps the original."""
-    source = (FOLDER / f"{name}.py").read_text()
-    assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {name}.py"
-    file = folder / f"mutant_{name}.py"
-    file.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location(f"emf_kernels.mutant_{name}", file)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    with mock.patch.dict(REGISTRY), mock.patch.dict(sys.modules, {spec.name: module}):
-        spec.loader.exec_module(module)
+    """The op of a changed copy of its file, or of tiles.py; the registry and the other ops keep the originals."""
+    files = {f"emf_kernels.ops.mutant_{name}": FOLDER / "ops" / f"{name}.py"}
+    if old not in files[f"emf_kernels.ops.mutant_{name}"].read_text():
+        files = {"emf_kernels.tiles": FOLDER / "tiles.py"} | files
+    count = sum(file.read_text().count(old) for file in files.values())
+    assert count == 1, f"{old!r} stands {count} times in {name}.py and tiles.py"
+    with mock.patch.dict(REGISTRY), mock.patch.dict(sys.modules), launch.decorating():
+        for module_name, file in files.items():
+            copied = folder / f"mutant_{file.name}"
+            copied.write_text(file.read_text().replace(old, new))
+            spec = importlib.util.spec_from_file_location(module_name, copied)
+            assert spec and spec.loader
+            module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
         return REGISTRY[name]
 
 

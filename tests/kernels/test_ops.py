@@ -6,7 +6,6 @@ tested everywhere, the rest and the models' real sizes where there is a GPU.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -15,18 +14,20 @@ from graph import kept
 from parity import SEED, compare, eager, finite, gradients, make, ours, outcome, require_grad
 from torch import Tensor
 
-from emf_kernels import REGISTRY, Case, Dual, Op, adaln, backend, each, gated_residual, lift, linear
+from emf_kernels import REGISTRY, Case, Dual, Op, adaln, backend, each, gated_residual, launch, lift, linear
 
-GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
-INTERPRETER = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled here")
+GPU = [pytest.mark.gpu]  # deselected where there is none: conftest.py
+INTERPRETER = pytest.mark.skipif(not launch.INTERPRETED, reason="kernels are compiled here")
 WHOLE, HALF = torch.float32, torch.float16
 DOUBLE, BRAIN = torch.float64, torch.bfloat16
 
 
-def on(*targets: tuple[str, str, torch.dtype]) -> pytest.MarkDecorator:
-    """Every op and case on each (backend, device, dtype) that it has. A GPU gets the models' real sizes too."""
+def on(*targets: tuple[str, str, torch.dtype], live: bool = False) -> pytest.MarkDecorator:
+    """Every op and case on each (backend, device, dtype) that it has. A GPU gets the models' real sizes too.
+    live: only cases in which an argument carries a tangent (a loss has none: it is where tangents end)."""
     params = []
-    every = [(op, case, target) for op in REGISTRY.values() for case in op.cases for target in targets]
+    cases = [(op, case) for op in REGISTRY.values() for case in op.cases if case.live or not live]
+    every = [(op, case, target) for op, case in cases for target in targets]
     for op, case, (name, device, dtype) in every:
         if (name == "reference" or op.triton) and (device == "cuda" or "test" in case.tags):
             marks = GPU if device == "cuda" else [INTERPRETER] if name == "triton" else []
@@ -51,13 +52,11 @@ def test_parity(op: Op, case: Case, name: str, device: str, dtype: torch.dtype) 
     compare(got, plain, outcome(op, case, dtype, eager, device, exact=True), dtype)
 
 
-@on(("reference", "cpu", DOUBLE), ("triton", "cpu", WHOLE), ("triton", "cuda", WHOLE))
+@on(("reference", "cpu", DOUBLE), ("triton", "cpu", WHOLE), ("triton", "cuda", WHOLE), live=True)
 @pytest.mark.usefixtures("poisoned")
 def test_laws(op: Op, case: Case, name: str, device: str, dtype: torch.dtype) -> None:
     """What holds of any tangent, without a reference to compare with."""
     args, x_dot, generator = make(op, case, dtype, device)
-    if not x_dot:
-        pytest.skip("no argument carries a tangent")
     names = require_grad(op, args)
     tolerance = 64 * torch.finfo(dtype).eps
 
@@ -94,10 +93,8 @@ def test_laws(op: Op, case: Case, name: str, device: str, dtype: torch.dtype) ->
     assert abs(forward - backward) <= tolerance * size, f"<w, J x_dot> = <J^T w, x_dot> (seed {SEED})"
 
 
-@on(("reference", "cpu", DOUBLE))
+@on(("reference", "cpu", DOUBLE), live=True)
 def test_gradcheck_of_the_reference(op: Op, case: Case, name: str, device: str, dtype: torch.dtype) -> None:
-    if not case.live:
-        pytest.skip("a loss has stop-gradients: its derivative is not the function's own")
     args, _, _ = make(op, case, dtype)
     names = require_grad(op, args)
     f = lambda *values: op.reference(**(args | dict(zip(names, values, strict=True))))  # noqa: E731
@@ -182,6 +179,14 @@ def test_a_chain_of_duals_compiles_to_one_graph(b: int) -> None:
         got, want = run(torch.compile(chain, fullgraph=True, backend="aot_eager")), run(chain)
     for a, c in zip(got, want, strict=True):
         torch.testing.assert_close(a, c)
+
+
+def test_what_was_compiled_for_one_backend_is_not_run_for_another() -> None:
+    compiled = torch.compile(lambda x: REGISTRY["silu"](x), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(torch.ones(2)), torch.nn.functional.silu(torch.ones(2)))
+    with backend("triton"), pytest.raises(Exception, match="no Triton kernel"):
+        compiled(torch.ones(2))
+    compiled(torch.ones(2))
 
 
 LIVE = [op for op in REGISTRY.values() if op.cases[0].live]

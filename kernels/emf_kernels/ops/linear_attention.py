@@ -16,18 +16,20 @@ Three launches: the rows' norms, which need all heads; S and s, a head at a time
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import launch
-from .adaln import config as row_config
-from .dual import Dual, check, halves, leading
-from .op import Case, Cost, Op, forward_mode, strides
+from emf_kernels import launch
+from emf_kernels.dual import check
+from emf_kernels.function import function
+from emf_kernels.op import Case, Cost, Op
+from emf_kernels.tiles import cdiv, empty, next_power_of_2, rows, strides
+
 from .rmsnorm import backward as rmsnorm_backward
 from .rmsnorm import reference as rmsnorm_reference
 
@@ -230,14 +232,14 @@ def _bwd_kv(
 
 def config(kernel: str, x: Tensor, D: int, **free: int) -> dict[str, int]:
     """Tokens of a tile, and warps. free: further parameters, at their defaults."""
-    block_d, n = (max(16, triton.next_power_of_2(size)) for size in (D, x.shape[1]))
+    block_d, n = (max(16, next_power_of_2(size)) for size in (D, x.shape[1]))
     default = free | dict(BLOCK_N=min(64, n), num_warps=4)
     return dict(BLOCK_D=block_d, D=D) | launch.configuration(kernel, x, default, D=block_d, N=min(n, 4096))
 
 
 def tokens_of_a_chunk(N: int, chunks: int, block_n: int) -> int:
     """Whole tiles; the last chunks may have none."""
-    return triton.cdiv(triton.cdiv(N, chunks), block_n) * block_n
+    return cdiv(cdiv(N, chunks), block_n) * block_n
 
 
 def precision(x: Tensor) -> str:
@@ -245,83 +247,63 @@ def precision(x: Tensor) -> str:
     return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
-class _LinearAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, *rest: Any) -> Any:
-        *dots, D, eps, b = rest
-        (B, N, C), (q_dot, k_dot, v_dot) = q.shape, dots
-        empty = lambda *shape, like=None: torch.empty(  # noqa: E731
-            *shape, dtype=torch.float32 if like is None else like.dtype, device=q.device
-        )
-        # the states' sums in `chunks` parts, so that a small batch fills a GPU too
-        states = config("linear_attention._states", k, D, chunks=4)
-        chunks = min(states.pop("chunks"), triton.cdiv(N, states["BLOCK_N"]))
-        tokens, H = tokens_of_a_chunk(N, chunks, states["BLOCK_N"]), C // D
-        tiles, norms = config("linear_attention._apply", q, D), row_config("linear_attention._norms", q)
-        q_rstd, k_rstd, q_mean_dot, k_mean_dot = (
-            None if w is None else empty(samples, N) for samples in (B, b) for w in (q_weight, k_weight)
-        )
-        for x, x_dot, rstd, mean_dot in ((q, q_dot, q_rstd, q_mean_dot), (k, k_dot, k_rstd, k_mean_dot)):
-            if rstd is not None:
-                _norms[(B * N,)](
-                    x, x_dot, rstd, mean_dot, *strides(x, 2), *strides(x_dot, 2), N, C, b, NORM_EPS,
-                    x_dot is not None, **norms,
-                )  # fmt: skip
-        o, o_dot = empty(B, N, C, like=q), empty(b, N, C, like=q)
-        S, s = empty(B, chunks, H, D, D), empty(B, chunks, H, D)
-        S_dot, s_dot = empty(b, chunks, H, D, D), empty(b, chunks, H, D)
-        # the first b samples with their tangents, then the rest without
-        for first, count, (q_live, k_live, v_live) in ((0, b, [d is not None for d in dots]), (b, B - b, [False] * 3)):
-            if count:
-                _states[(H, chunks, count)](
-                    k, v, k_dot, v_dot, k_weight, k_rstd, k_mean_dot, S, s, S_dot, s_dot,
-                    *strides(k, 2), *strides(v, 2), *strides(k_dot, 2), *strides(v_dot, 2), first, N, H, C, tokens,
-                    k_weight is not None, k_live, v_live, precision(q), **states,
-                )  # fmt: skip
-                _apply[(triton.cdiv(N, tiles["BLOCK_N"]), H, count)](
-                    q, q_dot, q_weight, q_rstd, q_mean_dot, S, s, S_dot, s_dot, o, o_dot,
-                    *strides(q, 2), *strides(q_dot, 2), first, N, H, C, chunks, eps,
-                    q_weight is not None, q_live, k_live or v_live, precision(q), **tiles,
-                )  # fmt: skip
-        return o, o_dot, q_rstd, k_rstd, S, s
+def forward(values: Sequence[Any], dots: Sequence[Tensor | None], b: int) -> Any:
+    (q, k, v, q_weight, k_weight, D, eps), (q_dot, k_dot, v_dot) = values, dots
+    B, N, C = q.shape
+    wide = lambda *shape: empty(q, *shape, dtype=torch.float32)  # noqa: E731
+    # the states' sums in `chunks` parts, so that a small batch fills a GPU too
+    states = config("linear_attention._states", k, D, chunks=4)
+    chunks = min(states.pop("chunks"), cdiv(N, states["BLOCK_N"]))
+    tokens, H = tokens_of_a_chunk(N, chunks, states["BLOCK_N"]), C // D
+    tiles, norms = config("linear_attention._apply", q, D), rows("linear_attention._norms", q)
+    q_rstd, k_rstd, q_mean_dot, k_mean_dot = (
+        None if w is None else wide(samples, N) for samples in (B, b) for w in (q_weight, k_weight)
+    )
+    for x, x_dot, rstd, mean_dot in ((q, q_dot, q_rstd, q_mean_dot), (k, k_dot, k_rstd, k_mean_dot)):
+        if rstd is not None:
+            _norms[(B * N,)](
+                x, x_dot, rstd, mean_dot, *strides(x, 2), *strides(x_dot, 2), N, C, b, NORM_EPS, x_dot is not None,
+                **norms,
+            )  # fmt: skip
+    o, o_dot, S, s = empty(q, B, N, C), empty(q, b, N, C), wide(B, chunks, H, D, D), wide(B, chunks, H, D)
+    S_dot, s_dot = wide(b, chunks, H, D, D), wide(b, chunks, H, D)
+    # the first b samples with their tangents, then the rest without
+    for first, count, (q_live, k_live, v_live) in ((0, b, [d is not None for d in dots]), (b, B - b, [False] * 3)):
+        if count:
+            _states[(H, chunks, count)](
+                k, v, k_dot, v_dot, k_weight, k_rstd, k_mean_dot, S, s, S_dot, s_dot,
+                *strides(k, 2), *strides(v, 2), *strides(k_dot, 2), *strides(v_dot, 2), first, N, H, C, tokens,
+                k_weight is not None, k_live, v_live, precision(q), **states,
+            )  # fmt: skip
+            _apply[(cdiv(N, tiles["BLOCK_N"]), H, count)](
+                q, q_dot, q_weight, q_rstd, q_mean_dot, S, s, S_dot, s_dot, o, o_dot,
+                *strides(q, 2), *strides(q_dot, 2), first, N, H, C, chunks, eps,
+                q_weight is not None, q_live, k_live or v_live, precision(q), **tiles,
+            )  # fmt: skip
+    return (o,), (o_dot,), (q, k, v, q_weight, k_weight, q_rstd, k_rstd, S, s, D, eps)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        (q, k, v, q_weight, k_weight, *dots, D, eps, _), (_, *constants) = inputs, output
-        ctx.save_for_backward(q, k, v, q_weight, k_weight, *constants[1:])
-        ctx.save_for_forward(q, k, v, q_weight, k_weight)
-        ctx.dual, ctx.D, ctx.eps = any(d is not None for d in dots), D, eps
-        ctx.mark_non_differentiable(*(x for x in constants if x is not None))
-        ctx.set_materialize_grads(False)  # no zeros for the tangent's gradient, which there never is
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do: Tensor, *_: Any) -> Any:
-        q, k, v, q_weight, k_weight, q_rstd, k_rstd, S, s = ctx.saved_tensors
-        (B, N, C), (chunks, H) = q.shape, s.shape[1:3]
-        for_q, for_kv = (config(f"linear_attention.{kernel}", q, ctx.D) for kernel in ("_bwd_q", "_bwd_kv"))
-        tokens = tokens_of_a_chunk(N, chunks, for_q["BLOCK_N"])
-        do = do if do.stride(-1) == 1 else do.contiguous()
-        dq, dk, dv = (torch.empty(B, N, C, dtype=q.dtype, device=q.device) for _ in range(3))
-        dS, ds = torch.empty_like(S), torch.empty_like(s)
-        _bwd_q[(H, chunks, B)](
-            do, q, q_weight, q_rstd, S, s, dq, dS, ds, *strides(do, 2), *strides(q, 2), N, H, C, chunks, tokens,
-            ctx.eps, q_weight is not None, precision(q), **for_q,
-        )  # fmt: skip
-        _bwd_kv[(triton.cdiv(N, for_kv["BLOCK_N"]), H, B)](
-            k, v, k_weight, k_rstd, dS, ds, dk, dv, *strides(k, 2), *strides(v, 2), N, H, C, chunks,
-            k_weight is not None, precision(q), **for_kv,
-        )  # fmt: skip
-        dq_weight = dk_weight = None
-        if q_weight is not None:
-            dq, dq_weight = rmsnorm_backward(dq, q, q_weight, q_rstd)
-        if k_weight is not None:
-            dk, dk_weight = rmsnorm_backward(dk, k, k_weight, k_rstd)
-        return dq, dk, dv, dq_weight, dk_weight, *[None] * 6
-
-    @staticmethod
-    def jvp(ctx: Any, *dots: Any) -> Any:
-        return *forward_mode(ctx, fused, (*ctx.saved_tensors, ctx.D, ctx.eps), dots[:5]), *[None] * 5
+def backward(saved: Sequence[Any], do: Tensor) -> Any:
+    q, k, v, q_weight, k_weight, q_rstd, k_rstd, S, s, D, eps = saved
+    (B, N, C), (chunks, H) = q.shape, s.shape[1:3]
+    for_q, for_kv = (config(f"linear_attention.{kernel}", q, D) for kernel in ("_bwd_q", "_bwd_kv"))
+    tokens = tokens_of_a_chunk(N, chunks, for_q["BLOCK_N"])
+    dq, dk, dv = (empty(q, B, N, C) for _ in range(3))
+    dS, ds = (empty(a, *a.shape) for a in (S, s))
+    _bwd_q[(H, chunks, B)](
+        do, q, q_weight, q_rstd, S, s, dq, dS, ds, *strides(do, 2), *strides(q, 2), N, H, C, chunks, tokens,
+        eps, q_weight is not None, precision(q), **for_q,
+    )  # fmt: skip
+    _bwd_kv[(cdiv(N, for_kv["BLOCK_N"]), H, B)](
+        k, v, k_weight, k_rstd, dS, ds, dk, dv, *strides(k, 2), *strides(v, 2), N, H, C, chunks,
+        k_weight is not None, precision(q), **for_kv,
+    )  # fmt: skip
+    dq_weight = dk_weight = None
+    if q_weight is not None:
+        dq, dq_weight = rmsnorm_backward((q, q_weight, q_rstd), dq)
+    if k_weight is not None:
+        dk, dk_weight = rmsnorm_backward((k, k_weight, k_rstd), dk)
+    return dq, dk, dv, dq_weight, dk_weight
 
 
 def accepts(
@@ -340,25 +322,6 @@ def accepts(
     if not 1 <= head_size <= 128 or C % head_size:
         raise ValueError(f"{op}: head_size {head_size}; expected at most 128 and a divisor of C, {C}")
     check(op, q, q=(q, shape), k=(k, shape), v=(v, shape), q_weight=(q_weight, (C,)), k_weight=(k_weight, (C,)))
-
-
-def fused(
-    q: Tensor | Dual,
-    k: Tensor | Dual,
-    v: Tensor | Dual,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    head_size: int,
-    eps: float = 1e-15,
-) -> Tensor | Dual:
-    """linear_attention of Tensors, or of Duals in q, k, v. Shapes as above; the weights take no tangent; float16,
-    bfloat16 (on a GPU) or float32, the same for all; states and norms in float32; last dimension contiguous, C a
-    multiple of head_size and at most 16384, head_size at most 128; else ValueError."""
-    duals = [a for a in (q, k, v) if isinstance(a, Dual)]
-    b = leading(duals, "linear_attention")
-    values, dots = zip(*map(halves, (q, k, v)), strict=True)
-    o, o_dot, *_ = _LinearAttention.apply(*values, q_weight, k_weight, *dots, head_size, eps, b)
-    return Dual(o, o_dot) if duals else o
 
 
 def inputs(case: Case, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, Tensor | int | None]:
@@ -383,7 +346,7 @@ linear_attention = Op(
     cost=cost,
     accepts=accepts,
     batched=("q", "k", "v"),
-    triton=fused,
+    triton=function("linear_attention", forward, backward, ("q", "k", "v")),
     # head sizes of 16 and more: of four features often one is positive, o does not depend on it, and dq is rounding
     cases=[
         Case("small", dict(B=3, N=6, H=2, D=16), ("q", "k", "v")),

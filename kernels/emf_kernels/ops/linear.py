@@ -16,8 +16,8 @@ from torch import Tensor
 # forward-mode rule.
 from torch.nn.functional import linear as affine
 
-from .dual import Dual, check
-from .op import Case, Cost, Op
+from emf_kernels.dual import Dual, check
+from emf_kernels.op import Case, Cost, Op
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -52,18 +52,10 @@ def cost(case: Case, itemsize: int) -> Cost:
     return Cost(2 * rows * s["K"] * s["O"], itemsize * (rows * (s["K"] + s["O"]) + s["K"] * s["O"]))
 
 
-linear = Op(
-    "linear",
-    reference,
-    dual=dual,
-    inputs=inputs,
-    cost=cost,
-    accepts=accepts,
-    batched=("x",),
-    cases=[
-        Case("small", dict(B=3, N=5, K=8, O=6), ("x",)),
-        Case("ragged", dict(B=3, N=5, K=8, O=6, b=1), ("x",)),
-        Case("sana-1.6b", dict(B=4, N=1024, K=2240, O=2240), ("x",), frozenset({"bench"})),
-        Case("sana-1.6b-ff", dict(B=4, N=1024, K=2240, O=11200), ("x",), frozenset({"bench"})),
-    ],
-)
+CASES = [
+    Case("small", dict(B=3, N=5, K=8, O=6), ("x",)),
+    Case("ragged", dict(B=3, N=5, K=8, O=6, b=1), ("x",)),
+    Case("sana-1.6b", dict(B=4, N=1024, K=2240, O=2240), ("x",), frozenset({"bench"})),
+    Case("sana-1.6b-ff", dict(B=4, N=1024, K=2240, O=11200), ("x",), frozenset({"bench"})),
+]
+linear = Op("linear", reference, inputs, cost, accepts, CASES, dual=dual, batched=("x",))

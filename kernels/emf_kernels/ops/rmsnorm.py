@@ -9,17 +9,18 @@ Source:   RMSNorm (arXiv 1910.07467); diffusers' "rms_norm_across_heads" (eps 1e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .adaln import config
-from .dual import Dual, check, halves
-from .op import Case, Cost, Op, forward_mode, strides
+from emf_kernels.dual import check
+from emf_kernels.function import function
+from emf_kernels.op import Case, Cost, Op
+from emf_kernels.tiles import cdiv, empty, rows, strides
 
 
 def reference(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
@@ -69,63 +70,33 @@ def _bwd(
     tl.store(dweight_ptr + chunk * C + c, dweight, mask=inside)
 
 
-def backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """(dx, dweight) from dy, x [B, N, C], weight [C] and the saved rstd [B, N]."""
+def forward(values: Sequence[Any], dots: Sequence[Tensor | None], b: int) -> Any:
+    (x, weight, eps), (x_dot,) = values, dots
     B, N, C = x.shape
-    dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-    constants = config("rmsnorm._bwd", x, ROWS=32)  # tokens over which a program sums dweight
-    dx, chunks = torch.empty(B, N, C, dtype=x.dtype, device=x.device), triton.cdiv(B * N, constants["ROWS"])
-    dweight = torch.empty(chunks, C, dtype=torch.float32, device=x.device)
+    y, y_dot, rstd = empty(x, B, N, C), empty(x, b, N, C), empty(x, B, N, dtype=torch.float32)
+    _fwd[(B * N,)](
+        x, weight, x_dot, y, y_dot, rstd, *strides(x, 2), *strides(x_dot, 2), N, C, b, eps, x_dot is not None,
+        **rows("rmsnorm._fwd", x),
+    )  # fmt: skip
+    return (y,), (y_dot,), (x, weight, rstd)
+
+
+def backward(saved: Sequence[Any], dy: Tensor) -> Any:
+    x, weight, rstd = saved
+    B, N, C = x.shape
+    constants = rows("rmsnorm._bwd", x, ROWS=32)  # tokens over which a program sums dweight
+    chunks = cdiv(B * N, constants["ROWS"])
+    dx, dweight = empty(x, B, N, C), empty(x, chunks, C, dtype=torch.float32)
     _bwd[(chunks,)](
         dy, x, weight, rstd, dx, dweight, *strides(dy, 2), *strides(x, 2), N, C, B * N, **constants
     )  # fmt: skip
     return dx, dweight.sum(0).to(weight.dtype)
 
 
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, x_dot: Tensor | None, eps: float, b: int) -> Any:
-        B, N, C = x.shape
-        y, y_dot = (torch.empty(samples, N, C, dtype=x.dtype, device=x.device) for samples in (B, b))
-        rstd = torch.empty(B, N, dtype=torch.float32, device=x.device)
-        _fwd[(B * N,)](
-            x, weight, x_dot, y, y_dot, rstd, *strides(x, 2), *strides(x_dot, 2), N, C, b, eps, x_dot is not None,
-            **config("rmsnorm._fwd", x),
-        )  # fmt: skip
-        return y, y_dot, rstd
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        (x, weight, x_dot, eps, _), (_, y_dot, rstd) = inputs, output
-        ctx.save_for_backward(x, weight, rstd)
-        ctx.save_for_forward(x, weight)
-        ctx.dual, ctx.eps = x_dot is not None, eps
-        ctx.mark_non_differentiable(y_dot, rstd)
-        ctx.set_materialize_grads(False)  # no zeros for the tangent's gradient, which there never is
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:
-        return *backward(dy, *ctx.saved_tensors), None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *dots: Any) -> Any:
-        return *forward_mode(ctx, fused, (*ctx.saved_tensors, ctx.eps), dots[:2]), None, None
-
-
 def accepts(x: Tensor, weight: Tensor, eps: float = 1e-5) -> None:
     if x.ndim != 3 or x.shape[2] > 16384:
         raise ValueError(f"rmsnorm: x is {tuple(x.shape)}; expected [B, N, C] with C at most 16384")
     check("rmsnorm", x, x=(x, tuple(x.shape)), weight=(weight, (x.shape[2],)))
-
-
-def fused(x: Tensor | Dual, weight: Tensor, eps: float = 1e-5) -> Tensor | Dual:
-    """rmsnorm of a Tensor or a Dual, one launch for value and tangent. Shapes as above; the weight takes no tangent;
-    float16, bfloat16 (on a GPU) or float32, the same for both; statistics in float32; last dimension contiguous, C at
-    most 16384; else ValueError."""
-    x_, x_dot = halves(x)
-    y, y_dot, _ = _RMSNorm.apply(x_, weight, x_dot, eps, 0 if x_dot is None else len(x_dot))
-    return Dual(y, y_dot) if isinstance(x, Dual) else y
 
 
 def inputs(case: Case, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, Tensor]:
@@ -140,18 +111,11 @@ def cost(case: Case, itemsize: int) -> Cost:
     return Cost((4 * s["B"] + 7 * case.b) * n, itemsize * (2 * (s["B"] + case.b) * n + s["C"]))
 
 
-rmsnorm = Op(
-    "rmsnorm",
-    reference,
-    inputs=inputs,
-    cost=cost,
-    accepts=accepts,
-    batched=("x",),
-    triton=fused,
-    cases=[
-        Case("small", dict(B=3, N=5, C=8), ("x",)),
-        Case("ragged", dict(B=3, N=1, C=37, b=2), ("x",)),
-        Case("chunks", dict(B=2, N=19, C=8, b=1), ("x",)),  # more than 32 tokens
-        Case("sana-1.6b", dict(B=4, N=1024, C=2240), ("x",), frozenset({"bench"})),
-    ],
-)
+fused = function("rmsnorm", forward, backward, ("x",))
+CASES = [
+    Case("small", dict(B=3, N=5, C=8), ("x",)),
+    Case("ragged", dict(B=3, N=1, C=37, b=2), ("x",)),
+    Case("chunks", dict(B=2, N=19, C=8, b=1), ("x",)),  # more than 32 tokens
+    Case("sana-1.6b", dict(B=4, N=1024, C=2240), ("x",), frozenset({"bench"})),
+]
+rmsnorm = Op("rmsnorm", reference, inputs, cost, accepts, CASES, batched=("x",), triton=fused)

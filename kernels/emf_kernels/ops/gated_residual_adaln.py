@@ -9,19 +9,21 @@ Source:   in a SANA block, cross-attention's ungated residual is followed by nor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .adaln import config, norm, norm_dot
+from emf_kernels.dual import check
+from emf_kernels.function import function
+from emf_kernels.op import Case, Cost, Op
+from emf_kernels.tiles import cdiv, empty, norm, norm_dot, rows, strides
+
 from .adaln import reference as adaln_reference
-from .dual import Dual, check, halves, leading
 from .gated_residual import reference as gated_residual_reference
-from .op import Case, Cost, Op, forward_mode, strides
 
 
 def reference(
@@ -115,57 +117,38 @@ def _bwd(
     tl.store(dshift_ptr + part, dshift, mask=inside)
 
 
-class _GatedResidualAdaLN(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, gate: Tensor | None, h: Tensor, scale: Tensor, shift: Tensor, *rest: Any) -> Any:
-        *dots, eps, b = rest
-        B, N, C = x.shape
-        (y, n), (y_dot, n_dot) = (
-            [torch.empty(samples, N, C, dtype=x.dtype, device=x.device) for _ in range(2)] for samples in (B, b)
-        )
-        mean, rstd = (torch.empty(B, N, dtype=torch.float32, device=x.device) for _ in range(2))
-        widths = (2, 1, 2, 1, 1)  # how many strides each of x, gate, h, scale, shift has
-        _fwd[(B * N,)](
-            x, gate, h, scale, shift, *dots, y, n, y_dot, n_dot, mean, rstd,
-            *(s for a, w in zip((x, gate, h, scale, shift), widths, strict=True) for s in strides(a, w)),
-            *(s for a, w in zip(dots, widths, strict=True) for s in strides(a, w)),
-            N, C, b, eps, gate is not None, *(d is not None for d in dots),
-            **config("gated_residual_adaln._fwd", x),
-        )  # fmt: skip
-        return y, n, y_dot, n_dot, mean, rstd
+WIDTHS = (2, 1, 2, 1, 1)  # how many strides each of x, gate, h, scale, shift has
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        (x, gate, h, scale, shift, *dots, eps, _), (y, _, *constants) = inputs, output
-        ctx.save_for_backward(y, gate, h if gate is not None else None, scale, *constants[2:])
-        ctx.save_for_forward(x, gate, h, scale, shift)
-        ctx.dual, ctx.eps = any(d is not None for d in dots), eps
-        ctx.mark_non_differentiable(*constants)
-        ctx.set_materialize_grads(False)  # no zeros for the tangents' gradients, which there never are
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, dn: Tensor | None, *_: Any) -> Any:
-        y, gate, h, scale, mean, rstd = ctx.saved_tensors
-        B, N, C = y.shape
-        dn = torch.zeros_like(y) if dn is None else dn
-        dy, dn = (a if a is None or a.stride(-1) == 1 else a.contiguous() for a in (dy, dn))
-        constants, gated = config("gated_residual_adaln._bwd", y, ROWS=16), gate is not None
-        chunks = triton.cdiv(N, constants["ROWS"])
-        dx = torch.empty(B, N, C, dtype=y.dtype, device=y.device)
-        dh = torch.empty_like(dx) if gated else dx
-        dgate, dscale, dshift = (torch.empty(B, chunks, C, dtype=torch.float32, device=y.device) for _ in range(3))
-        _bwd[(chunks, B)](
-            dy, dn, y, gate, h, scale, mean, rstd, dx, dh, dgate, dscale, dshift,
-            *strides(dy, 2), *strides(dn, 2), *strides(gate, 1), *strides(h, 2), *strides(scale, 1), N, C,
-            gated, dy is not None, **constants,
-        )  # fmt: skip
-        total = [a.sum(1).to(y.dtype) for a in (dgate, dscale, dshift)]
-        return dx, total[0] if gated else None, dh, total[1], total[2], *[None] * 7
+def forward(values: Sequence[Any], dots: Sequence[Tensor | None], b: int) -> Any:
+    *values, eps = values
+    x, gate, h, scale, _ = values
+    B, N, C = x.shape
+    (y, n), (y_dot, n_dot) = ([empty(x, samples, N, C) for _ in range(2)] for samples in (B, b))
+    mean, rstd = (empty(x, B, N, dtype=torch.float32) for _ in range(2))
+    _fwd[(B * N,)](
+        *values, *dots, y, n, y_dot, n_dot, mean, rstd,
+        *(s for a, w in zip((*values, *dots), WIDTHS * 2, strict=True) for s in strides(a, w)),
+        N, C, b, eps, gate is not None, *(d is not None for d in dots), **rows("gated_residual_adaln._fwd", x),
+    )  # fmt: skip
+    return (y, n), (y_dot, n_dot), (y, gate, None if gate is None else h, scale, mean, rstd)
 
-    @staticmethod
-    def jvp(ctx: Any, *dots: Any) -> Any:
-        return *forward_mode(ctx, fused, (*ctx.saved_tensors, ctx.eps), dots[:5]), None, None, None, None
+
+def backward(saved: Sequence[Any], dy: Tensor | None, dn: Tensor | None) -> Any:
+    y, gate, h, scale, mean, rstd = saved
+    B, N, C = y.shape
+    dn = torch.zeros_like(y) if dn is None else dn
+    constants, gated = rows("gated_residual_adaln._bwd", y, ROWS=16), gate is not None
+    chunks, dx = cdiv(N, constants["ROWS"]), empty(y, B, N, C)
+    dh = empty(y, B, N, C) if gated else dx
+    dgate, dscale, dshift = (empty(y, B, chunks, C, dtype=torch.float32) for _ in range(3))
+    _bwd[(chunks, B)](
+        dy, dn, y, gate, h, scale, mean, rstd, dx, dh, dgate, dscale, dshift,
+        *strides(dy, 2), *strides(dn, 2), *strides(gate, 1), *strides(h, 2), *strides(scale, 1), N, C,
+        gated, dy is not None, **constants,
+    )  # fmt: skip
+    dscale, dshift = dscale.sum(1).to(y.dtype), dshift.sum(1).to(y.dtype)
+    return dx, dgate.sum(1).to(y.dtype) if gated else None, dh, dscale, dshift
 
 
 def accepts(x: Tensor, gate: Tensor | None, h: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> None:
@@ -174,25 +157,6 @@ def accepts(x: Tensor, gate: Tensor | None, h: Tensor, scale: Tensor, shift: Ten
         raise ValueError(f"{op}: x is {tuple(x.shape)}; expected [B, N, C] with C at most 16384")
     (B, N, C), vector = x.shape, (x.shape[0], x.shape[2])
     check(op, x, x=(x, (B, N, C)), gate=(gate, vector), h=(h, (B, N, C)), scale=(scale, vector), shift=(shift, vector))
-
-
-def fused(
-    x: Tensor | Dual,
-    gate: Tensor | Dual | None,
-    h: Tensor | Dual,
-    scale: Tensor | Dual,
-    shift: Tensor | Dual,
-    eps: float = 1e-6,
-) -> tuple[Any, Any]:
-    """gated_residual_adaln of Tensors, or of Duals in any of the five places: one launch for both outputs, value and
-    tangent. Shapes as above; float16, bfloat16 (on a GPU) or float32, the same for all; statistics in float32; last
-    dimension contiguous, C at most 16384; else ValueError."""
-    args = (x, gate, h, scale, shift)
-    duals = [a for a in args if isinstance(a, Dual)]
-    b = leading(duals, "gated_residual_adaln")
-    values, dots = zip(*map(halves, args), strict=True)
-    y, n, y_dot, n_dot, *_ = _GatedResidualAdaLN.apply(*values, *dots, eps, b)
-    return (Dual(y, y_dot), Dual(n, n_dot)) if duals else (y, n)
 
 
 def inputs(case: Case, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, Tensor | None]:
@@ -209,20 +173,14 @@ def cost(case: Case, itemsize: int) -> Cost:
     return Cost((10 * s["B"] + 18 * case.b) * n, itemsize * (s["B"] + case.b) * (4 * n + 3 * s["C"]))
 
 
-gated_residual_adaln = Op(
-    "gated_residual_adaln",
-    reference,
-    inputs=inputs,
-    cost=cost,
-    accepts=accepts,
-    batched=("x", "gate", "h", "scale", "shift"),
-    triton=fused,
-    cases=[
-        Case("small", dict(B=3, N=5, C=8), ("x", "gate", "h", "scale", "shift")),
-        Case("ragged", dict(B=3, N=5, C=7, b=1), ("x", "gate", "h", "scale", "shift")),
-        Case("ungated", dict(B=3, N=5, C=7, ungated=1, b=2), ("x", "h", "scale", "shift")),
-        Case("chunks", dict(B=2, N=19, C=8, b=1), ("x", "gate", "h", "scale", "shift")),  # more than 16 tokens
-        Case("modulation-only", dict(B=2, N=3, C=12), ("gate", "scale", "shift")),
-        Case("sana-1.6b", dict(B=4, N=1024, C=2240, ungated=1), ("x", "h", "scale", "shift"), frozenset({"bench"})),
-    ],
-)
+ALL = ("x", "gate", "h", "scale", "shift")
+fused = function("gated_residual_adaln", forward, backward, ALL)
+CASES = [
+    Case("small", dict(B=3, N=5, C=8), ALL),
+    Case("ragged", dict(B=3, N=5, C=7, b=1), ALL),
+    Case("ungated", dict(B=3, N=5, C=7, ungated=1, b=2), ("x", "h", "scale", "shift")),
+    Case("chunks", dict(B=2, N=19, C=8, b=1), ALL),  # more than 16 tokens
+    Case("modulation-only", dict(B=2, N=3, C=12), ("gate", "scale", "shift")),
+    Case("sana-1.6b", dict(B=4, N=1024, C=2240, ungated=1), ("x", "h", "scale", "shift"), frozenset({"bench"})),
+]
+gated_residual_adaln = Op("gated_residual_adaln", reference, inputs, cost, accepts, CASES, batched=ALL, triton=fused)

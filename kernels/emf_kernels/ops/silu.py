@@ -12,12 +12,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dual import check
-from .op import Case, Cost, Op
+from emf_kernels.dual import Dual, check
+from emf_kernels.op import Case, Cost, Op
 
 
 def reference(x: Tensor) -> Tensor:
     return torch.nn.functional.silu(x)
+
+
+def dual(x: Dual) -> Dual:
+    x_, x_dot = x
+    with torch.no_grad():
+        y_dot = torch.ops.aten.silu_backward(x_dot, x_[: len(x_dot)])  # which is silu'(x) x_dot
+    return Dual(reference(x_), y_dot)
 
 
 def accepts(x: Tensor) -> None:
@@ -33,16 +40,9 @@ def cost(case: Case, itemsize: int) -> Cost:
     return Cost(6 * n, 2 * n * itemsize)
 
 
-silu = Op(
-    "silu",
-    reference,
-    inputs=inputs,
-    cost=cost,
-    accepts=accepts,
-    batched=("x",),
-    cases=[
-        Case("small", dict(B=3, C=7), ("x",)),
-        Case("ragged", dict(B=3, C=7, b=2), ("x",)),
-        Case("sana-1.6b", dict(B=16, C=2240), ("x",), frozenset({"bench"})),
-    ],
-)
+CASES = [
+    Case("small", dict(B=3, C=7), ("x",)),
+    Case("ragged", dict(B=3, C=7, b=2), ("x",)),
+    Case("sana-1.6b", dict(B=16, C=2240), ("x",), frozenset({"bench"})),
+]
+silu = Op("silu", reference, inputs, cost, accepts, CASES, dual=dual, batched=("x",))

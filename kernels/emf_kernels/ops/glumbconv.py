@@ -14,18 +14,21 @@ computes c again from x; only dc goes through memory, between its two launches.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv2d
 
-from . import launch
-from .dual import Dual, check, halves
-from .op import Case, Cost, Op, forward_mode, strides
+from emf_kernels import launch
+from emf_kernels.dual import Dual, check
+from emf_kernels.function import function
+from emf_kernels.op import Case, Cost, Op
+from emf_kernels.tiles import cdiv, empty, next_power_of_2, strides
+
 from .silu import reference as silu
 
 
@@ -203,7 +206,7 @@ def _bwd_conv(
 
 def config(kernel: str, x: Tensor) -> dict[str, int]:
     """Rows of a strip, columns and channels of a tile, and warps. The default has 8 channels a thread."""
-    H, W, F = (triton.next_power_of_2(n) for n in (x.shape[1], x.shape[2], x.shape[3] // 2))
+    H, W, F = (next_power_of_2(n) for n in (x.shape[1], x.shape[2], x.shape[3] // 2))
     default = dict(ROWS=min(16, max(1, H // 2)), BLOCK_W=min(8, max(1, W // 2)), BLOCK_C=min(64, F), num_warps=2)
     return launch.configuration(kernel, x, default, H=min(H, 64), W=min(W, 64), F=F)
 
@@ -213,58 +216,42 @@ def taps(weight: Tensor) -> Tensor:
     return weight.reshape(-1, 9).t().contiguous()
 
 
-class _GLUMBConv(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor, x_dot: Tensor | None, b: int) -> Any:
-        (B, H, W, _), F = x.shape, x.shape[3] // 2
-        y, y_dot = (torch.empty(samples, H, W, F, dtype=x.dtype, device=x.device) for samples in (B, b))
-        constants = config("glumbconv._fwd", x)
-        strips, blocks = triton.cdiv(H, constants["ROWS"]), triton.cdiv(W, constants["BLOCK_W"])
-        nine = taps(weight)
-        # the first b samples with their tangents, then the rest without
-        for first, count, live in ((0, b, True), (b, B - b, False)):
-            if count:
-                _fwd[(strips * blocks, triton.cdiv(F, constants["BLOCK_C"]), count)](
-                    x, nine, bias, x_dot if live else x, y, y_dot if live else y, *strides(x, 3),
-                    *strides(x_dot, 3), first, H, W, F, strips, live, **constants,
-                )  # fmt: skip
-        return y, y_dot
+def forward(values: Sequence[Any], dots: Sequence[Tensor | None], b: int) -> Any:
+    (x, weight, bias), (x_dot,) = values, dots
+    (B, H, W, _), F = x.shape, x.shape[3] // 2
+    y, y_dot = empty(x, B, H, W, F), empty(x, b, H, W, F)
+    constants = config("glumbconv._fwd", x)
+    strips, blocks = cdiv(H, constants["ROWS"]), cdiv(W, constants["BLOCK_W"])
+    nine = taps(weight)
+    # the first b samples with their tangents, then the rest without
+    for first, count, live in ((0, b, True), (b, B - b, False)):
+        if count:
+            _fwd[(strips * blocks, cdiv(F, constants["BLOCK_C"]), count)](
+                x, nine, bias, x_dot if live else x, y, y_dot if live else y, *strides(x, 3),
+                *strides(x_dot, 3), first, H, W, F, strips, live, **constants,
+            )  # fmt: skip
+    return (y,), (y_dot,), (x, weight, bias)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        *args, x_dot, _ = inputs
-        ctx.save_for_backward(*args)
-        ctx.save_for_forward(*args)
-        ctx.dual = x_dot is not None
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)  # no zeros for the tangent's gradient, which there never is
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor, _: Any) -> Any:
-        x, weight, bias = ctx.saved_tensors
-        (B, H, W, _), F = x.shape, x.shape[3] // 2
-        dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-        nine = taps(weight)
-        dc, dx = (torch.empty(B, H, W, 2 * F, dtype=x.dtype, device=x.device) for _ in range(2))
-        constants = config("glumbconv._bwd_gate", x)
-        strips, blocks = triton.cdiv(H, constants["ROWS"]), triton.cdiv(W, constants["BLOCK_W"])
-        dbias = torch.empty(B, strips * blocks, 2 * F, dtype=torch.float32, device=x.device)
-        _bwd_gate[(strips * blocks, triton.cdiv(F, constants["BLOCK_C"]), B)](
-            dy, x, nine, bias, dc, dbias, *strides(dy, 3), *strides(x, 3), H, W, F, strips, **constants
-        )
-        constants = config("glumbconv._bwd_conv", x)
-        strips, blocks = triton.cdiv(H, constants["ROWS"]), triton.cdiv(W, constants["BLOCK_W"])
-        dweight = torch.empty(B, strips * blocks, 9, 2 * F, dtype=torch.float32, device=x.device)
-        _bwd_conv[(strips * blocks, triton.cdiv(2 * F, constants["BLOCK_C"]), B)](
-            dc, x, nine, dx, dweight, *strides(x, 3), H, W, 2 * F, strips, **constants
-        )  # fmt: skip
-        dweight = dweight.sum((0, 1)).t().reshape(weight.shape).to(weight.dtype)
-        return dx, dweight, dbias.sum((0, 1)).to(bias.dtype), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *dots: Any) -> Any:
-        return *forward_mode(ctx, fused, ctx.saved_tensors, dots[:3]), None
+def backward(saved: Sequence[Any], dy: Tensor) -> Any:
+    x, weight, bias = saved
+    (B, H, W, _), F = x.shape, x.shape[3] // 2
+    nine = taps(weight)
+    dc, dx = (empty(x, B, H, W, 2 * F) for _ in range(2))
+    constants = config("glumbconv._bwd_gate", x)
+    strips, blocks = cdiv(H, constants["ROWS"]), cdiv(W, constants["BLOCK_W"])
+    dbias = empty(x, B, strips * blocks, 2 * F, dtype=torch.float32)
+    _bwd_gate[(strips * blocks, cdiv(F, constants["BLOCK_C"]), B)](
+        dy, x, nine, bias, dc, dbias, *strides(dy, 3), *strides(x, 3), H, W, F, strips, **constants
+    )
+    constants = config("glumbconv._bwd_conv", x)
+    strips, blocks = cdiv(H, constants["ROWS"]), cdiv(W, constants["BLOCK_W"])
+    dweight = empty(x, B, strips * blocks, 9, 2 * F, dtype=torch.float32)
+    _bwd_conv[(strips * blocks, cdiv(2 * F, constants["BLOCK_C"]), B)](
+        dc, x, nine, dx, dweight, *strides(x, 3), H, W, 2 * F, strips, **constants
+    )  # fmt: skip
+    dweight = dweight.sum((0, 1)).t().reshape(weight.shape).to(weight.dtype)
+    return dx, dweight, dbias.sum((0, 1)).to(bias.dtype)
 
 
 def accepts(x: Tensor, weight: Tensor, bias: Tensor) -> None:
@@ -272,15 +259,6 @@ def accepts(x: Tensor, weight: Tensor, bias: Tensor) -> None:
         raise ValueError(f"glumbconv: x is {tuple(x.shape)}; expected [B, H, W, 2 F]")
     C = x.shape[3]
     check("glumbconv", x, x=(x, tuple(x.shape)), weight=(weight, (C, 1, 3, 3)), bias=(bias, (C,)))
-
-
-def fused(x: Tensor | Dual, weight: Tensor, bias: Tensor) -> Tensor | Dual:
-    """glumbconv of a Tensor or a Dual, one launch for value and tangent. Shapes as above; weight and bias take no
-    tangent; float16, bfloat16 (on a GPU) or float32, the same for all; sums in float32; last dimension contiguous; else
-    ValueError."""
-    x_, x_dot = halves(x)
-    y, y_dot = _GLUMBConv.apply(x_, weight, bias, x_dot, 0 if x_dot is None else len(x_dot))
-    return Dual(y, y_dot) if isinstance(x, Dual) else y
 
 
 def inputs(case: Case, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, Tensor]:
@@ -304,7 +282,7 @@ glumbconv = Op(
     cost=cost,
     accepts=accepts,
     batched=("x",),
-    triton=fused,
+    triton=function("glumbconv", forward, backward, ("x",)),
     cases=[
         Case("small", dict(B=1, H=3, W=3, F=3), ("x",)),
         Case("ragged", dict(B=2, H=2, W=1, F=4, b=1), ("x",)),

@@ -10,17 +10,18 @@ Source:   rectified flow (arXiv 2209.03003), in MeanFlow's letters (arXiv 2505.1
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .dual import Dual, check, halves, leading
-from .meanflow import config, four, offset
-from .op import Case, Cost, Op, forward_mode, strides
+from emf_kernels.dual import check
+from emf_kernels.function import function
+from emf_kernels.op import Case, Cost, Op
+from emf_kernels.tiles import cdiv, elements, empty, offset, planes, size
 
 
 def reference(x: Tensor, e: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,41 +60,25 @@ def _fwd(
         tl.store(v_dot_ptr + at, v_dot, mask=inside)
 
 
-class _Path(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, e: Tensor, t: Tensor, x_dot: Any, e_dot: Any, t_dot: Any, b: int) -> Any:
-        B, n, (H, W), constants = x.shape[0], x[0].numel(), x.shape[2:], config("path._fwd", x)
-        z, v, z_dot, v_dot = (
-            torch.empty(samples, *x.shape[1:], dtype=x.dtype, device=x.device) for samples in (B, B, b, b)
-        )
-        _fwd[(triton.cdiv(n, constants["BLOCK"]), B)](
-            x, e, t, x_dot, e_dot, t_dot, z, v, z_dot, v_dot, *strides(x, 3), *strides(e, 3),
-            *strides(x_dot, 3), *strides(e_dot, 3), b, n, H, W,
-            x_dot is not None, e_dot is not None, t_dot is not None, **constants,
-        )  # fmt: skip
-        return z, v, z_dot, v_dot
+def forward(values: Sequence[Any], dots: Sequence[Tensor | None], b: int) -> Any:
+    (x, e, t), (x_dot, e_dot, t_dot) = values, dots
+    (n, H, W), (B, *rest), constants = size(x), x.shape, elements("path._fwd", x)
+    z, v, z_dot, v_dot = (empty(x, samples, *rest) for samples in (B, B, b, b))
+    _fwd[(cdiv(n, constants["BLOCK"]), B)](
+        x, e, t, x_dot, e_dot, t_dot, z, v, z_dot, v_dot, *planes(x), *planes(e), *planes(x_dot), *planes(e_dot),
+        b, n, H, W, x_dot is not None, e_dot is not None, t_dot is not None, **constants,
+    )  # fmt: skip
+    return (z, v), (z_dot, v_dot), (x, e, t)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, e, t, *dots, _ = inputs
-        ctx.save_for_backward(x, e, t)
-        ctx.save_for_forward(x, e, t)
-        ctx.dual = any(d is not None for d in dots)
-        ctx.mark_non_differentiable(*output[2:])
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dz: Tensor, dv: Tensor, *_: Any) -> Any:
-        # never needed in training, where x, e and t are data: plain torch, the long sum of dt in double
-        x, e, t = ctx.saved_tensors
-        s, wide = t[:, None, None, None].float(), dz.float()
-        dx, de = (1 - s) * wide - dv, s * wide + dv
-        dt = ((e.double() - x.double()) * dz).flatten(1).sum(1)
-        return dx.to(dz.dtype), de.to(dz.dtype), dt.to(t.dtype), None, None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *dots: Any) -> Any:
-        return *forward_mode(ctx, fused, ctx.saved_tensors, dots[:3]), None, None
+def backward(saved: Sequence[Any], dz: Tensor | None, dv: Tensor | None) -> Any:
+    # never needed in training, where x, e and t are data: plain torch, the long sum of dt in double
+    x, e, t = saved
+    dz, dv = (torch.zeros_like(x) if d is None else d for d in (dz, dv))
+    s, wide = t.reshape(-1, *[1] * (x.ndim - 1)).float(), dz.float()
+    dx, de = (1 - s) * wide - dv, s * wide + dv
+    dt = ((e.double() - x.double()) * dz).flatten(1).sum(1)
+    return dx.to(x.dtype), de.to(x.dtype), dt.to(t.dtype)
 
 
 def accepts(x: Tensor, e: Tensor, t: Tensor) -> None:
@@ -103,19 +88,6 @@ def accepts(x: Tensor, e: Tensor, t: Tensor) -> None:
     check("path", t, t=(t, (x.shape[0],)))
     if t.dtype not in (x.dtype, torch.float32) or t.device != x.device:
         raise ValueError(f"path: t is {t.dtype} on {t.device}; expected float32 or {x.dtype} on {x.device}")
-
-
-def fused(x: Tensor | Dual, e: Tensor | Dual, t: Tensor | Dual) -> tuple[Any, Any]:
-    """path of Tensors, or of Duals in any of the three places: one launch for both outputs, value and tangent. Shapes
-    as above; x, e float16, bfloat16 (on a GPU) or float32, the same for both; t of that dtype or float32; last
-    dimension contiguous; else ValueError."""
-    duals = [a for a in (x, e, t) if isinstance(a, Dual)]
-    b = leading(duals, "path")
-    (x_, x_dot), (e_, e_dot), (t_, t_dot) = halves(x), halves(e), halves(t)
-    rest = x_.shape[1:]
-    halves_ = _Path.apply(four(x_), four(e_), t_, four(x_dot), four(e_dot), t_dot, b)
-    z, v, z_dot, v_dot = (a.view(-1, *rest) for a in halves_)
-    return (Dual(z, z_dot), Dual(v, v_dot)) if duals else (z, v)
 
 
 def inputs(case: Case, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, Tensor]:
@@ -131,19 +103,12 @@ def cost(case: Case, itemsize: int) -> Cost:
     return Cost((4 * s["B"] + 7 * case.b) * n, itemsize * (4 * s["B"] + (2 + len(set(case.live) - {"t"})) * case.b) * n)
 
 
-path = Op(
-    "path",
-    reference,
-    inputs=inputs,
-    cost=cost,
-    accepts=accepts,
-    batched=("x", "e", "t"),
-    triton=fused,
-    cases=[
-        Case("small", dict(B=3, C=2, H=4, W=3), ("x", "e", "t")),
-        Case("ragged", dict(B=3, C=2, H=3, W=5, b=2), ("x", "e", "t")),
-        Case("blocks", dict(B=2, C=3, H=5, W=70, b=1), ("x", "t")),  # more than one block of elements
-        Case("time-only", dict(B=2, C=1, H=3, W=3), ("t",)),
-        Case("sana-1.6b", dict(B=16, C=32, H=32, W=32, b=0), ("t",), frozenset({"bench"})),
-    ],
-)
+fused = function("path", forward, backward, ("x", "e", "t"))
+CASES = [
+    Case("small", dict(B=3, C=2, H=4, W=3), ("x", "e", "t")),
+    Case("ragged", dict(B=3, C=2, H=3, W=5, b=2), ("x", "e", "t")),
+    Case("blocks", dict(B=2, C=3, H=5, W=70, b=1), ("x", "t")),  # more than one block of elements
+    Case("time-only", dict(B=2, C=1, H=3, W=3), ("t",)),
+    Case("sana-1.6b", dict(B=16, C=32, H=32, W=32, b=0), ("t",), frozenset({"bench"})),
+]
+path = Op("path", reference, inputs, cost, accepts, CASES, batched=("x", "e", "t"), triton=fused)

@@ -21,11 +21,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import launch
-from .dual import Dual, check, halves, leading
-from .op import Case, Cost, Op, forward_mode, strides
+from emf_kernels import launch
+from emf_kernels.dual import check
+from emf_kernels.function import function
+from emf_kernels.op import Case, Cost, Op
+from emf_kernels.tiles import cdiv, empty, next_power_of_2, strides
 
 
 def reference(
@@ -126,7 +127,7 @@ def _fwd(
 
 def config(q: Tensor, Nk: int, live: Sequence[bool]) -> dict[str, int]:
     """Tile sizes, warps and stages: by head size, lengths up to 128, and how many products a tile has."""
-    block_d, nq, nk = (max(16, triton.next_power_of_2(n)) for n in (q.shape[3], q.shape[1], Nk))
+    block_d, nq, nk = (max(16, next_power_of_2(n)) for n in (q.shape[3], q.shape[1], Nk))
     most_q = 128 if block_d * q.element_size() <= 256 else 64
     most_k = 64 if block_d * q.element_size() <= 128 else 32
     block_q, block_k = min(most_q, nq), min(most_k, nk)
@@ -136,58 +137,28 @@ def config(q: Tensor, Nk: int, live: Sequence[bool]) -> dict[str, int]:
     return dict(BLOCK_D=block_d) | launch.configuration("attention._fwd", q, default, **shape)
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any) -> Any:
-        *dots, causal, scale, b = rest
-        (B, Nq, H, D), Nk = q.shape, k.shape[1]
-        o, o_dot = (torch.empty(samples, Nq, H, D, dtype=q.dtype, device=q.device) for samples in (B, b))
-        lse = torch.empty(B, H, Nq, dtype=torch.float32, device=q.device)
-        precision = "ieee" if q.dtype == torch.float32 else "tf32"
-        # the first b samples with their tangents, then the rest without: the second launch compiles to plain attention
-        for first, count, live in ((0, b, [d is not None for d in dots]), (b, B - b, [False] * 3)):
-            if count:
-                constants = config(q, Nk, live)
-                _fwd[(triton.cdiv(Nq, constants["BLOCK_Q"]), H, count)](
-                    q, k, v, mask, *dots, o, o_dot, lse, *strides(q, 3), *strides(k, 3), *strides(v, 3),
-                    *strides(mask, 1), *(stride for d in dots for stride in strides(d, 3)), first, Nq, Nk, scale, H, D,
-                    mask is not None, causal, *live, precision, **constants,
-                )  # fmt: skip
-        return o, o_dot, lse
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        (q, k, v, mask, *dots, causal, scale, _), (o, o_dot, lse) = inputs, output
-        ctx.save_for_backward(q, k, v, mask, o, lse)
-        ctx.save_for_forward(q, k, v, mask)
-        ctx.dual, ctx.causal, ctx.scale = any(d is not None for d in dots), causal, scale
-        ctx.mark_non_differentiable(o_dot, lse)
-        ctx.set_materialize_grads(False)  # no zeros for the tangent's gradient, which there never is
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do: Tensor, *_: Any) -> Any:
-        q, k, v, mask, o, lse = ctx.saved_tensors
-        return *_bwd(do, q, k, v, mask, o, lse, ctx.causal, ctx.scale), *[None] * 7
-
-    @staticmethod
-    def jvp(ctx: Any, *dots: Any) -> Any:
-        return *forward_mode(ctx, fused, (*ctx.saved_tensors, ctx.causal, ctx.scale), dots[:3]), None, None
+def forward(values: Sequence[Any], dots: Sequence[Tensor | None], b: int) -> Any:
+    q, k, v, mask, causal, scale = values
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    (B, Nq, H, D), Nk = q.shape, k.shape[1]
+    o, o_dot, lse = empty(q, B, Nq, H, D), empty(q, b, Nq, H, D), empty(q, B, H, Nq, dtype=torch.float32)
+    precision = "ieee" if q.dtype == torch.float32 else "tf32"
+    # the first b samples with their tangents, then the rest without: the second launch compiles to plain attention
+    for first, count, live in ((0, b, [d is not None for d in dots]), (b, B - b, [False] * 3)):
+        if count:
+            constants = config(q, Nk, live)
+            _fwd[(cdiv(Nq, constants["BLOCK_Q"]), H, count)](
+                q, k, v, mask, *dots, o, o_dot, lse, *strides(q, 3), *strides(k, 3), *strides(v, 3),
+                *strides(mask, 1), *(stride for d in dots for stride in strides(d, 3)), first, Nq, Nk, scale, H, D,
+                mask is not None, causal, *live, precision, **constants,
+            )  # fmt: skip
+    return (o,), (o_dot,), (q, k, v, mask, o, lse, causal, scale)
 
 
-def _bwd(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(saved: Sequence[Any], do: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) from the saved lse: by PyTorch's flash kernel where it can (it has no key mask), else by plain
     torch, which holds a few float32 [B, H, Nq, Nk]."""
+    q, k, v, mask, o, lse, causal, scale = saved
     flash = mask is None and q.dtype != torch.float32 and q.shape[3] % 8 == 0
     if flash and q.is_cuda and torch.cuda.get_device_capability(q.device) >= (8, 0):
         unused = torch.empty(0, dtype=torch.uint64, device=q.device)  # the state of the dropout that there is not
@@ -219,25 +190,6 @@ def accepts(
         raise ValueError(f"attention: causal with {Nq} queries and {Nk} keys; expected as many")
 
 
-def fused(
-    q: Tensor | Dual,
-    k: Tensor | Dual,
-    v: Tensor | Dual,
-    mask: Tensor | None = None,
-    causal: bool = False,
-    scale: float | None = None,
-) -> Tensor | Dual:
-    """Attention of Tensors, or of Duals in any of the three places: one kernel for value and tangent. Shapes as above;
-    float16, bfloat16 (on a GPU) or float32, the same for q, k, v; sums in float32; last dimension contiguous, D at most
-    256; else ValueError."""
-    duals = [a for a in (q, k, v) if isinstance(a, Dual)]
-    b = leading(duals, "attention")
-    (q_, q_dot), (k_, k_dot), (v_, v_dot) = halves(q), halves(k), halves(v)
-    scale = q_.shape[3] ** -0.5 if scale is None else float(scale)
-    o, o_dot, _ = _Attention.apply(q_, k_, v_, mask, q_dot, k_dot, v_dot, causal, scale, b)
-    return Dual(o, o_dot) if duals else o
-
-
 def inputs(case: Case, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, Any]:
     s = case.shape
     normal = lambda n: torch.randn(s["B"], n, s["H"], s["D"], generator=generator, dtype=dtype).to(device)  # noqa: E731
@@ -267,7 +219,7 @@ attention = Op(
     accepts=accepts,
     batched=("q", "k", "v", "mask"),
     live=("q", "k", "v"),
-    triton=fused,
+    triton=function("attention", forward, backward, QKV),
     cases=[
         Case("self", dict(B=3, Nq=9, Nk=9, H=2, D=16), QKV),
         Case("cross-masked", dict(B=3, Nq=10, Nk=7, H=2, D=16, masked=1, b=2), ("q",)),

@@ -12,17 +12,18 @@ Source:   MeanFlow (arXiv 2505.13447) eq. 9-11 and section 4.3; EMF (arXiv 2604.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import launch
-from .dual import check
-from .op import Case, Cost, Op, strides
+from emf_kernels.dual import check
+from emf_kernels.function import function
+from emf_kernels.op import Case, Cost, Op
+from emf_kernels.tiles import cdiv, elements, empty, offset, planes, size
 
 
 def reference(
@@ -32,11 +33,6 @@ def reference(
     u_tgt = torch.cat([v[:b] - gap[:b] * u_dot, v[b:]]).detach()
     total = (u - u_tgt).square().flatten(1).sum(1)
     return total / (total.detach() + c) ** p, total.detach() / u[0].numel()
-
-
-@triton.jit
-def offset(i, stride_c, stride_h, H, W):
-    return i // W // H * stride_c + i // W % H * stride_h + i % W
 
 
 @triton.jit
@@ -80,51 +76,26 @@ def _bwd(
     tl.store(du_ptr + sample * n + i, tl.load(dloss_ptr + sample) * error, mask=i < n)
 
 
-def config(kernel: str, u: Tensor) -> dict[str, int]:
-    """Elements of a program, and warps; the class is a sample's size."""
-    n = min(triton.next_power_of_2(u[0].numel()), 2**16)
-    return launch.configuration(kernel, u, dict(BLOCK=1024, num_warps=4), n=n)
+def forward(values: Sequence[Any], dots: Sequence[Tensor | None], b: int) -> Any:
+    u, u_dot, v, t, r, p, c = values
+    (n, H, W), constants = size(u), elements("meanflow._fwd", u)
+    blocks = cdiv(n, constants["BLOCK"])
+    sums = empty(u, len(u), blocks, dtype=torch.float32)
+    _fwd[(blocks, len(u))](
+        u, u_dot, v, t, r, sums, *planes(u), *planes(u_dot), *planes(v), len(u_dot), n, H, W, **constants
+    )  # fmt: skip
+    total = sums.sum(1)
+    w = 1 / (total + c) ** p
+    return ((w * total).to(u.dtype), (total / n).to(u.dtype)), (), (u, u_dot, v, t, r, w)
 
 
-def four(x: Tensor | None) -> Any:
-    """x [B, ...] as [B, ., ., .], whose strides the kernels take."""
-    return x if x is None else x[(slice(None), *[None] * (4 - x.ndim))]
-
-
-class _MeanFlow(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        u: Tensor, u_dot: Tensor, v: Tensor, t: Tensor, r: Tensor, p: float, c: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        B, n, (H, W) = u.shape[0], u[0].numel(), u.shape[2:]
-        constants = config("meanflow._fwd", u)
-        sums = torch.empty(B, triton.cdiv(n, constants["BLOCK"]), dtype=torch.float32, device=u.device)
-        _fwd[(sums.shape[1], B)](
-            u, u_dot, v, t, r, sums, *strides(u, 3), *strides(u_dot, 3), *strides(v, 3),
-            u_dot.shape[0], n, H, W, **constants,
-        )  # fmt: skip
-        total = sums.sum(1)
-        w = 1 / (total + c) ** p
-        return (w * total).to(u.dtype), (total / n).to(u.dtype), w
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs[:5], output[2])
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dloss: Tensor, *_: Any) -> Any:
-        u, u_dot, v, t, r, w = ctx.saved_tensors
-        n, (H, W) = u[0].numel(), u.shape[2:]
-        du = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-        constants = config("meanflow._bwd", u)
-        _bwd[(triton.cdiv(n, constants["BLOCK"]), u.shape[0])](
-            2 * w * dloss, u, u_dot, v, t, r, du, *strides(u, 3), *strides(u_dot, 3), *strides(v, 3),
-            u_dot.shape[0], n, H, W, **constants,
-        )  # fmt: skip
-        return du, None, None, None, None, None, None
+def backward(saved: Sequence[Any], dloss: Tensor, _: None) -> Any:
+    u, u_dot, v, t, r, w = saved
+    du, (n, H, W), constants = empty(u, *u.shape), size(u), elements("meanflow._bwd", u)
+    _bwd[(cdiv(n, constants["BLOCK"]), len(u))](
+        2 * w * dloss, u, u_dot, v, t, r, du, *planes(u), *planes(u_dot), *planes(v), len(u_dot), n, H, W, **constants
+    )  # fmt: skip
+    return (du,)
 
 
 def accepts(u: Tensor, u_dot: Tensor, v: Tensor, t: Tensor, r: Tensor, p: float = 1.0, c: float = 1e-3) -> None:
@@ -137,16 +108,6 @@ def accepts(u: Tensor, u_dot: Tensor, v: Tensor, t: Tensor, r: Tensor, p: float 
     check("meanflow", t, t=(t, (B,)), r=(r, (B,)))
     if t.dtype not in (u.dtype, torch.float32) or t.device != u.device:
         raise ValueError(f"meanflow: t is {t.dtype} on {t.device}; expected float32 or {u.dtype} on {u.device}")
-
-
-def fused(
-    u: Tensor, u_dot: Tensor, v: Tensor, t: Tensor, r: Tensor, p: float = 1.0, c: float = 1e-3
-) -> tuple[Tensor, Tensor]:
-    """meanflow, in one launch, backward in another. Shapes as above; u, u_dot, v float16, bfloat16 (on a GPU) or
-    float32, the same for the three; t, r of that dtype or float32; sums in float32; last dimension contiguous; else
-    ValueError."""
-    loss, error, _ = _MeanFlow.apply(four(u), four(u_dot), four(v), t, r, p, c)
-    return loss, error
 
 
 def inputs(case: Case, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, Tensor | float]:
@@ -163,22 +124,24 @@ def cost(case: Case, itemsize: int) -> Cost:
     return Cost((3 * s["B"] + 2 * case.b) * n, itemsize * (2 * s["B"] + case.b) * n)
 
 
+fused = function("meanflow", forward, backward, constant=1)
+CASES = [
+    Case("full", dict(B=3, C=2, H=4, W=3), ()),
+    Case("ragged", dict(B=4, C=2, H=3, W=3, b=1), ()),
+    Case("blocks", dict(B=2, C=3, H=5, W=70, b=1), ()),  # more than one block of elements
+    Case("flow-matching", dict(B=3, C=2, H=3, W=3, b=0, half_p=1), ()),
+    Case("unweighted", dict(B=3, C=2, H=3, W=3, half_p=0), ()),
+    Case("sana-1.6b", dict(B=16, C=32, H=32, W=32, b=8), (), frozenset({"bench"})),
+]
 meanflow = Op(
     "meanflow",
     reference,
-    inputs=inputs,
-    cost=cost,
-    accepts=accepts,
+    inputs,
+    cost,
+    accepts,
+    CASES,
     batched=("u", "v", "t", "r"),
     live=(),
     differentiable=("u",),
     triton=fused,
-    cases=[
-        Case("full", dict(B=3, C=2, H=4, W=3), ()),
-        Case("ragged", dict(B=4, C=2, H=3, W=3, b=1), ()),
-        Case("blocks", dict(B=2, C=3, H=5, W=70, b=1), ()),  # more than one block of elements
-        Case("flow-matching", dict(B=3, C=2, H=3, W=3, b=0, half_p=1), ()),
-        Case("unweighted", dict(B=3, C=2, H=3, W=3, half_p=0), ()),
-        Case("sana-1.6b", dict(B=16, C=32, H=32, W=32, b=8), (), frozenset({"bench"})),
-    ],
 )

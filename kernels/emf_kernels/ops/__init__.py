@@ -1,0 +1,1 @@
+"""The operations, one a file; the package above imports and so registers them."""

@@ -1,0 +1,78 @@
+"""What several kernels share: rows and elements as tiles, the norm of a row and its tangent, strides and offsets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+
+
+def cdiv(n: int, size: int) -> int:
+    """How many pieces of a size cover n. Triton's own function costs ten times as much on the host."""
+    return -(-n // size)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def strides(x: Tensor | None, n: int) -> Sequence[int]:
+    """The first n strides; zeros for a tensor that is not there."""
+    return (0,) * n if x is None else x.stride()[:n]
+
+
+def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory for an output or a partial sum, on the device of a tensor and of its dtype, unless one is named."""
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+
+
+def rows(kernel: str, x: Tensor, **free: int) -> dict[str, int]:
+    """The configuration of a kernel that holds a row of x in one block. free: further parameters, at their defaults."""
+    block = next_power_of_2(x.shape[-1])
+    default = free | dict(num_warps=min(max(block // 512, 1), 8))
+    return dict(BLOCK=block) | launch.configuration(kernel, x, default, C=block)
+
+
+def elements(kernel: str, x: Tensor) -> dict[str, int]:
+    """The configuration of a kernel that walks over the elements of a sample; the shape class is a sample's size."""
+    n = min(next_power_of_2(x.numel() // x.shape[0]), 2**16)
+    return launch.configuration(kernel, x, dict(BLOCK=1024, num_warps=4), n=n)
+
+
+def planes(x: Tensor | None) -> Sequence[int]:
+    """The strides of samples, channels and rows of x [B, ...], read as [B, C, H, W]; zero along what is not there."""
+    if x is None:
+        return 0, 0, 0
+    batch, *middle, _ = x.stride()
+    return batch, *(0, 0)[len(middle) :], *middle
+
+
+def size(x: Tensor) -> tuple[int, int, int]:
+    """(elements of a sample, H, W) of x [B, ...], read as [B, C, H, W]."""
+    return x.numel() // x.shape[0], x.shape[-2] if x.ndim > 2 else 1, x.shape[-1]
+
+
+@triton.jit
+def offset(i, stride_c, stride_h, H, W):
+    """Where element i of a sample lies, from its first element on."""
+    return i // W // H * stride_c + i // W % H * stride_h + i % W
+
+
+@triton.jit
+def norm(x, inside, C, eps):
+    """(n, mean, rstd) of a row."""
+    mean = tl.sum(x) / C
+    centred = tl.where(inside, x - mean, 0)
+    rstd = 1 / tl.sqrt(tl.sum(centred * centred) / C + eps)
+    return centred * rstd, mean, rstd
+
+
+@triton.jit
+def norm_dot(x_dot, n, rstd, C):
+    """n_dot. The same map takes g = dn to dx: the normalisation's derivative is symmetric."""
+    return rstd * (x_dot - tl.sum(x_dot) / C - n * (tl.sum(n * x_dot) / C))
