@@ -55,8 +55,6 @@ def test_the_readme_is_short_and_narrow() -> None:
 @page
 def test_prose_is_narrow(page: Path) -> None:
     """Tables and commands may be wider: neither can be broken."""
-    if page.parent.name == "kernels":
-        return  # its lines are those of the package's own page
     prose = FENCE.sub("", page.read_text()).splitlines()
     assert [line for line in prose if len(line) > WIDTH and not line.startswith(("|", "![", "- ["))] == []
 
