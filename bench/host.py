@@ -1,0 +1,157 @@
+"""What a training step costs the host: CPU time of Python and PyTorch, kernels left out.
+
+At a micro-batch of one, which is EMF's own setting, a step of the 1.6B model is bound by the host: the GPU waits for
+Python. This bench measures that part without a GPU. The model has the depth of the 1.6B (20 blocks) and tiny widths, so
+that arithmetic costs nothing, and every Triton launch is replaced by a function that does nothing. What is left is what
+the host does in every step: checks, allocations, autograd, dispatch of PyTorch's own operators.
+
+All ways run in one process and in turn (A B C A B C ...), so that their ratios hold on a machine whose speed drifts.
+Times are CPU time of one thread. Not in them: Triton's own launch (some ten microseconds each; `launches` says how many
+there are), the optimizer, and the data.
+
+    fm              ours, flow matching: forward and backward
+    dual 1, 0.5     ours: value and tangent in one pass, for all samples or the share that carries one
+    diffusers fm    flow matching on diffusers' SanaTransformer2DModel
+    practice        diffusers' model: torch.func.jvp without a graph, then a second forward that has one
+
+Run it with `python -m bench.host`; it writes profiles/cpu/host.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+os.environ["TRITON_INTERPRET"] = "0"  # read by triton.jit at import: a launch must be a launch, to be left out
+
+import torch
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+from bench.ops import OUT, revision
+from bench.providers import Released, Setting, Size, dual, fm
+from emf.model.sizes import TransformerConfig
+from emf_kernels import Op
+
+LAYERS = 20  # of SANA-1.5 1.6B
+BASE = "diffusers fm"
+
+
+def tiny(layers: int, batch: int) -> Size:
+    """A model as deep as asked for and as narrow as the kernels take."""
+    model = TransformerConfig(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=layers,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=16,
+        caption_channels=32,
+        sample_size=4,
+        dual_time=True,
+    )
+    return Size(model, batch=batch, condition=4)
+
+
+@contextmanager
+def without_launches() -> Iterator[list[str]]:
+    """Kernels are not launched; the names of those that would have been are listed."""
+    names: list[str] = []
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        names.append(self.fn.__name__)
+
+    def as_on_a_gpu(self: Op, x: Tensor) -> str:
+        return "reference" if self.triton is None else "triton"
+
+    chosen = mock.patch.object(Op, "backend_for", as_on_a_gpu)
+    refusals = mock.patch("emf_kernels.op.check_kernel_dtype")  # which would refuse a compiled kernel off a GPU
+    with mock.patch.object(JITFunction, "run", run), chosen, refusals:
+        yield names
+
+
+def ways(s: Setting) -> dict[str, Callable[[], Tensor]]:
+    """By name: a step's loss, with its graph."""
+    own = lambda s: s.net  # noqa: E731
+    ours: dict[str, Any] = {"fm": fm(own), "dual 1": dual(1, own)}
+    if s.size.batch > 1:
+        ours["dual 0.5"] = dual(0.5, own)
+    made: dict[str, Callable[[], Tensor]] = {name: (lambda step=step: step(s)[0]) for name, step in ours.items()}
+    theirs = Released(s)
+
+    def velocity(z: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        return theirs.velocity(z, r, t, s.c)
+
+    def flow_matching() -> Tensor:
+        return (velocity(s.z, s.t, s.r) - s.v).square().flatten(1).mean(1).mean()
+
+    def practice() -> Tensor:
+        with torch.no_grad():
+            at, along = (s.z, s.t, s.r), (s.v, torch.ones_like(s.t), torch.zeros_like(s.r))
+            u_dot = torch.func.jvp(velocity, at, along)[1]
+        return (velocity(s.z, s.t, s.r) - s.v + u_dot).square().flatten(1).mean(1).mean()
+
+    return made | {BASE: flow_matching, "practice": practice}
+
+
+def measure(layers: int = LAYERS, batch: int = 1, rounds: int = 15) -> dict[str, Any]:
+    """The record: for each way the CPU milliseconds of a step (median and range), its ratio to diffusers' flow
+    matching (median of pairs and range) and its launches."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        s = Setting(tiny(layers, batch), torch.float32)
+        steps = ways(s)
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        launches = dict.fromkeys(steps, 0)
+        for i in range(rounds + 2):  # the first two warm up
+            for name, step in steps.items():
+                with without_launches() as names:
+                    start = time.process_time()
+                    step().backward()
+                    took = time.process_time() - start
+                launches[name] = len(names)
+                if i > 1:
+                    times[name].append(took)
+    finally:
+        torch.set_num_threads(threads)
+    rows = []
+    for name, took in times.items():
+        ratios = sorted(a / b for a, b in zip(took, times[BASE], strict=True))
+        row: dict[str, Any] = dict(way=name, ms=1e3 * statistics.median(took), ms_low=1e3 * min(took))
+        row |= dict(ms_high=1e3 * max(took), ratio=statistics.median(ratios), ratio_low=ratios[0])
+        rows.append(row | dict(ratio_high=ratios[-1], launches=launches[name]))
+    head = dict(layers=layers, batch=batch, rounds=rounds, torch=torch.__version__, commit=revision())
+    return dict(head=head, rows=rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args()
+    if min(options.layers, options.batch, options.rounds) < 1:
+        parser.error("layers, batch and rounds must each be at least 1")
+    record = measure(options.layers, options.batch, options.rounds)
+    for row in record["rows"]:
+        low, high = row["ratio_low"], row["ratio_high"]
+        print(
+            f"{row['way']:14} {row['ms']:7.1f} ms   {row['ratio']:.2f} ({low:.2f} to {high:.2f}) x {BASE}"
+            f"   {row['launches']} launches"
+        )
+    file = OUT / "cpu" / "host.json"
+    file.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"record: {file}")
+
+
+if __name__ == "__main__":
+    main()
