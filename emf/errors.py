@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
 class Diverged(RuntimeError):
     """A run's loss, gradient or weights are NaN or inf."""
+
+
+class NotFinite(ValueError):
+    """Images that were sampled hold NaN or inf, or weights to sample from do."""
+
+    def __init__(self, places: Sequence[int], fault: str = "") -> None:
+        """places: the images' numbers; none where the weights alone were looked at. fault: what is known of why."""
+        self.places = list(places)
+        named = ", ".join(map(str, self.places[:8])) + ", ..." * (len(self.places) > 8)
+        images = f"the images of captions {named} (counted from 0) hold NaN or inf"
+        super().__init__("sample: " + ": ".join([images] * bool(self.places) + [fault] * bool(fault)))
 
 
 @contextmanager

@@ -92,8 +92,10 @@ def meanflow_loss(
         else:
             alpha = scheduled(flow.alpha, progress, flow)
             u_dot = alpha_derivative(network, z, t, r, v, alpha)
-            # its loss is divided by alpha, and so is the L in the weight; at r = t the target is v at any alpha
-            scale = torch.where(r < t, alpha ** (flow.weight_p - 1), scale)
+            # Towards alpha 0 its error is alpha times MeanFlow's. Its squares L, divided by alpha, then have MeanFlow's
+            # gradient, and the weight is MeanFlow's as alpha^2p / (L + c)^p: in all alpha L / (L + c) at p = 1, as in
+            # alpha-Flow's released code. At r = t the target is v at any alpha.
+            scale = torch.where(r < t, alpha ** (2 * flow.weight_p - 1), scale)
     loss, error = meanflow(u, u_dot, v, t, r, flow.weight_p, flow.weight_c)
     return scale * loss, error
 

@@ -226,6 +226,40 @@ def test_alpha_flow_goes_from_flow_matching_to_meanflow(toy: Any) -> None:
     torch.testing.assert_close((v - broadcast(t - r) * half)[:3], want[:3])
 
 
+@pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("alpha", [1.0, 0.3, 0.05])
+def test_alpha_flow_is_weighted_as_written(toy: Any, alpha: float, p: float) -> None:
+    """L / alpha without a weight; alpha L / (L + c) with the usual one, p = 1; as in MeanFlow where r = t (last)."""
+    network, null, x, e, t, r = toy
+    flow = FlowConfig(derivative="alpha", alpha=(alpha, alpha), weight_p=p, weight_c=0.5)
+    loss, error = meanflow_loss(network, null, x, e, (t, r, 3), flow)
+    z, v = path(x, e, t)
+    s = alpha * r + (1 - alpha) * t
+    target = (alpha * v + (1 - alpha) * network(z - broadcast(t - s) * v, s, r)).detach()
+    target[3] = v[3]
+    squares = (network(z, t, r) - target).square().sum((1, 2, 3))
+    want = squares / (squares + 0.5) ** p
+    want[:3] *= {0.0: 1 / alpha, 0.5: 1.0, 1.0: alpha}[p]
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(error, squares.detach() / 48)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
+def test_alpha_flow_has_meanflows_gradient_towards_zero(toy: Any, p: float) -> None:
+    """At any weight, where c is too small to count."""
+    network, null, x, e, t, r = toy
+    gradients = []
+    for flow in (
+        FlowConfig(derivative="alpha", alpha=(1e-4, 1e-4), weight_p=p, weight_c=1e-12),
+        FlowConfig(weight_p=p, weight_c=1e-12),
+    ):
+        w = torch.zeros(3, 4, 4, dtype=torch.float64, requires_grad=True)
+        moved = lambda z, t, r, w=w: _plus(network(z, t, r), w)  # noqa: E731
+        loss, _ = meanflow_loss(moved, null, x, e, (t, r, 3), flow)
+        gradients += torch.autograd.grad(loss.sum(), w)
+    torch.testing.assert_close(*gradients, rtol=1e-2, atol=1e-2)
+
+
 def _plus(u: Any, w: Tensor) -> Any:
     return Dual(u.primal + w, u.tangent) if isinstance(u, Dual) else u + w
 

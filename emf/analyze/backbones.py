@@ -65,7 +65,7 @@ class Backbones:
                     networks[name] = load_run(self.runs[name])
                 config, network = networks[name]
                 how = replace(self.settings, steps=n, batch=SMALL_AT_ONCE)
-                drawn = Sampler(config, network).images(self.texts, how).numpy()
+                drawn = Sampler(config, network, source=self.runs[name]).images(self.texts, how).numpy()
                 with whole_file(file) as part, part.open("wb") as opened:
                     np.save(opened, drawn)
             images = np.load(file)

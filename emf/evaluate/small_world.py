@@ -44,10 +44,10 @@ def evaluate_run(run: Path, per_tag: int, guidance: float, seed: int) -> dict[st
     config, network = load_run(run)
     specs = prompts(per_tag)
     meanflow = config.objective == "meanflow"
-    base = Sampler(config, load_base(config) if meanflow else network)
+    base = Sampler(config, load_base(config) if meanflow else network, source="the base" if meanflow else run)
     rows = [("fm", n, base) for n in EULER]
     if meanflow:
-        rows += [("emf", n, Sampler(config, network)) for n in FEW]
+        rows += [("emf", n, Sampler(config, network, source=run)) for n in FEW]
     scorer = Scorer.fit()
     scores: dict[str, Any] = {"guidance": guidance, "rows": []}
     pictures: dict[str, Any] = {}

@@ -21,7 +21,16 @@ from emf.files.reading import (
     why,
 )
 from emf.files.rows import append_rows, mend_rows, read_rows, write_rows
-from emf.files.writing import finite, make_folder, refuse_existing, whole_file, whole_folder, write_json, write_text
+from emf.files.writing import (
+    copy_file,
+    finite,
+    make_folder,
+    refuse_existing,
+    whole_file,
+    whole_folder,
+    write_json,
+    write_text,
+)
 
 __all__ = [
     "FORMATS",
@@ -32,6 +41,7 @@ __all__ = [
     "check_folder",
     "check_text",
     "claim",
+    "copy_file",
     "decode_text",
     "finite",
     "make_folder",

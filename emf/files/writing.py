@@ -95,6 +95,18 @@ def refuse_existing(out: Path, who: str = "") -> None:
         raise ValueError(f"{who}{out} exists; name a folder that does not")
 
 
+def copy_file(source: Path | str, target: Path | str) -> None:
+    """A copy of a file, or of the file that a link leads to, that shares nothing with it but unwritten blocks, where
+    the file system can do that: a change of the one never changes the other. Its mode is the umask's."""
+    with open(source, "rb") as read, open(target, "wb") as write:
+        try:
+            while os.copy_file_range(read.fileno(), write.fileno(), 2**30):
+                pass
+        except (OSError, AttributeError):  # across file systems, or a system that has no such call
+            read.seek(write.seek(0, os.SEEK_END))
+            shutil.copyfileobj(read, write, 2**24)
+
+
 @contextmanager
 def whole_folder(out: Path, who: str = "") -> Iterator[Path]:
     """A folder beside `out` to write into, renamed to `out` when the block ends, and removed where it raises. What a

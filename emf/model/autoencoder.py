@@ -43,7 +43,7 @@ class Identity:
         return images.float()
 
     def decode(self, latents: Tensor) -> Tensor:
-        return latents.float().clamp(-1, 1)
+        return unit(latents.float())
 
 
 class DCAE:
@@ -116,14 +116,20 @@ def load_dcae(folder: Path, dtype: torch.dtype = torch.float32, device: str | to
 
 @torch.no_grad()
 def decode(module: Any, latents: Tensor) -> Tensor:
-    """Latents [B, C, h, w] -> images [B, 3, S, S] float32, clamped to [-1, 1], by a diffusers autoencoder.
+    """Latents [B, C, h, w] -> images [B, 3, S, S] float32, clamped to [-1, 1], by a diffusers autoencoder. What is not
+    finite is NaN.
 
     The latents lie on the device that the module computes on, which need not be where its weights are at the moment:
     diffusers moves those when they are needed.
     """
     z = (latents.float() / float(module.config.scaling_factor)).to(module.dtype)
     images: Tensor = module.decode(z, return_dict=False)[0]
-    return images.float().clamp(-1, 1)
+    return unit(images.float())
+
+
+def unit(images: Tensor) -> Tensor:
+    """Images clamped to [-1, 1]. An infinity becomes NaN, for clamped it would pass as black or white."""
+    return torch.where(images.isfinite(), images.clamp(-1, 1), torch.nan)
 
 
 def posterior_sample(mean: Tensor, std: Tensor | None, generator: torch.Generator | None = None) -> Tensor:

@@ -29,7 +29,7 @@ def score(run: Path, budget: Budget) -> dict[str, Any]:
     texts = [s["prompt"] for s in specs]
     for steps in EMF_STEPS if few else FM_STEPS:
         how = Settings(steps, GUIDANCE, average=few, batch=150)
-        images = Sampler(config, network).images(texts, how).numpy()
+        images = Sampler(config, network, source=run).images(texts, how).numpy()
         result = scorer.score(images, specs)
         rows[str(steps)] = {"overall": result["overall"], "by_tag": result["by_tag"]}
         shown.append(to_uint8(images[:: budget.per_tag][: len(TAGS)]))

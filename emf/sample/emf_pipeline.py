@@ -20,7 +20,7 @@ from torch import Tensor
 from emf.model.autoencoder import decode
 from emf.model.sizes import TransformerConfig
 from emf.model.transformer import Transformer
-from emf.sample.sampler import latents_of
+from emf.sample.sampler import check_finite, latents_of
 from emf.sample.sampling_settings import GUIDANCE_PIPELINE
 from emf.weights.export import write_export
 from emf.weights.folders import load_exported_transformer
@@ -132,7 +132,8 @@ class EMFPipeline(DiffusionPipeline):
         guidance_scale: u_null + w (u - u_null); 1 evaluates once a step. EMF's released code samples with 1.5 and 2.
         height, width: of the images, multiples of the autoencoder's factor; None: what the transformer was made for
         latents: noise [B, C, H, W] instead of drawing it by `generator`
-        output_type: "pil", "np", "pt" or "latent". Raises ValueError on what does not fit.
+        output_type: "pil", "np", "pt" or "latent". Raises ValueError on what does not fit, and NotFinite
+            where an image holds NaN or inf.
         """
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("pipeline: give either prompt or prompt_embeds")
@@ -172,6 +173,6 @@ class EMFPipeline(DiffusionPipeline):
             guidance=guidance_scale,
         )
         if output_type != "latent":
-            images = self.processor.postprocess(decode(self.vae, images), output_type=output_type)
+            images = self.processor.postprocess(check_finite(decode(self.vae, images)), output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images) if return_dict else (images,)

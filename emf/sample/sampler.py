@@ -18,17 +18,18 @@ import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
+from torch import Tensor, nn
 
 from emf.config import Config
 from emf.device import device as find_device
+from emf.errors import NotFinite
 from emf.files import make_folder, whole_file
 from emf.flow import guided, sample, seed_of
 from emf.model.autoencoder import Latent, load_dcae
 from emf.model.text_to_image import TextToImage
 from emf.sample.image_tokens import tokenize
 from emf.sample.sampling_settings import GUIDANCE, GUIDANCE_PRETRAINED, Settings
-from emf.weights.checkpoints import newest
+from emf.weights.checkpoints import WEIGHTS, newest
 from emf.weights.folders import load
 
 SMALL = 64  # pixels along a side below which a picture is enlarged for the eye
@@ -53,14 +54,29 @@ def latents_of(
 
     transformer: called as Transformer is, in the dtype of the condition's states; the steps between are float32.
     null: the condition without a caption, of the same shape. guidance: of Settings, less what the network has already.
-    Raises ValueError on less than one step.
+    Raises ValueError on less than one step, and NotFinite where latents hold NaN or inf, with their places.
     """
     dtype = condition[0].dtype
 
     def velocity(states: States) -> Any:
         return lambda z, t, r: transformer(z.to(dtype), t, r, *states).float()
 
-    return sample(guided(velocity(condition), velocity(null), guidance), noise.float(), steps, average)
+    latents = sample(guided(velocity(condition), velocity(null), guidance), noise.float(), steps, average)
+    return check_finite(latents)
+
+
+def check_finite(images: Tensor) -> Tensor:
+    """Images or latents [n, ...], all of them finite. Raises NotFinite with the places of those that are not: as 8 bits
+    they would pass for pictures, and be scored."""
+    if bad := (~images.isfinite().flatten(1).all(1)).nonzero().flatten().tolist():
+        raise NotFinite(bad)
+    return images
+
+
+def bad_weight(module: nn.Module | None) -> str | None:
+    """The name of the first weight of a network that holds NaN or inf."""
+    every = () if module is None else module.named_parameters()
+    return next((name for name, x in every if not x.isfinite().all()), None)
 
 
 class Sampler:
@@ -81,12 +97,16 @@ class Sampler:
         autoencoder: Latent | None = None,
         settings: Settings | None = None,
         stamp: str = "",
+        *,
+        source: Path | str = "the network",
     ) -> None:
         self.config, self.network, self.autoencoder = config, network, autoencoder
         self.settings = settings or Settings()
         """Where a call says nothing else."""
         self.stamp = stamp
         """A digest of the weights: another one means other images."""
+        self.source = source
+        """Where the weights come from, for errors."""
         self.seconds: dict[str, float] = {}
         """What the stages took so far: text, transformer, decoder."""
 
@@ -101,7 +121,8 @@ class Sampler:
     ) -> Sampler:
         """run: a run, one of its checkpoints, or an export. vae: a diffusers folder with the autoencoder; None: that of
         the run's data, or of the export. dtype: None is float32 on a CPU, bfloat16 on a GPU. flow_matching: sample the
-        instantaneous velocity by Euler's method (`average` of Settings). Raises ValueError on what does not fit."""
+        instantaneous velocity by Euler's method (`average` of Settings). Raises ValueError on what does not fit, and
+        NotFinite on weights that hold NaN or inf."""
         place = find_device(device)
         run = Path(run)
         config, network = load(run)
@@ -112,7 +133,22 @@ class Sampler:
         if folder is None and channels != 3:
             raise ValueError(f"generate: {run} gives latents of {channels} channels; name their autoencoder with --vae")
         autoencoder = None if folder is None else load_dcae(folder, device=place)
-        return cls(config, network, autoencoder, Settings(average=not flow_matching), weights_stamp(run))
+        source = run if (run / "model_index.json").is_file() else newest(run) / WEIGHTS
+        how = Settings(average=not flow_matching)
+        sampler = cls(config, network, autoencoder, how, weights_stamp(run), source=source)
+        if fault := sampler.fault():
+            raise NotFinite([], fault)
+        return sampler
+
+    def fault(self) -> str:
+        """Which weight holds NaN or inf, the first of them; empty where all are finite."""
+        folder = self.config.condition.folder
+        if name := bad_weight(self.network):
+            own = name in self.network.own_encoder or not name.startswith("encoder.") or folder is None
+            return f"{name} in {self.source if own else folder} holds NaN or inf"
+        if name := bad_weight(getattr(self.autoencoder, "module", None)):
+            return f"{name} of the autoencoder holds NaN or inf"
+        return ""
 
     @property
     def guidance(self) -> float:
@@ -150,15 +186,24 @@ class Sampler:
 
         settings: None takes the sampler's own. changes: single settings by name, as in images(captions, steps=4).
         numbers: of the images, which seed them together with settings.seed; None: 0, 1, ...
-        Raises ValueError on settings out of their range, and on a caption that the encoder cannot read.
+        Raises ValueError on settings out of their range, and on a caption that the encoder cannot read; NotFinite, with
+        the numbers of the images, where one is not finite.
         """
         how = replace(settings or self.settings, **changes)
         if not captions:
             raise ValueError("sample: no captions; expected at least one")
-        every = range(len(captions)) if numbers is None else numbers
+        every = list(range(len(captions)) if numbers is None else numbers)
         seeds = [seed_of(how.seed, n) for _, n in zip(captions, every, strict=True)]
         parts = [slice(i, i + how.batch) for i in range(0, len(captions), how.batch)]
-        return torch.cat([self._decode(self._latents(captions[part], seeds[part], how)) for part in parts])
+        done = []
+        for part in parts:
+            try:
+                done.append(check_finite(self._decode(self._latents(captions[part], seeds[part], how))))
+            except NotFinite as error:
+                raise NotFinite(
+                    [every[part][i] for i in error.places], self.fault() or "the weights are finite"
+                ) from None
+        return torch.cat(done)
 
     @torch.no_grad()
     def _latents(self, captions: Sequence[str], seeds: Sequence[int], how: Settings) -> Tensor:

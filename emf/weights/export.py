@@ -10,7 +10,6 @@ would be unexpected keys to it. emf.sample.emf_pipeline.EMFPipeline reads both.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from emf.conditioning.encoder import Encoder
 from emf.config import Config
-from emf.files import refuse_existing, whole_file, whole_folder
+from emf.files import copy_file, refuse_existing, whole_file, whole_folder
 from emf.model.sizes import TransformerConfig
 from emf.show.progress import count_bytes
 from emf.weights import tensors
@@ -98,7 +97,7 @@ def write_export(
     condition: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the folder `out`: transformer, scheduler, model_index.json and, from the diffusers folder `base`, vae,
-    text_encoder and tokenizer, linked where the file system can.
+    text_encoder and tokenizer: copies, which the user may change.
 
     checkpoint_state: a Transformer's state dict, in the dtype to be written.
     text: a converted BLIP3o-NEXT checkpoint, whose language_model/ and connector.safetensors are then the text parts,
@@ -137,12 +136,12 @@ def write_export(
         (part / "scheduler" / "scheduler_config.json").write_text(_json(SCHEDULER))
         for name in PARTS:
             if base is not None and index[name] != [None, None] and not (encoder and name in TEXT_PARTS):
-                shutil.copytree(base / name, part / name, copy_function=_link)
+                shutil.copytree(base / name, part / name, copy_function=copy_file)
         if encoder is not None:
             encoder.save(part)
         elif text is not None:
-            shutil.copytree(text / TEXT[0], part / TEXT[0], copy_function=_link)
-            _link(str(text / TEXT[1]), str(part / TEXT[1]))
+            shutil.copytree(text / TEXT[0], part / TEXT[0], copy_function=copy_file)
+            copy_file(text / TEXT[1], part / TEXT[1])
         (part / "model_index.json").write_text(_json(index))
 
 
@@ -169,15 +168,6 @@ def _index(base: Path | None, text: Path | None) -> dict[str, Any]:
         if base is not None and index[name] != [None, None] and not (base / name).is_dir():
             raise ValueError(f"export: {base} has no {name}, which its model_index.json names")
     return index
-
-
-def _link(source: str, target: str) -> None:
-    """A hard link to the file that a link leads to (a download cache is full of links), else a copy."""
-    real = os.path.realpath(source)
-    try:
-        os.link(real, target)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(real, target)
 
 
 def _json(tree: dict[str, Any]) -> str:

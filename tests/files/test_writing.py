@@ -15,6 +15,7 @@ from emf.files import (
     append_rows,
     check_folder,
     claim,
+    copy_file,
     mend_rows,
     read_json,
     read_rows,
@@ -154,3 +155,21 @@ def test_a_device_is_there_or_one_line() -> None:
         with pytest.raises(ValueError, match="^device: .*expected one of cpu") as error:
             device(name)
         assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["by the file system", "byte by byte"])
+def test_a_copy_shares_nothing(tmp_path: Path, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a link's target, as a download cache has them, and of a file that only its owner may read."""
+    blob, link, data = tmp_path / "blob", tmp_path / "link", bytes(range(256)) * 999
+    blob.write_bytes(data)
+    blob.chmod(0o400)
+    link.symlink_to(blob)
+    if not whole:
+        monkeypatch.delattr(os, "copy_file_range", raising=False)
+    copy_file(link, tmp_path / "copy")
+    with (tmp_path / "copy").open("ab") as file:
+        file.write(b"more")
+    assert blob.read_bytes() == data and (tmp_path / "copy").read_bytes() == data + b"more"
+    old = os.umask(0)
+    os.umask(old)
+    assert not (tmp_path / "copy").is_symlink() and (tmp_path / "copy").stat().st_mode & 0o777 == 0o666 & ~old
