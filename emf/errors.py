@@ -7,9 +7,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from emf.files.writing import not_written
+
 
 class Diverged(RuntimeError):
     """A run's loss, gradient or weights are NaN or inf."""
+
+
+class Torn(ValueError):
+    """A file that could be read does not hold what it should: it was cut, or is of another kind."""
 
 
 class NotFinite(ValueError):
@@ -33,10 +39,17 @@ def report_errors() -> Iterator[None]:
         if os.environ.get("RANK", "0") == "0":  # every rank sees the same
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, ValueError) else 3) from None
-    except OSError as error:
-        if error.filename is None:
+    except BrokenPipeError:  # whoever read the output has enough, as in `emf generate ... | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            line = f"{error.filename}: {error.strerror}"
+        elif reason := not_written(error):
+            line = f"a file cannot be written: {reason}"
+        else:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted; --resume True continues from the last checkpoint", file=sys.stderr)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from emf.files import written
 from emf.show.progress import track
 
 HEADER = 128  # bytes of a .npy header, padded so that its row count can grow in place
@@ -108,8 +109,9 @@ class VectorCache:
                 f"analyze: vectors {rows.shape} of {len(keys)} inputs, expected {self.width} finite numbers each; "
                 "another --dtype may help"
             )
-        with self.path.open("ab") as file:  # the rows first: a key without its row would be wrong
+        # the rows first: a key without its row would be wrong
+        with written(self.path), self.path.open("ab") as file:
             file.write(rows.tobytes())
-        with self.names.open("a") as names:
+        with written(self.names), self.names.open("a") as names:
             names.write("".join(json.dumps(key) + "\n" for key in keys))
         self.where |= {key: len(self.where) + i for i, key in enumerate(keys)}

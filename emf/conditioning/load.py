@@ -14,8 +14,8 @@ from emf.conditioning.blip3o import Blip3oNext, SpecialTokens, Window
 from emf.conditioning.encoder import Encoder
 from emf.conditioning.small import Connector
 from emf.conditioning.text import TextEncoder, sana_instruction
-from emf.files import read_json, why
-from emf.model.state import read_state
+from emf.files import check_readable, read_json, why
+from emf.model.state import read_state, variant
 
 Kind = Literal["blip3o", "gemma", "clip", "t5"]
 LENGTHS = {"gemma": 300, "clip": 77, "t5": 300}
@@ -111,9 +111,15 @@ def _model(kind: Any, folder: Path, dtype: torch.dtype, **arguments: Any) -> Any
         raise ValueError(f"conditioning: {folder} holds no *.safetensors; expected the weights of a {kind.__name__}")
     _config(folder)
     try:
+        check_readable(folder)
         with quiet():
             model, report = kind.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, output_loading_info=True, **arguments
+                folder,
+                dtype=dtype,
+                variant=variant(folder),
+                local_files_only=True,
+                output_loading_info=True,
+                **arguments,
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"conditioning: {folder} is no {kind.__name__}: {why(error)}") from None
@@ -128,6 +134,7 @@ def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
+        check_readable(folder)
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if not tokenizer(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from emf.data.drops import Dropped
 from emf.data.images import Sample
-from emf.files import whole_file, why
+from emf.files import check_readable, whole_file, why
 
 
 def shard_file(folder: Path, shard: int) -> Path:
@@ -28,14 +28,17 @@ def is_whole(file: Path) -> bool:
         with safe_open(file, "pt"):
             return True
     except (OSError, SafetensorError):
-        check_readable(file)
+        _check_readable(file)
         return False
 
 
-def check_readable(file: Path) -> None:
+def _check_readable(file: Path) -> None:
     """Raises ValueError where a file is there and may not be read: safetensors says of such a one that it is not."""
-    if file.exists() and not os.access(file, os.R_OK):
-        raise ValueError(f"cache: {file} may not be read; ask for the right to read it")
+    try:
+        if file.exists():
+            check_readable(file)
+    except ValueError as error:
+        raise ValueError(f"cache: {error}; ask for the right to read it") from None
 
 
 def write_shard(file: Path, samples: Iterable[Sample | Dropped]) -> None:
@@ -76,7 +79,7 @@ class Shard:
             self.rows: list[int] = self._file.get_tensor("row").tolist()
             text = json.loads(bytes(self._file.get_tensor("text").numpy()))
         except (OSError, SafetensorError, ValueError) as error:
-            check_readable(file)
+            _check_readable(file)
             state = "torn" if file.exists() else "missing"
             raise ValueError(f"cache: {file} is {state} ({why(error)}); run emf cache again to complete it") from None
         self.keys: list[str] = text["keys"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from emf.files import why
+from emf.files import check_readable, why
+from emf.model.state import variant
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Of the pixels CLIP was trained on, in [0, 1]; BLIP uses them too."""
@@ -24,10 +26,12 @@ def pretrained(cls: Any, where: str, what: str) -> Any:
     """
     # a tokenizer has no weights that could be missing
     weights = hasattr(cls, "forward")
+    how: dict[str, Any] = {"output_loading_info": True, "dtype": torch.float32} if weights else {}
     try:
-        loaded = cls.from_pretrained(
-            where, **({"output_loading_info": True, "dtype": torch.float32} if weights else {})
-        )
+        if Path(where).is_dir():
+            check_readable(Path(where))
+            how |= {"variant": variant(Path(where))} if weights else {}
+        loaded = cls.from_pretrained(where, **how)
     except (OSError, ValueError, RuntimeError) as error:
         files = "config.json and model.safetensors" if weights else "the tokenizer's files"
         raise ValueError(

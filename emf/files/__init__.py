@@ -7,6 +7,7 @@ raise is a ValueError of one line that names the file.
 from emf.files.claims import SETTINGS, check_claim, check_folder, claim, write_settings
 from emf.files.decoding import FORMATS, BrokenImage, open_image
 from emf.files.reading import (
+    check_readable,
     check_text,
     decode_text,
     numbered_jsonl,
@@ -30,6 +31,7 @@ from emf.files.writing import (
     whole_folder,
     write_json,
     write_text,
+    written,
 )
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "append_rows",
     "check_claim",
     "check_folder",
+    "check_readable",
     "check_text",
     "claim",
     "copy_file",
@@ -65,4 +68,5 @@ __all__ = [
     "write_rows",
     "write_settings",
     "write_text",
+    "written",
 ]

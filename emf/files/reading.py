@@ -12,6 +12,8 @@ import codecs
 import csv
 import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,30 @@ def why(error: BaseException) -> str:
 
 def read_bytes(path: Path) -> bytes:
     """Raises ValueError where there is no such file, where it is a folder, and where it may not be read."""
-    try:
+    with _said(path):
         return path.read_bytes()
+
+
+def check_readable(path: Path) -> None:
+    """Raises ValueError where there is no such file, and where it, or a file in it if it is a folder, may not be read;
+    folders in it and hidden files are not looked at.
+
+    For what libraries open themselves: several of them say of a file that may not be read that it is not there, or
+    that it is broken.
+    """
+    with _said(path):
+        inside = sorted(path.iterdir()) if path.is_dir() else None
+    files = [path] if inside is None else [f for f in inside if f.is_file() and not f.name.startswith(".")]
+    for file in files:
+        with _said(file):
+            file.open("rb").close()
+
+
+@contextmanager
+def _said(path: Path) -> Iterator[None]:
+    """What the system says of a file that cannot be opened, in the words of this module."""
+    try:
+        yield
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except IsADirectoryError:

@@ -34,21 +34,34 @@ def whole_file(path: Path, writer: int | None = None) -> Iterator[Path]:
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {why(error)}") from None
     try:
-        yield part
-        part.chmod(mode)
-        os.replace(part, path)
-    except BaseException as error:
+        with written(path, part):
+            yield part
+            part.chmod(mode)
+            os.replace(part, path)
+    except BaseException:
         part.unlink(missing_ok=True)
-        if reason := _not_written(error, part):
-            raise ValueError(f"{path} cannot be written: {reason}") from None
         raise
 
 
-def _not_written(error: BaseException, part: Path) -> str | None:
-    """Why `part` could not be written; None where the error is about something else. The writers of torch and
-    safetensors have errors of their own, which are known by name and text so that neither library is imported."""
+@contextmanager
+def written(path: Path, part: Path | None = None, who: str = "") -> Iterator[None]:
+    """A block that writes the file or folder `path`, at first as `part`. Raises ValueError, its text beginning with
+    `who`, where that fails, whatever writes: a full disk, a folder that may not be written to."""
+    try:
+        yield
+    except Exception as error:
+        if reason := not_written(error, part or path):
+            raise ValueError(f"{who}{path} cannot be written: {reason}") from None
+        raise
+
+
+def not_written(error: BaseException, part: Path | None = None) -> str | None:
+    """Why `part`, or something, could not be written; None where the error is about something else. The writers of
+    torch and safetensors have errors of their own, which are known by name and text so that neither library is
+    imported."""
     if isinstance(error, OSError):
-        return why(error) if error.filename is None or str(error.filename) == str(part) else None
+        ours = error.filename is None or (part is not None and str(error.filename).startswith(str(part)))
+        return why(error) if ours else None
     if type(error).__name__ == "SafetensorError":
         return str(error)
     if isinstance(error, RuntimeError) and ("unexpected pos" in str(error) or "PytorchStreamWriter" in str(error)):
@@ -110,7 +123,8 @@ def copy_file(source: Path | str, target: Path | str) -> None:
 @contextmanager
 def whole_folder(out: Path, who: str = "") -> Iterator[Path]:
     """A folder beside `out` to write into, renamed to `out` when the block ends, and removed where it raises. What a
-    kill left of an earlier one is replaced.
+    kill left of an earlier one is replaced. Its files have the mode that the umask gives, whatever the block's writers
+    set: safetensors' lets none but the owner read.
 
     Raises ValueError, its text beginning with `who`, where `out` exists or cannot be written, and where a folder of
     somebody else's is in the way.
@@ -128,12 +142,15 @@ def whole_folder(out: Path, who: str = "") -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
         raise ValueError(f"{who}{out} cannot be written: {why(error)}") from None
     try:
-        yield part
+        with written(out, part, who):
+            yield part
         refuse_existing(out, who)
+        mode = (part / MARKER).stat().st_mode & 0o777
+        for file in part.rglob("*"):
+            if file.is_file() and not file.is_symlink():
+                file.chmod(mode)
         (part / MARKER).unlink()
         part.rename(out)
-    except Exception as error:
+    except BaseException:
         shutil.rmtree(part, ignore_errors=True)
-        if isinstance(error, OSError) and (error.filename is None or str(error.filename).startswith(str(part))):
-            raise ValueError(f"{who}{out} cannot be written: {why(error)}") from None
         raise

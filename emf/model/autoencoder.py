@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from emf.files import read_json, why
+from emf.files import check_readable, read_json, why
+from emf.model.state import variant
 
 
 class Latent(Protocol):
@@ -103,8 +104,13 @@ def load_dcae(folder: Path, dtype: torch.dtype = torch.float32, device: str | to
     from diffusers import AutoencoderDC
 
     try:
+        check_readable(config.parent)
         module, found = AutoencoderDC.from_pretrained(
-            str(config.parent), torch_dtype=dtype, local_files_only=True, output_loading_info=True
+            str(config.parent),
+            torch_dtype=dtype,
+            variant=variant(config.parent),
+            local_files_only=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ValueError(f"latent: {config.parent} cannot be loaded: {why(error)}") from None

@@ -1,22 +1,56 @@
-"""One file of weights, read whole."""
+"""One file of weights, read whole; and which of a folder's files are its weights."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from emf.errors import Torn
+from emf.files import check_readable
+
 
 def read_state(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file by name, on the CPU, in their own dtypes. Raises ValueError where it is missing
-    or broken."""
+    or may not be read, and Torn where it is broken."""
+    check_weights(path)
     try:
         return load_file(path)
-    except FileNotFoundError:
-        raise ValueError(f"weights: no file {path}") from None
     except OSError as error:
         raise ValueError(f"weights: {path} cannot be read: {error.strerror or error}") from None
     except SafetensorError as error:
-        raise ValueError(f"weights: {path} is not a safetensors file: {error}") from None
+        raise Torn(f"weights: {path} is not a safetensors file: {error}") from None
+
+
+STEMS = ("diffusion_pytorch_model", "model")
+"""How diffusers and transformers begin the names of weights."""
+
+
+def variant(folder: Path) -> str | None:
+    """The variant, such as "bf16", in which alone a folder of diffusers' or transformers' holds its weights: in files
+    STEM.bf16.safetensors, or shards that STEM.safetensors.index.bf16.json names. None where weights without one are
+    there, or no weights of these names. Raises ValueError where there are several variants to choose from."""
+    found: set[str] = set()
+    for stem in STEMS:
+        if any((folder / f"{stem}{end}").is_file() for end in (".safetensors", ".safetensors.index.json")):
+            return None
+        for file in folder.glob(f"{stem}.*"):
+            named = re.fullmatch(rf"{stem}(?:\.(\w+)\.safetensors|\.safetensors\.index\.(\w+)\.json)", file.name)
+            found |= {v for v in named.groups() if v} if named else set()
+    if len(found) > 1:
+        raise ValueError(f"weights: {folder} holds them as {' and as '.join(sorted(found))}; keep one of these")
+    return next(iter(found), None)
+
+
+def check_weights(path: Path) -> None:
+    """Raises ValueError where there is no such file, or it may not be read; safetensors says of either that it is not
+    there."""
+    if not path.exists():
+        raise ValueError(f"weights: no file {path}")
+    try:
+        check_readable(path)
+    except ValueError as error:
+        raise ValueError(f"weights: {error}") from None

@@ -14,6 +14,7 @@ from emf.analyze.disentanglement import disentanglement
 from emf.analyze.encoders import embed_texts
 from emf.data.digits import BACKGROUND, TAGS, prompts, render, sample_spec
 from emf.evaluate.digits_scorer import Scorer
+from emf.files import whole_file
 from emf.paper.parts import EMF_STEPS, FM_STEPS, Budget
 from emf.sample.sampler import Sampler, to_uint8
 from emf.sample.sampling_settings import GUIDANCE, Settings
@@ -33,7 +34,8 @@ def score(run: Path, budget: Budget) -> dict[str, Any]:
         result = scorer.score(images, specs)
         rows[str(steps)] = {"overall": result["overall"], "by_tag": result["by_tag"]}
         shown.append(to_uint8(images[:: budget.per_tag][: len(TAGS)]))
-    np.save(run / "samples.npy", np.stack(shown))  # [steps, tasks, H, W, 3]
+    with whole_file(run / "samples.npy") as part, part.open("wb") as file:
+        np.save(file, np.stack(shown))  # [steps, tasks, H, W, 3]
     return rows
 
 

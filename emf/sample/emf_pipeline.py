@@ -19,10 +19,11 @@ from torch import Tensor
 
 from emf.model.autoencoder import decode
 from emf.model.sizes import TransformerConfig
+from emf.model.state import variant
 from emf.model.transformer import Transformer
 from emf.sample.sampler import check_finite, latents_of
 from emf.sample.sampling_settings import GUIDANCE_PIPELINE
-from emf.weights.export import write_export
+from emf.weights.export import PARTS, write_export
 from emf.weights.folders import load_exported_transformer
 from emf.weights.layouts import DUAL, TEXT
 
@@ -97,6 +98,9 @@ class EMFPipeline(DiffusionPipeline):
             if not isinstance(dtype, torch.dtype):
                 raise ValueError(f"pipeline: torch_dtype {dtype!r}; expected one dtype for all parts")
             kwargs["transformer"] = EMFTransformer.from_export(folder / "transformer", dtype)
+        if "variant" not in kwargs:  # of parts that were published as one alone; diffusers knows which parts those are
+            found = (variant(folder / part) for part in PARTS if kwargs.get(part, part) is not None)
+            kwargs["variant"] = next((name for name in found if name), None)
         return super().from_pretrained(str(folder), **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike[Any], *_: Any, **__: Any) -> None:

@@ -17,6 +17,8 @@ from pathlib import Path
 from torch import Tensor
 
 from emf.config import Config
+from emf.errors import Torn
+from emf.files import read_text
 from emf.model.text_to_image import TextToImage
 from emf.weights.tensors import Weights, items, read_weights, write_file
 
@@ -67,11 +69,18 @@ def saved_names(network: TextToImage, config: Config) -> set[str]:
 
 
 def read(checkpoint: Path) -> dict[str, Tensor]:
-    """A checkpoint's weights in float32. Raises ValueError where they are missing or broken."""
+    """A checkpoint's weights in float32. Raises ValueError where they are missing, may not be read, or are broken."""
     try:
         return read_weights(checkpoint / WEIGHTS)
+    except Torn as error:
+        raise ValueError(f"checkpoint: {broken(checkpoint, error)}") from None
     except ValueError as error:
-        raise ValueError(f"checkpoint: {checkpoint} is broken ({error}); delete it to resume from one before") from None
+        raise ValueError(f"checkpoint: {checkpoint} cannot be used: {error}") from None
+
+
+def broken(checkpoint: Path, why: object) -> str:
+    """What is to be said of a checkpoint whose files could be read and do not hold what they should."""
+    return f"{checkpoint} is broken ({why}); move it away to resume from one before"
 
 
 def stream(checkpoint: Path) -> Weights:
@@ -80,11 +89,15 @@ def stream(checkpoint: Path) -> Weights:
 
 
 def read_made(checkpoint: Path) -> Made:
-    """How a checkpoint was made. Raises ValueError where that is missing or broken."""
+    """How a checkpoint was made. Raises ValueError where that is missing, may not be read, or is broken."""
     try:
-        return Made(**json.loads((checkpoint / MADE).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"resume: {checkpoint} is broken ({error}); delete it to resume from one before") from None
+        text = read_text(checkpoint / MADE)
+    except ValueError as error:
+        raise ValueError(f"resume: {error}") from None
+    try:
+        return Made(**json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"resume: {broken(checkpoint, error)}") from None
 
 
 def begin(run: Path, step: int) -> Path:

@@ -17,7 +17,7 @@ from emf.recipes import from_file
 from emf.weights.checkpoints import SETTINGS, newest
 from emf.weights.layouts import DUAL, read_config, read_settings
 from emf.weights.start import resumed
-from emf.weights.tensors import Weights, load_weights, read_metadata
+from emf.weights.tensors import Weights, find, load_weights, read_metadata
 
 
 def load(folder: Path | str) -> tuple[Config, TextToImage]:
@@ -59,7 +59,9 @@ def load_exported_transformer(folder: Path, dtype: torch.dtype = torch.float32) 
     """The transformer folder that `emf export` wrote, with both time embedders where it has them. Raises ValueError
     where it is another."""
     dual, config = folder / DUAL, read_config(folder / "config.json")
-    names = [folder / "diffusion_pytorch_model.safetensors"]
+    names = find(folder)
+    if not names:
+        raise ValueError(f"weights: {folder} holds none; expected diffusion_pytorch_model.safetensors")
     if dual.is_file():
         said = read_metadata(dual)
         try:

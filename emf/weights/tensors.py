@@ -19,7 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from emf.model.state import read_state
+from emf.errors import Torn
+from emf.model.state import STEMS, check_weights, read_state, variant
 
 DTYPES = {
     "F64": torch.float64,
@@ -75,7 +76,8 @@ class Weights:
 
 def find(path: Path) -> list[Path]:
     """The files of the weights in a folder: the shards that an index names, a single safetensors file, or else a single
-    .pth. Of a file the file itself. Empty where a folder holds none.
+    .pth. Of a file the file itself. Empty where a folder holds none. A variant is taken where it is all there is; see
+    emf.model.state.variant.
 
     Raises ValueError where there are several to choose from, or a shard is missing.
     """
@@ -86,6 +88,11 @@ def find(path: Path) -> list[Path]:
             raise ValueError(f"weights: {path} is of no known kind; expected .safetensors or one of {PICKLES}")
         return [path]
     indices, single = sorted(path.glob("*.safetensors.index.json")), sorted(path.glob("*.safetensors"))
+    if not indices and (kind := variant(path)):
+        indices = sorted(path.glob(f"*.safetensors.index.{kind}.json"))
+        single = [
+            path / f"{stem}.{kind}.safetensors" for stem in STEMS if (path / f"{stem}.{kind}.safetensors").is_file()
+        ]
     if len(indices) == 1:
         try:
             names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
@@ -94,7 +101,7 @@ def find(path: Path) -> list[Path]:
         if lost := [name for name in names if not (path / name).is_file()]:
             raise ValueError(f"weights: {indices[0]} names {len(lost)} files that are not there; first {lost[0]}")
         return [path / name for name in names]
-    usual = [p for p in single if p.name in ("diffusion_pytorch_model.safetensors", "model.safetensors")]
+    usual = [p for p in single if p.name in [f"{stem}.safetensors" for stem in STEMS]]
     if not (several := indices or single):
         several = sorted(p for kind in PICKLES for p in path.glob(f"*{kind}"))
     found = usual if len(usual) == 1 and not indices else several
@@ -121,23 +128,25 @@ def _reader(file: Path) -> Callable[[str], Tensor]:
 
 
 def _opened(file: Path) -> Any:
+    check_weights(file)
     try:
         return safe_open(file, "pt")
     except SafetensorError as error:
-        raise ValueError(f"weights: {file} is not a whole safetensors file: {error}") from None
+        raise Torn(f"weights: {file} is not a whole safetensors file: {error}") from None
     except OSError as error:
         raise ValueError(f"weights: {file} cannot be read: {error.strerror or error}") from None
 
 
 def _unpickle(file: Path) -> dict[str, Tensor]:
     """The state dict in a .pth. The file is mapped, but for the format before torch 1.6, which must be read whole."""
+    check_weights(file)
     try:
         with open(file, "rb") as head:
             mapped = head.read(2) == b"PK"
         tree = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"weights: {file} cannot be read as tensors: {first}") from None
+        raise Torn(f"weights: {file} cannot be read as tensors: {first}") from None
     tree = tree.get("state_dict", tree) if isinstance(tree, dict) else tree
     if not isinstance(tree, dict) or not all(isinstance(v, Tensor) and v.dtype in NAMES for v in tree.values()):
         raise ValueError(f"weights: {file} holds no state dict; expected real tensors by name")

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from emf.config import Config
+from emf.files import check_readable, why, written
 from emf.model.text_to_image import TextToImage
 from emf.train.ranges import span
 from emf.train.zero.group import gather
@@ -73,8 +74,8 @@ class Engine:
             parameters = [{"params": params} for params, _ in groups]
             self.engine, *_ = deepspeed.initialize(model=network, model_parameters=parameters, config=settings)
         except (AssertionError, KeyError, TypeError, ValueError, ImportError) as error:
-            why = " ".join(str(error).split())
-            raise ValueError(f"config: DeepSpeed refuses its config, zero.json included: {why}") from None
+            reason = " ".join(str(error).split())
+            raise ValueError(f"config: DeepSpeed refuses its config, zero.json included: {reason}") from None
         if self.stage == 3:
             register_borrowed(network)
         self.parameters = dict(network.named_parameters())
@@ -208,14 +209,20 @@ class Engine:
             checkpoints.begin(run, step)
         self.barrier()
         partial = self.saved != self.parameters.keys()
-        self.engine.save_checkpoint(
-            str(part), tag="engine", client_state={"step": step}, save_latest=False, exclude_frozen_parameters=partial
-        )
+        with written(part):
+            self.engine.save_checkpoint(
+                str(part),
+                tag="engine",
+                client_state={"step": step},
+                save_latest=False,
+                exclude_frozen_parameters=partial,
+            )
         weights = self.weights()
         if self.rank == 0:
             for script in part.glob("*.py"):  # DeepSpeed's, to gather what is whole here already
                 script.unlink()
-            checkpoints.write_checkpoint(part, weights, config, Made(step, self.world, self.stage))
+            with written(part):
+                checkpoints.write_checkpoint(part, weights, config, Made(step, self.world, self.stage))
         self.barrier()
         if self.rank == 0:
             checkpoints.finish(part, keep)
@@ -224,7 +231,13 @@ class Engine:
 
     def load(self, checkpoint: Path) -> int:
         """Continue from a checkpoint of the same run; returns its step. Another number of ranks or another ZeRO stage
-        goes through DeepSpeed's universal checkpoint. Raises ValueError where it does not fit."""
+        goes through DeepSpeed's universal checkpoint. Raises ValueError where it does not fit, and other ones where a
+        file may not be read and where one is broken."""
+        try:
+            check_readable(checkpoint)
+            check_readable(checkpoint / "engine")
+        except ValueError as error:
+            raise ValueError(f"resume: {error}") from None
         made = checkpoints.read_made(checkpoint)
         if bool(made.stage) != bool(self.stage):
             raise ValueError(
@@ -240,9 +253,12 @@ class Engine:
                 with universal(checkpoint) as folder:
                     load_universal(folder / "zero", self.engine.optimizer, self.trainable, self.stage, self.device)
             self._load_average(checkpoint)
-        except (OSError, ValueError, RuntimeError, KeyError, AssertionError, EOFError, SafetensorError) as error:
-            why = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"resume: {checkpoint} is broken ({why}); delete it to resume from one before") from None
+        except OSError as error:
+            raise ValueError(f"resume: {checkpoint} cannot be read: {why(error)}") from None
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, RuntimeError, KeyError, AssertionError, EOFError, SafetensorError) as error:
+            raise ValueError(f"resume: {checkpoints.broken(checkpoint, why(error))}") from None
         return made.step
 
     def _load_average(self, checkpoint: Path) -> None:

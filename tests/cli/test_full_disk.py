@@ -1,0 +1,102 @@
+"""Where the disk is full a command ends with one line and exit code 2, and no half of a file stays.
+
+A limit on the size of files stands for the full disk: the system refuses the write in the same place.
+"""
+
+from __future__ import annotations
+
+import resource
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from digits_run import small_run
+from exported import write_base
+from safetensors.torch import save_file
+from training import train
+
+from emf.cli.main import main
+from emf.errors import report_errors
+from emf.files import whole_folder
+
+
+@contextmanager
+def full(room: int) -> Iterator[None]:
+    """No file grows past `room` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+COMMANDS = {
+    "generate": 'generate "a red seven" --run {run} --out {out}/pictures --device cpu',
+    "release": "release {run} --out {out}/weights.safetensors",
+    "export": "export {run} --out {out}/exported",
+}
+
+
+@pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS.keys())
+def test_commands(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = small_run(tmp_path / "run"), tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr("sys.argv", ["emf", *shlex.split(words.format(run=run, out=out))])
+    with pytest.raises(SystemExit) as end, full(200):
+        main()
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert end.value.code == 2 and len(said) == 1 and "cannot be written: File too large" in said[0], said
+    assert str(out) in said[0] and not [f for f in out.rglob("*") if f.is_file()]
+
+
+def test_what_libraries_write_into_a_folder(tmp_path: Path) -> None:
+    for writer in (
+        lambda part: write_base(part),
+        lambda part: save_file({"x": torch.zeros(9999)}, part / "x.safetensors"),
+        lambda part: torch.save({"x": torch.zeros(9999)}, part / "x.pt"),
+    ):
+        expected = pytest.raises(ValueError, match="out cannot be written: ")
+        with expected as error, full(1000), whole_folder(tmp_path / "out") as part:
+            writer(part)
+        assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def fill_at_50_kilobytes() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+
+
+def test_a_checkpoint(recipe: list[str], tmp_path: Path) -> None:
+    """What DeepSpeed writes by torch."""
+    result = train(tmp_path, *recipe, "--out", str(tmp_path / "run"), before=fill_at_50_kilobytes)
+    (line,) = (line for line in result.text.splitlines() if line.startswith("error:"))
+    assert result.code == 2 and "Traceback" not in result.text, result.text
+    assert f"{tmp_path}/run/checkpoints/step_0000003.part cannot be written: " in line, line
+
+
+def test_errors_that_name_no_file(capsys: pytest.CaptureFixture[str]) -> None:
+    for error in (OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file x")):
+        with pytest.raises(SystemExit) as end, report_errors():
+            raise error
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and said.startswith("error: a file cannot be written: ") and said.count("\n") == 1
+    with pytest.raises(RuntimeError, match="of ours"), report_errors():
+        raise RuntimeError("of ours")
+
+
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    """As in `emf generate ... | head -1`."""
+    code = "from emf.errors import report_errors\nwith report_errors():\n  while True: print('x' * 99, flush=True)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout and process.stderr
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(60) == 141 and process.stderr.read() == b""
+    process.stderr.close()
