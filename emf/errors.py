@@ -30,9 +30,9 @@ class NotFinite(ValueError):
 
 
 @contextmanager
-def report_errors() -> Iterator[None]:
-    """A ValueError is the user's: its line is printed, and the exit code is 2. A diverged run ends with 3, an
-    interrupted one with 130."""
+def report_errors(interrupted: str = "interrupted") -> Iterator[None]:
+    """A ValueError is the user's: its line is printed, and the exit code is 2. A diverged run ends with 3, what is
+    interrupted with 130 and the line `interrupted`."""
     try:
         yield
     except (ValueError, Diverged) as error:
@@ -52,5 +52,5 @@ def report_errors() -> Iterator[None]:
         print(f"error: {line}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("interrupted; --resume True continues from the last checkpoint", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         raise SystemExit(130) from None

@@ -119,10 +119,16 @@ def find_files(path: str, drops: Drops) -> tuple[bool, str, list[str]]:
         except ValueError as error:
             raise ValueError(f"data: {path}: {error}") from None
         # what a range of braces names must be there, or be missed; a * names what there is
-        found = [f for p in expanded for f in (sorted(glob.glob(p)) if any(c in p for c in "*?[") else [p])]
+        found = [f for p in expanded for f in (_there(p) if any(c in p for c in "*?[") else [p])]
     if not any(map(os.path.exists, found)):
         raise ValueError(f"data: {path}: no such file or folder; expected a tar, a pattern of tars or a folder")
     return True, os.path.commonpath([os.path.dirname(f) or "." for f in found]), found
+
+
+def _there(pattern: str) -> list[str]:
+    """The files of a pattern, in order. Where it names none as it stands, its brackets are taken for letters, as in
+    set[1]/*.tar."""
+    return sorted(glob.glob(pattern) or glob.glob(pattern.replace("[", "[[]")))
 
 
 def printable(name: str) -> str:

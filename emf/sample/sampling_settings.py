@@ -14,6 +14,8 @@ GUIDANCE_PIPELINE = 1.5
 
 SMALL_AT_ONCE = 64
 """Images of the digits' world that are computed at once where they are scored."""
+SEEDS = 2**43
+"""Seeds that can be: with the images' numbers they make up numbers of 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         finite = self.guidance is None or math.isfinite(self.guidance)
-        if self.steps < 1 or self.batch < 1 or self.seed < 0 or not finite:
+        if self.steps < 1 or self.batch < 1 or not 0 <= self.seed < SEEDS or not finite:
             raise ValueError(
                 f"sample: {self.steps} steps, guidance {self.guidance}, seed {self.seed}, batch {self.batch}; expected "
-                "at least 1 step, a number, a seed of at least 0, and at least 1 image at once"
+                "at least 1 step, a number, a seed in [0, 2^43), and at least 1 image at once"
             )

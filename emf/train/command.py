@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry of `emf train` and of the deepspeed launcher."""
     # the launcher hands every process --local_rank=N; the environment says the same
     arguments = [a for a in (sys.argv[1:] if arguments is None else arguments) if not a.startswith("--local_rank")]
-    with report_errors():
+    with report_errors("interrupted; --resume True continues from the last checkpoint"):
         config, out, resume = parse_train(arguments)
         from emf.train.loop import train  # seconds, which --help need not take
 

@@ -130,10 +130,10 @@ def plan(
         raise ValueError(f"plan: no model {model!r}; there are {', '.join(MODELS)}")
     if gpu not in PEAK_FLOPS:
         raise ValueError(f"plan: no GPU {gpu!r}; there are {', '.join(PEAK_FLOPS)}")
-    if min(gpus, micro_batch, memory) <= 0 or not 0 <= share <= 1 or not 0 < mfu <= 1:
+    if min(gpus, micro_batch, batch_size, memory) <= 0 or not 0 <= share <= 1 or not 0 < mfu <= 1:
         raise ValueError(
-            f"plan: gpus {gpus}, memory {memory}, micro-batch {micro_batch}, share {share}, mfu {mfu}; expected at "
-            "least 1 GPU and sample, some memory, a share in [0, 1], an mfu in (0, 1]"
+            f"plan: gpus {gpus}, memory {memory}, micro-batch {micro_batch}, batch size {batch_size}, share {share}, "
+            f"mfu {mfu}; expected at least 1 GPU and sample, some memory, a share in [0, 1], an mfu in (0, 1]"
         )
     if resolution % 32 or resolution < 32 or batch_size % (gpus * micro_batch):
         raise ValueError(

@@ -79,6 +79,12 @@ def test_patterns_of_tars(pattern: str, found: int, tmp_path: Path) -> None:
     assert images.drops.by_reason() == ({"missing tar": 1} if "03" in pattern else {})
 
 
+def test_brackets_in_the_name_of_a_folder(tmp_path: Path) -> None:
+    for i, folder in enumerate(("set[1]", "set1")):  # as a pattern, where that names files
+        write_tar(tmp_path / folder / "a.tar", pairs(1, i))
+        assert captions(Images([Source(f"{tmp_path}/set[1]/*.tar")], 8)) == [f"picture {i}"]
+
+
 def test_a_folder_of_pictures(tmp_path: Path) -> None:
     pictures = {"b/one.two.jpg": encoded(noise(1), "jpeg"), "B.WEBP": encoded(noise(2), "webp")}
     texts = {"b/one.two.txt": b"\xef\xbb\xbf a caf\xc3\xa9, \xe7\x8c\xab \n", "B.txt": "naïve 🐈".encode()}

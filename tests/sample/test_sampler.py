@@ -120,6 +120,7 @@ def test_an_autoencoder_decodes_each_image(network: TextToImage) -> None:
         (dict(steps=0), "0 steps"),
         (dict(batch=0), "batch 0"),
         (dict(seed=-1), "seed -1"),
+        (dict(seed=2**43), "seed 8796093022208"),
         (dict(guidance=float("nan")), "guidance nan"),
         (dict(guidance=float("inf")), "guidance inf"),
     ],
@@ -128,6 +129,10 @@ def test_settings_that_cannot_be_are_one_line(sampler: Sampler, wrong: dict[str,
     with pytest.raises(ValueError, match=said) as error:
         sampler.images(CAPTIONS, **wrong)
     assert "\n" not in str(error.value)
+
+
+def test_the_largest_seed(sampler: Sampler) -> None:
+    assert sampler.images(CAPTIONS[:2], seed=2**43 - 1, numbers=[0, 1_000_002]).isfinite().all()
 
 
 def test_captions_that_cannot_be_are_one_line(sampler: Sampler) -> None:

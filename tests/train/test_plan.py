@@ -81,7 +81,16 @@ def test_stages_split_what_they_say() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [dict(model="sana"), dict(gpu="abacus"), dict(gpus=0), dict(share=2.0), dict(resolution=1000), dict(gpus=3)],
+    [
+        dict(model="sana"),
+        dict(gpu="abacus"),
+        dict(gpus=0),
+        dict(batch_size=0),
+        dict(batch_size=-8),
+        dict(share=2.0),
+        dict(resolution=1000),
+        dict(gpus=3),
+    ],
 )
 def test_what_cannot_be_is_one_line(wrong: dict) -> None:
     with pytest.raises(ValueError, match="^plan: "):

@@ -1,4 +1,4 @@
-"""Where the disk is full a command ends with one line and exit code 2, and no half of a file stays.
+"""How commands end: where the disk is full with one line and exit code 2, and no half of a file stays; Ctrl-C; a pipe.
 
 A limit on the size of files stands for the full disk: the system refuses the write in the same place.
 """
@@ -89,6 +89,13 @@ def test_errors_that_name_no_file(capsys: pytest.CaptureFixture[str]) -> None:
         assert end.value.code == 2 and said.startswith("error: a file cannot be written: ") and said.count("\n") == 1
     with pytest.raises(RuntimeError, match="of ours"), report_errors():
         raise RuntimeError("of ours")
+
+
+def test_ctrl_c_advises_what_the_command_has(capsys: pytest.CaptureFixture[str]) -> None:
+    """Training alone has a --resume."""
+    with pytest.raises(SystemExit) as end, report_errors():
+        raise KeyboardInterrupt
+    assert end.value.code == 130 and capsys.readouterr().err == "interrupted\n"
 
 
 def test_a_reader_that_has_enough_is_no_error() -> None:
