@@ -36,6 +36,7 @@ def function(
     There are two functions behind it. The cheap one has no forward derivative, so that torch.compile takes it. The
     other is used only while torch.func transforms, or forward-mode AD, are active.
     """
+    forward, backward = _there(forward), _there(backward)
     dotted = len(live)
     none = (None,) * dotted
     gradient = _gradient(op, backward)
@@ -126,6 +127,24 @@ def function(
         return Dual(*out) if half == 1 else tuple(map(Dual, out[:half], out[half:]))
 
     return fused
+
+
+def _there(launches: Callable[..., Any]) -> Callable[..., Any]:
+    """launches(tensors, ...), on the device of the tensors: Triton itself takes the current one."""
+
+    def run(tensors: Sequence[Any], *rest: Any) -> Any:
+        lead = next((a for a in tensors if isinstance(a, Tensor)), None)
+        if (
+            lead is None
+            or not lead.is_cuda
+            or torch.compiler.is_compiling()
+            or lead.device.index == torch.cuda.current_device()
+        ):
+            return launches(tensors, *rest)
+        with torch.cuda.device(lead.device):
+            return launches(tensors, *rest)
+
+    return run
 
 
 def transforming() -> bool:

@@ -92,3 +92,17 @@ def configuration(kernel: str, x: Tensor, default: dict[str, int], **shape: int)
 def _found(kernel: str, index: int | None, shape: tuple[tuple[str, int], ...]) -> dict[str, int] | None:
     keys = (key(chip, kernel, dict(shape)) for chip in chips(index))
     return next((CONFIGURATIONS[k] for k in keys if k in CONFIGURATIONS), None)
+
+
+def shared_memory(x: Tensor) -> int:
+    """Bytes of shared memory that one program may have on a tensor's device."""
+    return _shared_memory(x.device.index) if x.is_cuda else 227 * 1024
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _shared_memory(index: int | None) -> int:
+    from triton.runtime import driver  # which finds the GPU
+
+    device = torch.cuda.current_device() if index is None else index
+    return driver.active.utils.get_device_properties(device)["max_shared_mem"]

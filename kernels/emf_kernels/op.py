@@ -128,6 +128,9 @@ class Cost(NamedTuple):
     bytes: float
 
 
+MOST = 65535  # programs along the second and third dimension of a GPU's grid, where some kernels have the samples
+
+
 def check_kernel_dtype(op: str, lead: Tensor) -> None:
     """Raises ValueError on a dtype for which the kernels are not right, RuntimeError where they cannot run."""
     if not lead.is_cuda and lead.dtype not in (torch.float16, torch.float32):
@@ -136,6 +139,8 @@ def check_kernel_dtype(op: str, lead: Tensor) -> None:
         )
     if lead.is_cuda and lead.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"{op}: dtype {lead.dtype}; expected float16, bfloat16 or float32")
+    if lead.ndim and lead.shape[0] > MOST:
+        raise ValueError(f"{op}: a batch of {lead.shape[0]}; expected at most {MOST}, or several calls")
     if not lead.is_cuda and not launch.INTERPRETED:
         raise RuntimeError(
             f"{op}: kernels are compiled in this process and cannot run on {lead.device}; for Triton's interpreter "

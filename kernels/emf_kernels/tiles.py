@@ -44,6 +44,44 @@ def elements(kernel: str, x: Tensor) -> dict[str, int]:
     return launch.configuration(kernel, x, dict(BLOCK=1024, num_warps=4), n=n)
 
 
+def precision(x: Tensor) -> str:
+    """float32 by three tf32 products, which lose two bits of 24: by FMA a tile's operands spill kilobytes a thread."""
+    return "tf32x3" if x.dtype == torch.float32 else "tf32"
+
+
+def wide(*tensors: Tensor | None) -> bool:
+    """Whether a row's place in some [B, N, ...] does not fit into 32 bits: a sequence-first view of more than 2^31
+    elements."""
+    return any(x is not None and x.shape[1] * x.stride(1) >= 2**31 for x in tensors)
+
+
+def fitting(
+    op: str, default: dict[str, int], q: Tensor, queries: int, keys: int, stays: str = "BLOCK_Q"
+) -> dict[str, int]:
+    """The tiles halved until they fit into a program's shared memory, which GPUs for desktops have half as much of.
+
+    queries, keys: how many tensors a kernel holds a tile of; stays: of those named, one tile, of the others num_stages.
+    """
+    default, row = dict(default), max(16, next_power_of_2(q.shape[3])) * q.element_size()
+    row = row if q.element_size() == 2 else 2 * row  # the parts of which the three products are made
+    most, held = launch.shared_memory(q), {"BLOCK_Q": queries, "BLOCK_K": keys}
+
+    def needed() -> int:
+        stages = {name: 1 if name == stays else default["num_stages"] for name in held}
+        return sum(stages[name] * held[name] * default[name] for name in held) * row
+
+    while needed() > most:
+        name = max(held, key=lambda name: (default[name] > 16, held[name] * default[name]))
+        if default[name] > 16:
+            default[name] //= 2
+        elif default["num_stages"] > 1:
+            default["num_stages"] = 1
+        else:
+            heads = f"heads of {q.shape[3]} in {q.dtype} take {needed() // 1024} KiB of shared memory"
+            raise ValueError(f"{op}: {heads}, {q.device} has {most // 1024}; use half precision, or no tangents")
+    return default
+
+
 def planes(x: Tensor | None) -> Sequence[int]:
     """The strides of samples, channels and rows of x [B, ...], read as [B, C, H, W]; zero along what is not there."""
     if x is None:
@@ -76,3 +114,12 @@ def norm(x, inside, C, eps):
 def norm_dot(x_dot, n, rstd, C):
     """n_dot. The same map takes g = dn to dx: the normalisation's derivative is symmetric."""
     return rstd * (x_dot - tl.sum(x_dot) / C - n * (tl.sum(n * x_dot) / C))
+
+
+@triton.jit
+def rounded(x, PRECISION: tl.constexpr):
+    """x to the nearest number with the ten bits of tf32, to which the tensor cores truncate, a bias of -4e-4 a factor.
+    What a product and a sum both see is rounded once, before both."""
+    if PRECISION == "tf32":
+        x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return x

@@ -42,6 +42,10 @@ def _fwd(
     x = tl.load(x_ptr + sample * x_b + token * x_n + c, mask=inside, other=0).to(tl.float32)
     scale = tl.load(scale_ptr + sample * scale_b + c, mask=inside, other=0).to(tl.float32)
     shift = tl.load(shift_ptr + sample * shift_b + c, mask=inside, other=0).to(tl.float32)
+    live = inside & (sample < b)
+    x_dot = tl.zeros_like(x)
+    if X_LIVE:  # on its way while the primal's sums are waited for
+        x_dot = tl.load(x_dot_ptr + sample * x_dot_b + token * x_dot_n + c, mask=live, other=0).to(tl.float32)
     n, mean, rstd = norm(x, inside, C, eps)
     tl.store(y_ptr + row * C + c, n * (1 + scale) + shift, mask=inside)
     tl.store(mean_ptr + row, mean)
@@ -49,7 +53,6 @@ def _fwd(
     if sample < b:  # one branch a program: the other samples do no tangent work
         y_dot = tl.zeros([BLOCK], tl.float32)
         if X_LIVE:
-            x_dot = tl.load(x_dot_ptr + sample * x_dot_b + token * x_dot_n + c, mask=inside, other=0).to(tl.float32)
             y_dot += norm_dot(x_dot, n, rstd, C) * (1 + scale)
         if SCALE_LIVE:
             y_dot += n * tl.load(scale_dot_ptr + sample * scale_dot_b + c, mask=inside, other=0).to(tl.float32)
@@ -65,18 +68,29 @@ def _bwd(
 ):  # fmt: skip
     # one program: ROWS tokens of one sample; dscale and dshift leave as partial sums [B, chunks, C], which are added
     # in a fixed order afterwards (no atomics: the gradient is the same every time)
-    chunk, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    chunk, sample = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     c = tl.arange(0, BLOCK)
     inside = c < C
     scale = tl.load(scale_ptr + sample * scale_b + c, mask=inside, other=0).to(tl.float32)
     dscale, dshift = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    for token in range(chunk * ROWS, min(chunk * ROWS + ROWS, N)):
-        row = sample * N + token
-        dy = tl.load(dy_ptr + sample * dy_b + token * dy_n + c, mask=inside, other=0).to(tl.float32)
-        x = tl.load(x_ptr + sample * x_b + token * x_n + c, mask=inside, other=0).to(tl.float32)
-        rstd = tl.load(rstd_ptr + row)
-        n = tl.where(inside, (x - tl.load(mean_ptr + row)) * rstd, 0)
-        tl.store(dx_ptr + row * C + c, norm_dot(dy * (1 + scale), n, rstd, C), mask=inside)
+    begin, end = chunk * ROWS, min(chunk * ROWS + ROWS, N)
+    dy_ptr += sample * dy_b + c
+    x_ptr += sample * x_b + c
+    mean_ptr += sample * N
+    rstd_ptr += sample * N
+    next_dy, next_x = tl.load(dy_ptr + begin * dy_n, mask=inside, other=0), tl.load(x_ptr + begin * x_n, mask=inside)
+    next_mean, next_rstd = tl.load(mean_ptr + begin), tl.load(rstd_ptr + begin)
+    for token in range(begin, end):
+        # the next row is on its way while this one's sums are waited for
+        dy, x, mean, rstd = next_dy.to(tl.float32), next_x.to(tl.float32), next_mean, next_rstd
+        more = token + 1 < end
+        next_dy = tl.load(dy_ptr + (token + 1) * dy_n, mask=inside & more, other=0)
+        next_x = tl.load(x_ptr + (token + 1) * x_n, mask=inside & more)
+        next_mean = tl.load(mean_ptr + token + 1, mask=more)
+        next_rstd = tl.load(rstd_ptr + token + 1, mask=more)
+        n = tl.where(inside, (x - mean) * rstd, 0)
+        at = (sample * N + token) * C + c
+        tl.store(dx_ptr + at, norm_dot(dy * (1 + scale), n, rstd, C), mask=inside)
         dscale += dy * n
         dshift += dy
     part = (sample * tl.num_programs(0) + chunk) * C + c

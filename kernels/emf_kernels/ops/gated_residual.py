@@ -38,7 +38,7 @@ def _fwd(
 ):  # fmt: skip
     # one program: ROWS tokens of one sample, BLOCK channels
     sample = tl.program_id(2).to(tl.int64)
-    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside, at = (token < N) & (c < C), (sample * N + token) * C + c
     x = tl.load(x_ptr + sample * x_b + token * x_n + c, mask=inside, other=0).to(tl.float32)
@@ -66,7 +66,7 @@ def _bwd(
 ):  # fmt: skip
     # dgate leaves as partial sums [B, chunks, C], added in a fixed order afterwards
     sample = tl.program_id(2).to(tl.int64)
-    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (token < N) & (c < C)[None, :]
     dy = tl.load(dy_ptr + sample * dy_b + token * dy_n + c[None, :], mask=inside, other=0).to(tl.float32)

@@ -52,6 +52,15 @@ def _fwd(
     if GATED:
         gate = tl.load(gate_ptr + sample * gate_b + c, mask=inside, other=0).to(tl.float32)
     y = x + gate * h
+    # the tangent's rows are on their way while the primal's sums are waited for
+    live, y_dot = inside & (sample < b), tl.zeros([BLOCK], tl.float32)
+    if X_LIVE:
+        y_dot += tl.load(x_dot_ptr + sample * x_dot_b + token * x_dot_n + c, mask=live, other=0).to(tl.float32)
+    if GATE_LIVE:
+        y_dot += tl.load(gate_dot_ptr + sample * gate_dot_b + c, mask=live, other=0).to(tl.float32) * h
+    if H_LIVE:
+        h_dot = tl.load(h_dot_ptr + sample * h_dot_b + token * h_dot_n + c, mask=live, other=0).to(tl.float32)
+        y_dot += gate * h_dot
     n, mean, rstd = norm(y, inside, C, eps)
     scale = tl.load(scale_ptr + sample * scale_b + c, mask=inside, other=0).to(tl.float32)
     shift = tl.load(shift_ptr + sample * shift_b + c, mask=inside, other=0).to(tl.float32)
@@ -60,14 +69,6 @@ def _fwd(
     tl.store(mean_ptr + row, mean)
     tl.store(rstd_ptr + row, rstd)
     if sample < b:
-        y_dot = tl.zeros([BLOCK], tl.float32)
-        if X_LIVE:
-            y_dot += tl.load(x_dot_ptr + sample * x_dot_b + token * x_dot_n + c, mask=inside, other=0).to(tl.float32)
-        if GATE_LIVE:
-            y_dot += tl.load(gate_dot_ptr + sample * gate_dot_b + c, mask=inside, other=0).to(tl.float32) * h
-        if H_LIVE:
-            h_dot = tl.load(h_dot_ptr + sample * h_dot_b + token * h_dot_n + c, mask=inside, other=0).to(tl.float32)
-            y_dot += gate * h_dot
         n_dot = norm_dot(y_dot, n, rstd, C) * (1 + scale)
         if SCALE_LIVE:
             n_dot += n * tl.load(scale_dot_ptr + sample * scale_dot_b + c, mask=inside, other=0).to(tl.float32)
@@ -85,7 +86,7 @@ def _bwd(
     GATED: tl.constexpr, Y_USED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # one program: ROWS tokens of one sample; what is summed over tokens leaves as partial sums [B, chunks, C]
-    chunk, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    chunk, sample = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     c = tl.arange(0, BLOCK)
     inside = c < C
     scale = tl.load(scale_ptr + sample * scale_b + c, mask=inside, other=0).to(tl.float32)
@@ -94,15 +95,27 @@ def _bwd(
         tl.zeros([BLOCK], tl.float32),
         tl.zeros([BLOCK], tl.float32),
     )
-    for token in range(chunk * ROWS, min(chunk * ROWS + ROWS, N)):
+    begin, end = chunk * ROWS, min(chunk * ROWS + ROWS, N)
+    dn_ptr += sample * dn_b + c
+    y_ptr += sample * N * C + c
+    mean_ptr += sample * N
+    rstd_ptr += sample * N
+    next_dn, next_y = tl.load(dn_ptr + begin * dn_n, mask=inside, other=0), tl.load(y_ptr + begin * C, mask=inside)
+    next_mean, next_rstd = tl.load(mean_ptr + begin), tl.load(rstd_ptr + begin)
+    for token in range(begin, end):
+        # the next row is on its way while this one's sums are waited for
+        dn, y, mean, rstd = next_dn.to(tl.float32), next_y.to(tl.float32), next_mean, next_rstd
+        more = token + 1 < end
+        next_dn = tl.load(dn_ptr + (token + 1) * dn_n, mask=inside & more, other=0)
+        next_y = tl.load(y_ptr + (token + 1) * C, mask=inside & more)
+        next_mean = tl.load(mean_ptr + token + 1, mask=more)
+        next_rstd = tl.load(rstd_ptr + token + 1, mask=more)
         row = sample * N + token
-        dn = tl.load(dn_ptr + sample * dn_b + token * dn_n + c, mask=inside, other=0).to(tl.float32)
-        y = tl.load(y_ptr + row * C + c, mask=inside, other=0).to(tl.float32)
-        rstd = tl.load(rstd_ptr + row)
-        n = tl.where(inside, (y - tl.load(mean_ptr + row)) * rstd, 0)
-        dx = norm_dot(dn * (1 + scale), n, rstd, C)
+        n = tl.where(inside, (y - mean) * rstd, 0)
+        dy = tl.zeros([BLOCK], tl.float32)
         if Y_USED:
-            dx += tl.load(dy_ptr + sample * dy_b + token * dy_n + c, mask=inside, other=0).to(tl.float32)
+            dy += tl.load(dy_ptr + sample * dy_b + token * dy_n + c, mask=inside, other=0).to(tl.float32)
+        dx = norm_dot(dn * (1 + scale), n, rstd, C) + dy
         tl.store(dx_ptr + row * C + c, dx, mask=inside)
         if GATED:
             gate = tl.load(gate_ptr + sample * gate_b + c, mask=inside, other=0).to(tl.float32)

@@ -7,9 +7,11 @@ Backward: da = dy silu(g), dg = dy a silu'(g);  dx = silu'(x) conv^T(dc);  dweig
           silu(x), sums of dc
 Source:   SANA's Mix-FFN (arXiv 2410.10629); the only place where position enters the network.
 
-A program walks down a strip of rows. What an input row gives to the output rows above, at and below it is added up on
-the way, so a row of x is read once a strip (three times along W, from cache) and silu(x), c stay in registers. Backward
-computes c again from x; only dc goes through memory, between its two launches.
+A program walks down a strip of rows, a few columns wide, with a channel's taps in registers. What an input row gives to
+the output rows above, at and below it is added up on the way, so x is read once a strip (and a column more on either
+side, from cache) and silu(x), c stay in registers. The columns are unrolled: tuples of one-dimensional tensors, whose
+channels are the threads', so nothing goes through shared memory and no sum crosses a thread. Backward computes c again
+from x; only dc goes through memory, between its two launches.
 """
 
 from __future__ import annotations
@@ -52,162 +54,239 @@ def dual(x: Dual, weight: Tensor, bias: Tensor) -> Dual:
     return Dual(a * silu(g), y_dot)
 
 
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
 @triton.jit
-def _row(
-    above, here, above_dot, here_dot, x_ptr, x_dot_ptr, taps_ptr, x_h, x_w, x_dot_h, x_dot_w,
-    h, w, c, c_inside, H, W, C, LIVE: tl.constexpr,
-):  # fmt: skip
-    """Adds what input row h gives to the output rows h - 1 (which is complete then), h and h + 1."""
-    below, below_dot = tl.zeros_like(above), tl.zeros_like(above)
-    for j in tl.static_range(3):
-        at = w + j - 1
-        inside = ((at >= 0) & (at < W) & (h >= 0) & (h < H))[:, None] & c_inside[None, :]
-        x = tl.load(x_ptr + h * x_h + at[:, None] * x_w + c[None, :], mask=inside, other=0).to(tl.float32)
-        sigmoid = tl.sigmoid(x)
-        s = x * sigmoid
-        w0 = tl.load(taps_ptr + j * C + c, mask=c_inside, other=0).to(tl.float32)[None, :]
-        w1 = tl.load(taps_ptr + (3 + j) * C + c, mask=c_inside, other=0).to(tl.float32)[None, :]
-        w2 = tl.load(taps_ptr + (6 + j) * C + c, mask=c_inside, other=0).to(tl.float32)[None, :]
-        below += w0 * s
-        here += w1 * s
-        above += w2 * s
+def _sigmoid(x):
+    # exp2 and rsqrt are one instruction each; the quotient that tl.sigmoid ends in is six
+    root = tl.rsqrt(1 + tl.exp2(x * -LOG2E))
+    return root * root
+
+
+@triton.jit
+def _columns(ptr, h, left, stride_h, stride_w, c, c_inside, H, W, COLUMNS: tl.constexpr):
+    """Columns left, left + 1, ... of row h as they lie in memory: zeros outside the image."""
+    columns = ()
+    row = ptr + h * stride_h
+    for q in tl.static_range(COLUMNS):
+        w = left + q
+        inside = c_inside & (w >= 0) & (w < W) & (h >= 0) & (h < H)
+        columns = columns + (tl.load(row + w * stride_w + c, mask=inside, other=0),)
+    return columns
+
+
+@triton.jit
+def _taps(taps_ptr, C, c, c_inside):
+    taps = ()
+    for k in tl.static_range(9):
+        taps = taps + (tl.load(taps_ptr + k * C + c, mask=c_inside, other=0).to(tl.float32),)
+    return taps
+
+
+@triton.jit
+def _spread(rows, taps, s, q: tl.constexpr, COLUMNS: tl.constexpr):
+    """rows: sums of the output rows h - 1, h, h + 1, COLUMNS each; adds what the input (h, q - 1) gives to its nine."""
+    sums = ()
+    for k in tl.static_range(3):
+        for o in tl.static_range(COLUMNS):
+            if q - o >= 0 and q - o < 3:
+                sums = sums + (rows[k * COLUMNS + o] + taps[6 - 3 * k + q - o] * s,)
+            else:
+                sums = sums + (rows[k * COLUMNS + o],)
+    return sums
+
+
+@triton.jit
+def _meet(rows, rows_dot, taps, x, x_dot, COLUMNS: tl.constexpr, LIVE: tl.constexpr):
+    """An input row, activated, spread over the sums of three output rows."""
+    for q in tl.static_range(COLUMNS + 2):
+        here = x[q].to(tl.float32)
+        sigmoid = _sigmoid(here)
+        s = here * sigmoid
+        rows = _spread(rows, taps, s, q, COLUMNS)
         if LIVE:
-            x_dot = tl.load(x_dot_ptr + h * x_dot_h + at[:, None] * x_dot_w + c[None, :], mask=inside, other=0)
-            s_dot = (sigmoid + s * (1 - sigmoid)) * x_dot.to(tl.float32)
-            below_dot += w0 * s_dot
-            here_dot += w1 * s_dot
-            above_dot += w2 * s_dot
-    return above, here, below, above_dot, here_dot, below_dot
+            s_dot = (sigmoid + s * (1 - sigmoid)) * x_dot[q].to(tl.float32)
+            rows_dot = _spread(rows_dot, taps, s_dot, q, COLUMNS)
+    return rows, rows_dot
+
+
+@triton.jit
+def _down(rows, zero, COLUMNS: tl.constexpr):
+    """The sums one row further: the first row is complete, a new one begins."""
+    sums = ()
+    for k in tl.static_range(2 * COLUMNS):
+        sums = sums + (rows[COLUMNS + k],)
+    return sums + (zero,) * COLUMNS
 
 
 @triton.jit
 def _fwd(
     x_ptr, taps_ptr, bias_ptr, x_dot_ptr, y_ptr, y_dot_ptr, x_b, x_h, x_w, x_dot_b, x_dot_h, x_dot_w,
-    first, H, W, F, strips, LIVE: tl.constexpr, ROWS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    first, H, W, F, strips, LIVE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    # one program: ROWS rows, BLOCK_W columns, BLOCK_C channels of each half; a_ and g_: the halves of c
+    # one program: ROWS rows, COLUMNS columns, BLOCK_C channels of each half; a_ and g_: the halves of c
     sample = first + tl.program_id(2).to(tl.int64)
-    top = tl.program_id(0) % strips * ROWS
-    w = tl.program_id(0) // strips * BLOCK_W + tl.arange(0, BLOCK_W)
+    top = (tl.program_id(0) % strips * ROWS).to(tl.int64)
+    left = (tl.program_id(0) // strips * COLUMNS).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_inside = c < F
-    a_above, a_here, g_above, g_here = (tl.zeros([BLOCK_W, BLOCK_C], tl.float32),) * 4
-    a_above_dot, a_here_dot, g_above_dot, g_here_dot = (tl.zeros([BLOCK_W, BLOCK_C], tl.float32),) * 4
+    a_taps, g_taps = _taps(taps_ptr, 2 * F, c, c_inside), _taps(taps_ptr + F, 2 * F, c, c_inside)
+    a_bias = tl.load(bias_ptr + c, mask=c_inside, other=0).to(tl.float32)
+    g_bias = tl.load(bias_ptr + F + c, mask=c_inside, other=0).to(tl.float32)
+    zero = tl.zeros([BLOCK_C], tl.float32)
+    a_rows, g_rows, a_rows_dot, g_rows_dot = ((zero,) * (3 * COLUMNS),) * 4
     x_ptr += sample * x_b
-    x_dot_ptr += sample * x_dot_b
+    next_a = _columns(x_ptr, top - 1, left - 1, x_h, x_w, c, c_inside, H, W, COLUMNS + 2)
+    next_g = _columns(x_ptr + F, top - 1, left - 1, x_h, x_w, c, c_inside, H, W, COLUMNS + 2)
+    next_a_dot, next_g_dot = next_a, next_g
+    if LIVE:
+        x_dot_ptr += sample * x_dot_b
+        next_a_dot = _columns(x_dot_ptr, top - 1, left - 1, x_dot_h, x_dot_w, c, c_inside, H, W, COLUMNS + 2)
+        next_g_dot = _columns(x_dot_ptr + F, top - 1, left - 1, x_dot_h, x_dot_w, c, c_inside, H, W, COLUMNS + 2)
     for h in range(top - 1, min(top + ROWS, H) + 1):
-        g, g_above, g_here, g_dot, g_above_dot, g_here_dot = _row(
-            g_above, g_here, g_above_dot, g_here_dot, x_ptr + F, x_dot_ptr + F, taps_ptr + F,
-            x_h, x_w, x_dot_h, x_dot_w, h, w, c, c_inside, H, W, 2 * F, LIVE,
-        )  # fmt: skip
-        a, a_above, a_here, a_dot, a_above_dot, a_here_dot = _row(
-            a_above, a_here, a_above_dot, a_here_dot, x_ptr, x_dot_ptr, taps_ptr,
-            x_h, x_w, x_dot_h, x_dot_w, h, w, c, c_inside, H, W, 2 * F, LIVE,
-        )  # fmt: skip
-        a += tl.load(bias_ptr + c, mask=c_inside, other=0).to(tl.float32)[None, :]
-        g += tl.load(bias_ptr + F + c, mask=c_inside, other=0).to(tl.float32)[None, :]
-        sigmoid = tl.sigmoid(g)
-        inside = ((w < W) & (h > top))[:, None] & c_inside[None, :]
-        at = ((sample * H + h - 1) * W + w[:, None]) * F + c[None, :]
-        tl.store(y_ptr + at, a * g * sigmoid, mask=inside)
+        # the next row is on its way while this one is computed with
+        x_a, x_g, x_a_dot, x_g_dot = next_a, next_g, next_a_dot, next_g_dot
+        next_a = _columns(x_ptr, h + 1, left - 1, x_h, x_w, c, c_inside, H, W, COLUMNS + 2)
+        next_g = _columns(x_ptr + F, h + 1, left - 1, x_h, x_w, c, c_inside, H, W, COLUMNS + 2)
         if LIVE:
-            slope = sigmoid + g * sigmoid * (1 - sigmoid)
-            tl.store(y_dot_ptr + at, a_dot * g * sigmoid + a * slope * g_dot, mask=inside)
+            next_a_dot = _columns(x_dot_ptr, h + 1, left - 1, x_dot_h, x_dot_w, c, c_inside, H, W, COLUMNS + 2)
+            next_g_dot = _columns(x_dot_ptr + F, h + 1, left - 1, x_dot_h, x_dot_w, c, c_inside, H, W, COLUMNS + 2)
+        a_rows, a_rows_dot = _meet(a_rows, a_rows_dot, a_taps, x_a, x_a_dot, COLUMNS, LIVE)
+        g_rows, g_rows_dot = _meet(g_rows, g_rows_dot, g_taps, x_g, x_g_dot, COLUMNS, LIVE)
+        if h > top:
+            for o in tl.static_range(COLUMNS):
+                a, g = a_rows[o] + a_bias, g_rows[o] + g_bias
+                sigmoid = _sigmoid(g)
+                s = g * sigmoid
+                at = ((sample * H + h - 1) * W + left + o) * F + c
+                inside = c_inside & (left + o < W)
+                tl.store(y_ptr + at, a * s, mask=inside)
+                if LIVE:
+                    s_dot = (sigmoid + s * (1 - sigmoid)) * g_rows_dot[o]
+                    tl.store(y_dot_ptr + at, a_rows_dot[o] * s + a * s_dot, mask=inside)
+        a_rows, g_rows = _down(a_rows, zero, COLUMNS), _down(g_rows, zero, COLUMNS)
+        if LIVE:
+            a_rows_dot, g_rows_dot = _down(a_rows_dot, zero, COLUMNS), _down(g_rows_dot, zero, COLUMNS)
 
 
 @triton.jit
 def _bwd_gate(
     dy_ptr, x_ptr, taps_ptr, bias_ptr, dc_ptr, dbias_ptr, dy_b, dy_h, dy_w, x_b, x_h, x_w,
-    H, W, F, strips, ROWS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    H, W, F, strips, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     # dc from dy, with c computed again; dbias leaves as partial sums [B, strips x columns, 2 F]
     sample = tl.program_id(2).to(tl.int64)
-    top = tl.program_id(0) % strips * ROWS
-    w = tl.program_id(0) // strips * BLOCK_W + tl.arange(0, BLOCK_W)
+    top = (tl.program_id(0) % strips * ROWS).to(tl.int64)
+    left = (tl.program_id(0) // strips * COLUMNS).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_inside = c < F
-    a_above, a_here, g_above, g_here = (tl.zeros([BLOCK_W, BLOCK_C], tl.float32),) * 4
-    da_sum, dg_sum = tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
+    a_taps, g_taps = _taps(taps_ptr, 2 * F, c, c_inside), _taps(taps_ptr + F, 2 * F, c, c_inside)
+    a_bias = tl.load(bias_ptr + c, mask=c_inside, other=0).to(tl.float32)
+    g_bias = tl.load(bias_ptr + F + c, mask=c_inside, other=0).to(tl.float32)
+    zero = tl.zeros([BLOCK_C], tl.float32)
+    a_rows, g_rows = ((zero,) * (3 * COLUMNS),) * 2
+    da_sum, dg_sum = zero, zero
     x_ptr += sample * x_b
+    dy_ptr += sample * dy_b
+    next_a = _columns(x_ptr, top - 1, left - 1, x_h, x_w, c, c_inside, H, W, COLUMNS + 2)
+    next_g = _columns(x_ptr + F, top - 1, left - 1, x_h, x_w, c, c_inside, H, W, COLUMNS + 2)
     for h in range(top - 1, min(top + ROWS, H) + 1):
-        g, g_above, g_here, _, _, _ = _row(
-            g_above, g_here, g_above, g_here, x_ptr + F, x_ptr, taps_ptr + F, x_h, x_w, x_h, x_w,
-            h, w, c, c_inside, H, W, 2 * F, False,
-        )  # fmt: skip
-        a, a_above, a_here, _, _, _ = _row(
-            a_above, a_here, a_above, a_here, x_ptr, x_ptr, taps_ptr, x_h, x_w, x_h, x_w,
-            h, w, c, c_inside, H, W, 2 * F, False,
-        )  # fmt: skip
-        a += tl.load(bias_ptr + c, mask=c_inside, other=0).to(tl.float32)[None, :]
-        g += tl.load(bias_ptr + F + c, mask=c_inside, other=0).to(tl.float32)[None, :]
-        sigmoid = tl.sigmoid(g)
-        inside = ((w < W) & (h > top))[:, None] & c_inside[None, :]
-        dy_at = dy_ptr + sample * dy_b + (h - 1) * dy_h + w[:, None] * dy_w + c[None, :]
-        dy = tl.load(dy_at, mask=inside, other=0).to(tl.float32)
-        da, dg = dy * g * sigmoid, dy * a * (sigmoid + g * sigmoid * (1 - sigmoid))
-        at = ((sample * H + h - 1) * W + w[:, None]) * 2 * F + c[None, :]
-        tl.store(dc_ptr + at, da, mask=inside)
-        tl.store(dc_ptr + at + F, dg, mask=inside)
-        da_sum += tl.sum(da, 0)
-        dg_sum += tl.sum(dg, 0)
+        x_a, x_g = next_a, next_g
+        next_a = _columns(x_ptr, h + 1, left - 1, x_h, x_w, c, c_inside, H, W, COLUMNS + 2)
+        next_g = _columns(x_ptr + F, h + 1, left - 1, x_h, x_w, c, c_inside, H, W, COLUMNS + 2)
+        dys = _columns(dy_ptr, h - 1, left, dy_h, dy_w, c, c_inside & (h > top), H, W, COLUMNS)
+        a_rows, _ = _meet(a_rows, a_rows, a_taps, x_a, x_a, COLUMNS, False)
+        g_rows, _ = _meet(g_rows, g_rows, g_taps, x_g, x_g, COLUMNS, False)
+        if h > top:
+            for o in tl.static_range(COLUMNS):
+                a, g, dy = a_rows[o] + a_bias, g_rows[o] + g_bias, dys[o].to(tl.float32)
+                sigmoid = _sigmoid(g)
+                s = g * sigmoid
+                da, dg = dy * s, dy * a * (sigmoid + s * (1 - sigmoid))
+                at = ((sample * H + h - 1) * W + left + o) * 2 * F + c
+                inside = c_inside & (left + o < W)
+                tl.store(dc_ptr + at, da, mask=inside)
+                tl.store(dc_ptr + at + F, dg, mask=inside)
+                da_sum += da
+                dg_sum += dg
+        a_rows, g_rows = _down(a_rows, zero, COLUMNS), _down(g_rows, zero, COLUMNS)
     part = (sample * tl.num_programs(0) + tl.program_id(0)) * 2 * F + c
     tl.store(dbias_ptr + part, da_sum, mask=c_inside)
     tl.store(dbias_ptr + part + F, dg_sum, mask=c_inside)
 
 
 @triton.jit
-def _silu_row(x_ptr, x_h, x_w, h, w, c, inside):
-    x = tl.load(x_ptr + h * x_h + w[:, None] * x_w + c[None, :], mask=inside, other=0).to(tl.float32)
-    return x * tl.sigmoid(x)
+def _gather(dweight, dc, s, k: tl.constexpr, q: tl.constexpr, COLUMNS: tl.constexpr):
+    """Adds to the three taps of row k what dc of column q - 1 makes with a row of silu(x)."""
+    sums = ()
+    for tap in tl.static_range(9):
+        if tap // 3 == k and q + tap % 3 >= 2 and q + tap % 3 < COLUMNS + 2:
+            sums = sums + (dweight[tap] + s[q + tap % 3 - 2] * dc,)
+        else:
+            sums = sums + (dweight[tap],)
+    return sums
 
 
 @triton.jit
 def _bwd_conv(
     dc_ptr, x_ptr, taps_ptr, dx_ptr, dweight_ptr, x_b, x_h, x_w, H, W, C, strips,
-    ROWS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     # dx and dweight from dc, for C = 2 F channels alike; dweight leaves as partial sums [B, strips x columns, 9, C].
     # Here h walks over the rows of dc; row h of dc meets the rows h - 1, h, h + 1 of silu(x), in taps 0, 1, 2.
     sample = tl.program_id(2).to(tl.int64)
-    top = tl.program_id(0) % strips * ROWS
+    top = (tl.program_id(0) % strips * ROWS).to(tl.int64)
     bottom = min(top + ROWS, H)
-    w = tl.program_id(0) // strips * BLOCK_W + tl.arange(0, BLOCK_W)
+    left = (tl.program_id(0) // strips * COLUMNS).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    c_inside, tap = c < C, tl.arange(0, 16)[:, None]
-    columns = (w < W)[:, None] & c_inside[None, :]
+    c_inside = c < C
+    taps = _taps(taps_ptr, C, c, c_inside)
+    # dx is the correlation with the taps turned by half a circle
+    turned = (taps[8], taps[7], taps[6], taps[5], taps[4], taps[3], taps[2], taps[1], taps[0])
     x_ptr += sample * x_b
     dc_ptr += sample * H * W * C
-    ds_above, ds_here = (tl.zeros([BLOCK_W, BLOCK_C], tl.float32),) * 2
-    s_above, s_here = (tl.zeros([BLOCK_W, BLOCK_C], tl.float32),) * 2  # zero outside the strip: each row counts once
-    dweight = tl.zeros([16, BLOCK_C], tl.float32)
+    zero = tl.zeros([BLOCK_C], tl.float32)
+    dweight, ds_rows = (zero,) * 9, (zero,) * (3 * COLUMNS)
+    s_above, s_here = ((zero,) * COLUMNS,) * 2  # zero outside the strip: each row counts once
+    slope_above, slope_here = s_above, s_here  # silu'(x)
+    next_x = _columns(x_ptr, top, left, x_h, x_w, c, c_inside, H, W, COLUMNS)
+    next_dc = _columns(dc_ptr, top - 1, left - 1, W * C, C, c, c_inside, H, W, COLUMNS + 2)
     for h in range(top - 1, bottom + 1):
-        s_below = _silu_row(x_ptr, x_h, x_w, h + 1, w, c, columns & (h + 1 >= top) & (h + 1 < bottom))
-        ds0, ds1, ds2 = (tl.zeros([BLOCK_W, BLOCK_C], tl.float32),) * 3
-        for j in tl.static_range(3):
-            at = w - j + 1
-            inside = ((at >= 0) & (at < W) & (h >= 0) & (h < H))[:, None] & c_inside[None, :]
-            dc = tl.load(dc_ptr + (h * W + at[:, None]) * C + c[None, :], mask=inside, other=0).to(tl.float32)
-            ds0 += tl.load(taps_ptr + j * C + c, mask=c_inside, other=0).to(tl.float32)[None, :] * dc
-            ds1 += tl.load(taps_ptr + (3 + j) * C + c, mask=c_inside, other=0).to(tl.float32)[None, :] * dc
-            ds2 += tl.load(taps_ptr + (6 + j) * C + c, mask=c_inside, other=0).to(tl.float32)[None, :] * dc
-            dweight += tl.where(tap == j, tl.sum(s_above * dc, 0)[None, :], 0)
-            dweight += tl.where(tap == 3 + j, tl.sum(s_here * dc, 0)[None, :], 0)
-            dweight += tl.where(tap == 6 + j, tl.sum(s_below * dc, 0)[None, :], 0)
-        inside = columns & (h > top)
-        x = tl.load(x_ptr + (h - 1) * x_h + w[:, None] * x_w + c[None, :], mask=inside, other=0).to(tl.float32)
-        sigmoid = tl.sigmoid(x)
-        dx = (ds_above + ds0) * (sigmoid + x * sigmoid * (1 - sigmoid))
-        tl.store(dx_ptr + ((sample * H + h - 1) * W + w[:, None]) * C + c[None, :], dx, mask=inside)
-        ds_above, ds_here = ds_here + ds1, ds2
-        s_above, s_here = s_here, s_below
-    part = (sample * tl.num_programs(0) + tl.program_id(0)) * 9 + tap
-    tl.store(dweight_ptr + part * C + c[None, :], dweight, mask=c_inside[None, :] & (tap < 9))
+        xs, dcs = next_x, next_dc
+        next_x = _columns(x_ptr, h + 2, left, x_h, x_w, c, c_inside & (h + 2 < bottom), H, W, COLUMNS)
+        next_dc = _columns(dc_ptr, h + 1, left - 1, W * C, C, c, c_inside, H, W, COLUMNS + 2)
+        s_below, slope_below = (), ()
+        for o in tl.static_range(COLUMNS):
+            x = xs[o].to(tl.float32)
+            sigmoid = _sigmoid(x)
+            s = x * sigmoid
+            s_below = s_below + (s,)
+            slope_below = slope_below + (sigmoid + s * (1 - sigmoid),)
+        for q in tl.static_range(COLUMNS + 2):
+            dc = dcs[q].to(tl.float32)
+            ds_rows = _spread(ds_rows, turned, dc, q, COLUMNS)
+            dweight = _gather(dweight, dc, s_above, 0, q, COLUMNS)
+            dweight = _gather(dweight, dc, s_here, 1, q, COLUMNS)
+            dweight = _gather(dweight, dc, s_below, 2, q, COLUMNS)
+        if h > top:
+            for o in tl.static_range(COLUMNS):
+                at = ((sample * H + h - 1) * W + left + o) * C + c
+                tl.store(dx_ptr + at, ds_rows[o] * slope_above[o], mask=c_inside & (left + o < W))
+        ds_rows = _down(ds_rows, zero, COLUMNS)
+        s_above, slope_above = s_here, slope_here
+        s_here, slope_here = s_below, slope_below
+    part = (sample * tl.num_programs(0) + tl.program_id(0)) * 9
+    for tap in tl.static_range(9):
+        tl.store(dweight_ptr + (part + tap) * C + c, dweight[tap], mask=c_inside)
 
 
 def config(kernel: str, x: Tensor) -> dict[str, int]:
-    """Rows of a strip, columns and channels of a tile, and warps. The default has 8 channels a thread."""
+    """Rows of a strip, columns and channels of a tile, and warps. The default has 2 channels a thread: a warp's loads
+    are whole lines of 128 bytes, and all that a row needs stays in registers."""
     H, W, F = (next_power_of_2(n) for n in (x.shape[1], x.shape[2], x.shape[3] // 2))
-    default = dict(ROWS=min(16, max(1, H // 2)), BLOCK_W=min(8, max(1, W // 2)), BLOCK_C=min(64, F), num_warps=2)
+    columns = 4 if x.element_size() == 2 else 2
+    default = dict(ROWS=min(32, max(1, H // 2)), COLUMNS=min(columns, max(1, W // 2)), BLOCK_C=min(128, F), num_warps=2)
     return launch.configuration(kernel, x, default, H=min(H, 64), W=min(W, 64), F=F)
 
 
@@ -221,7 +300,7 @@ def forward(values: Sequence[Any], dots: Sequence[Tensor | None], b: int) -> Any
     (B, H, W, _), F = x.shape, x.shape[3] // 2
     y, y_dot = empty(x, B, H, W, F), empty(x, b, H, W, F)
     constants = config("glumbconv._fwd", x)
-    strips, blocks = cdiv(H, constants["ROWS"]), cdiv(W, constants["BLOCK_W"])
+    strips, blocks = cdiv(H, constants["ROWS"]), cdiv(W, constants["COLUMNS"])
     nine = taps(weight)
     # the first b samples with their tangents, then the rest without
     for first, count, live in ((0, b, True), (b, B - b, False)):
@@ -239,13 +318,13 @@ def backward(saved: Sequence[Any], dy: Tensor) -> Any:
     nine = taps(weight)
     dc, dx = (empty(x, B, H, W, 2 * F) for _ in range(2))
     constants = config("glumbconv._bwd_gate", x)
-    strips, blocks = cdiv(H, constants["ROWS"]), cdiv(W, constants["BLOCK_W"])
+    strips, blocks = cdiv(H, constants["ROWS"]), cdiv(W, constants["COLUMNS"])
     dbias = empty(x, B, strips * blocks, 2 * F, dtype=torch.float32)
     _bwd_gate[(strips * blocks, cdiv(F, constants["BLOCK_C"]), B)](
         dy, x, nine, bias, dc, dbias, *strides(dy, 3), *strides(x, 3), H, W, F, strips, **constants
     )
     constants = config("glumbconv._bwd_conv", x)
-    strips, blocks = cdiv(H, constants["ROWS"]), cdiv(W, constants["BLOCK_W"])
+    strips, blocks = cdiv(H, constants["ROWS"]), cdiv(W, constants["COLUMNS"])
     dweight = empty(x, B, strips * blocks, 9, 2 * F, dtype=torch.float32)
     _bwd_conv[(strips * blocks, cdiv(2 * F, constants["BLOCK_C"]), B)](
         dc, x, nine, dx, dweight, *strides(x, 3), H, W, 2 * F, strips, **constants
@@ -274,19 +353,11 @@ def cost(case: Case, itemsize: int) -> Cost:
     return Cost((s["B"] * 28 + case.b * 38) * n, itemsize * (s["B"] + case.b) * n * 1.5 + itemsize * 20 * s["F"])
 
 
-glumbconv = Op(
-    "glumbconv",
-    reference,
-    dual=dual,
-    inputs=inputs,
-    cost=cost,
-    accepts=accepts,
-    batched=("x",),
-    triton=function("glumbconv", forward, backward, ("x",)),
-    cases=[
-        Case("small", dict(B=1, H=3, W=3, F=3), ("x",)),
-        Case("ragged", dict(B=2, H=2, W=1, F=4, b=1), ("x",)),
-        Case("channels", dict(B=1, H=1, W=1, F=70), ("x",)),  # more than one block of them
-        Case("sana-1.6b", dict(B=4, H=32, W=32, F=5600), ("x",), frozenset({"bench"})),
-    ],
-)
+fused = function("glumbconv", forward, backward, ("x",))
+CASES = [
+    Case("small", dict(B=1, H=3, W=3, F=3), ("x",)),
+    Case("ragged", dict(B=2, H=2, W=1, F=4, b=1), ("x",)),
+    Case("channels", dict(B=1, H=1, W=1, F=70), ("x",)),  # more than one block of them
+    Case("sana-1.6b", dict(B=4, H=32, W=32, F=5600), ("x",), frozenset({"bench"})),
+]
+glumbconv = Op("glumbconv", reference, inputs, cost, accepts, CASES, dual=dual, batched=("x",), triton=fused)

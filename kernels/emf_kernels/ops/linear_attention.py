@@ -11,7 +11,9 @@ Backward: da = do / z;  dz = -(do . o) / z;  dS = sum q' da^T;  ds = sum dz q'; 
 Source:   SANA (arXiv 2410.10629); diffusers' SanaLinearAttnProcessor2_0: a row of ones in v makes s, eps 1e-15, no
           scale, no mask.
 
-Three launches: the rows' norms, which need all heads; S and s, a head at a time, in `chunks` partial sums over N; o.
+Three launches: the norms of k's rows, which need all heads; S and s, a head at a time, in `chunks` partial sums over N;
+o. q's norm is left out: a factor of a row of q' cancels between a and z, in o, in o_dot and in every gradient, with eps
+as small as it is. So q' = relu(q q_weight), dq = dq' q_weight and dq_weight = sum of dq' q.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from emf_kernels import launch
 from emf_kernels.dual import check
 from emf_kernels.function import function
 from emf_kernels.op import Case, Cost, Op
-from emf_kernels.tiles import cdiv, empty, next_power_of_2, rows, strides
+from emf_kernels.tiles import cdiv, empty, next_power_of_2, precision, rounded, rows, strides
 
 from .rmsnorm import backward as rmsnorm_backward
 from .rmsnorm import reference as rmsnorm_reference
@@ -70,27 +72,47 @@ def _norms(
 
 
 @triton.jit
-def _tile(ptr, stride_b, stride_n, sample, n, c, inside):
-    return tl.load(ptr + sample * stride_b + n[:, None] * stride_n + c[None, :], mask=inside, other=0).to(tl.float32)
+def _dot(a, high, low, PRECISION: tl.constexpr):
+    """a (high + low): a state in two parts, so that it is not rounded. In o_dot what v has in common cancels between
+    a_dot and o z_dot, and leaves that rounding."""
+    product = tl.dot(a, high, input_precision=PRECISION)
+    if PRECISION == "tf32":
+        product = tl.dot(a, low, product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def _tile(ptr, stride_b, stride_n, sample, start, n, c, inside):
+    # the tile's place in 64 bits, the places within it in 32
+    at = ptr + sample * stride_b + start * stride_n
+    return tl.load(at + (n[:, None] * stride_n + c[None, :]), mask=inside, other=0).to(tl.float32)
+
+
+@triton.jit
+def _weight(weight_ptr, c, inside, WEIGHTED: tl.constexpr, BLOCK_D: tl.constexpr):
+    if WEIGHTED:
+        return tl.load(weight_ptr + c, mask=inside, other=0).to(tl.float32)
+    return tl.full([BLOCK_D], 1.0, tl.float32)
 
 
 @triton.jit
 def _features(
-    x_ptr, x_dot_ptr, weight_ptr, rstd_ptr, mean_dot_ptr, x_b, x_n, x_dot_b, x_dot_n, sample, n, c, inside, N, C,
-    NORMED: tl.constexpr, LIVE: tl.constexpr,
+    x_ptr, x_dot_ptr, weight, rstd_ptr, mean_dot_ptr, x_b, x_n, x_dot_b, x_dot_n, sample, start, n, c, inside, N,
+    NORMED: tl.constexpr, LIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """relu(rmsnorm(x)) of a tile of one head, and its tangent (zeros where there is none)."""
-    x = _tile(x_ptr, x_b, x_n, sample, n, c, inside)
+    """relu(x weight), or relu(rmsnorm(x)), of a tile of one head, and its tangent (zeros where there is none)."""
+    x = _tile(x_ptr, x_b, x_n, sample, start, n, c, inside)
     x_dot = tl.zeros_like(x)
     if LIVE:
-        x_dot = _tile(x_dot_ptr, x_dot_b, x_dot_n, sample, n, c, inside)
+        x_dot = _tile(x_dot_ptr, x_dot_b, x_dot_n, sample, start, n, c, inside)
     if NORMED:
-        weight = tl.load(weight_ptr + c, mask=c < C, other=0).to(tl.float32)[None, :]
-        rstd = tl.load(rstd_ptr + sample * N + n, mask=n < N, other=0)[:, None]
+        rstd = tl.load(rstd_ptr + sample * N + start + n, mask=start + n < N, other=0)[:, None]
         if LIVE:
-            x_dot = rstd * (x_dot - x * tl.load(mean_dot_ptr + sample * N + n, mask=n < N, other=0)[:, None]) * weight
-        x = x * rstd * weight
-    return tl.maximum(x, 0), tl.where(x > 0, x_dot, 0)
+            mean_dot = tl.load(mean_dot_ptr + sample * N + start + n, mask=start + n < N, other=0)[:, None]
+            x_dot = rstd * (x_dot - x * mean_dot)
+        x = x * rstd
+    x, x_dot = x * weight[None, :], x_dot * weight[None, :]
+    return rounded(tl.maximum(x, 0), PRECISION), rounded(tl.where(x > 0, x_dot, 0), PRECISION)
 
 
 @triton.jit
@@ -115,33 +137,35 @@ def _store_sums(S_ptr, s_ptr, S, s, at, D: tl.constexpr, BLOCK_D: tl.constexpr):
 @triton.jit
 def _states(
     k_ptr, v_ptr, k_dot_ptr, v_dot_ptr, weight_ptr, rstd_ptr, mean_dot_ptr, S_ptr, s_ptr, S_dot_ptr, s_dot_ptr,
-    k_b, k_n, v_b, v_n, k_dot_b, k_dot_n, v_dot_b, v_dot_n, first, N, H, C, tokens,
+    k_b, k_n, v_b, v_n, k_dot_b, k_dot_n, v_dot_b, v_dot_n, first, N, H, tokens,
     NORMED: tl.constexpr, K_LIVE: tl.constexpr, V_LIVE: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # one program: `tokens` tokens of one head of one sample
-    head, chunk, sample = tl.program_id(0), tl.program_id(1), first + tl.program_id(2).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
+    head, sample = tl.program_id(0), first + tl.program_id(2).to(tl.int64)
+    top = tl.program_id(1).to(tl.int64) * tokens
+    n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     c = head * D + d
+    weight = _weight(weight_ptr, c, d < D, NORMED, BLOCK_D)
     S, s = tl.zeros([BLOCK_D, BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
-    S_dot, s_dot = tl.zeros([BLOCK_D, BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
-    for start in range(chunk * tokens, min(chunk * tokens + tokens, N), BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        inside = (n < N)[:, None] & (d < D)[None, :]
+    S_dot, s_dot = S, s
+    for past in range(0, min(tokens, tl.maximum(N - top, 0)), BLOCK_N):
+        start = top + past
+        inside = (start + n < N)[:, None] & (d < D)[None, :]
         k, k_dot = _features(
-            k_ptr, k_dot_ptr, weight_ptr, rstd_ptr, mean_dot_ptr, k_b, k_n, k_dot_b, k_dot_n,
-            sample, n, c, inside, N, C, NORMED, K_LIVE,
+            k_ptr, k_dot_ptr, weight, rstd_ptr, mean_dot_ptr, k_b, k_n, k_dot_b, k_dot_n,
+            sample, start, n, c, inside, N, NORMED, K_LIVE, PRECISION,
         )  # fmt: skip
-        v = _tile(v_ptr, v_b, v_n, sample, n, c, inside)
-        S += tl.dot(tl.trans(k), v, input_precision=PRECISION)
+        v = _tile(v_ptr, v_b, v_n, sample, start, n, c, inside)
+        S = tl.dot(tl.trans(k), v, S, input_precision=PRECISION)
         s += tl.sum(k, 0)
         if K_LIVE:
-            S_dot += tl.dot(tl.trans(k_dot), v, input_precision=PRECISION)
+            S_dot = tl.dot(tl.trans(k_dot), v, S_dot, input_precision=PRECISION)
             s_dot += tl.sum(k_dot, 0)
         if V_LIVE:
-            v_dot = _tile(v_dot_ptr, v_dot_b, v_dot_n, sample, n, c, inside)
-            S_dot += tl.dot(tl.trans(k), v_dot, input_precision=PRECISION)
-    at = (sample * tl.num_programs(1) + chunk) * H + head
+            v_dot = _tile(v_dot_ptr, v_dot_b, v_dot_n, sample, start, n, c, inside)
+            S_dot = tl.dot(tl.trans(k), v_dot, S_dot, input_precision=PRECISION)
+    at = (sample * tl.num_programs(1) + tl.program_id(1)) * H + head
     _store_sums(S_ptr, s_ptr, S, s, at, D, BLOCK_D)
     if K_LIVE or V_LIVE:
         _store_sums(S_dot_ptr, s_dot_ptr, S_dot, s_dot, at, D, BLOCK_D)
@@ -149,102 +173,125 @@ def _states(
 
 @triton.jit
 def _apply(
-    q_ptr, q_dot_ptr, weight_ptr, rstd_ptr, mean_dot_ptr, S_ptr, s_ptr, S_dot_ptr, s_dot_ptr, o_ptr, o_dot_ptr,
+    q_ptr, q_dot_ptr, weight_ptr, S_ptr, s_ptr, S_dot_ptr, s_dot_ptr, o_ptr, o_dot_ptr,
     q_b, q_n, q_dot_b, q_dot_n, first, N, H, C, chunks, eps,
-    NORMED: tl.constexpr, Q_LIVE: tl.constexpr, STATE_LIVE: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    WEIGHTED: tl.constexpr, Q_LIVE: tl.constexpr, STATE_LIVE: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # one program: BLOCK_N tokens of one head of one sample
+    # one program: TILES tiles of BLOCK_N tokens of one head of one sample, for which the sums are read once
     head, sample = tl.program_id(1), first + tl.program_id(2).to(tl.int64)
-    n, d = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    top = tl.program_id(0).to(tl.int64) * (TILES * BLOCK_N)
+    n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     c = head * D + d
-    inside = (n < N)[:, None] & (d < D)[None, :]
-    q, q_dot = _features(
-        q_ptr, q_dot_ptr, weight_ptr, rstd_ptr, mean_dot_ptr, q_b, q_n, q_dot_b, q_dot_n,
-        sample, n, c, inside, N, C, NORMED, Q_LIVE,
-    )  # fmt: skip
+    weight = _weight(weight_ptr, c, d < D, WEIGHTED, BLOCK_D)
     S, s = _sums(S_ptr, s_ptr, sample, head, chunks, H, D, BLOCK_D)
-    z = tl.sum(q * s[None, :], 1) + eps
-    o = tl.dot(q, S, input_precision=PRECISION) / z[:, None]
-    out = (sample * N + n[:, None]) * C + c[None, :]
-    tl.store(o_ptr + out, o, mask=inside)
-    if Q_LIVE or STATE_LIVE:
-        a_dot, z_dot = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N], tl.float32)
-        if Q_LIVE:
-            a_dot += tl.dot(q_dot, S, input_precision=PRECISION)
-            z_dot += tl.sum(q_dot * s[None, :], 1)
-        if STATE_LIVE:
-            S_dot, s_dot = _sums(S_dot_ptr, s_dot_ptr, sample, head, chunks, H, D, BLOCK_D)
-            a_dot += tl.dot(q, S_dot, input_precision=PRECISION)
-            z_dot += tl.sum(q * s_dot[None, :], 1)
-        tl.store(o_dot_ptr + out, (a_dot - o * z_dot[:, None]) / z[:, None], mask=inside)
+    S_dot, s_dot = S, s
+    if STATE_LIVE:
+        S_dot, s_dot = _sums(S_dot_ptr, s_dot_ptr, sample, head, chunks, H, D, BLOCK_D)
+    high, high_dot = rounded(S, PRECISION), rounded(S_dot, PRECISION)
+    low, low_dot = S - high, S_dot - high_dot
+    for tile in range(0, TILES):
+        start = top + tile * BLOCK_N
+        inside = (start + n < N)[:, None] & (d < D)[None, :]
+        q, q_dot = _features(
+            q_ptr, q_dot_ptr, weight, q_ptr, q_ptr, q_b, q_n, q_dot_b, q_dot_n,
+            sample, start, n, c, inside, N, False, Q_LIVE, PRECISION,
+        )  # fmt: skip
+        over = 1 / (tl.sum(q * s[None, :], 1) + eps)[:, None]
+        o = _dot(q, high, low, PRECISION) * over
+        at = (sample * N + start) * C + (n[:, None] * C + c[None, :])
+        tl.store(o_ptr + at, o, mask=inside)
+        if Q_LIVE or STATE_LIVE:
+            a_dot, z_dot = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N], tl.float32)
+            if Q_LIVE:
+                a_dot += _dot(q_dot, high, low, PRECISION)
+                z_dot += tl.sum(q_dot * s[None, :], 1)
+            if STATE_LIVE:
+                a_dot += _dot(q, high_dot, low_dot, PRECISION)
+                z_dot += tl.sum(q * s_dot[None, :], 1)
+            tl.store(o_dot_ptr + at, (a_dot - o * z_dot[:, None]) * over, mask=inside)
 
 
 @triton.jit
 def _bwd_q(
-    do_ptr, q_ptr, weight_ptr, rstd_ptr, S_ptr, s_ptr, dq_ptr, dS_ptr, ds_ptr,
-    do_b, do_n, q_b, q_n, N, H, C, chunks, tokens, eps, NORMED: tl.constexpr, PRECISION: tl.constexpr,
+    do_ptr, q_ptr, weight_ptr, S_ptr, s_ptr, dq_ptr, dweight_ptr, dS_ptr, ds_ptr,
+    do_b, do_n, q_b, q_n, N, H, C, chunks, tokens, eps,
+    WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # as _states: dS and ds in partial sums, and the gradient of q before its norm's backward
-    head, chunk, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
+    # as _states: dS, ds and dweight in partial sums [B, chunks, ...], and dq
+    head, sample = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    top = tl.program_id(1).to(tl.int64) * tokens
+    n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     c = head * D + d
+    weight = _weight(weight_ptr, c, d < D, WEIGHTED, BLOCK_D)
     S, s = _sums(S_ptr, s_ptr, sample, head, chunks, H, D, BLOCK_D)
-    dS, ds = tl.zeros([BLOCK_D, BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
-    for start in range(chunk * tokens, min(chunk * tokens + tokens, N), BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        inside = (n < N)[:, None] & (d < D)[None, :]
-        q, _ = _features(
-            q_ptr, q_ptr, weight_ptr, rstd_ptr, rstd_ptr, q_b, q_n, q_b, q_n, sample, n, c, inside, N, C, NORMED, False
-        )
-        z = tl.sum(q * s[None, :], 1) + eps
-        o = tl.dot(q, S, input_precision=PRECISION) / z[:, None]
-        do = _tile(do_ptr, do_b, do_n, sample, n, c, inside)
-        da = do / z[:, None]
-        dz = -tl.sum(do * o, 1) / z
-        dq = tl.dot(da, tl.trans(S), input_precision=PRECISION) + dz[:, None] * s[None, :]
-        tl.store(dq_ptr + (sample * N + n[:, None]) * C + c[None, :], tl.where(q > 0, dq, 0), mask=inside)
-        dS += tl.dot(tl.trans(q), da, input_precision=PRECISION)
+    S_rounded = rounded(S, PRECISION)
+    dS, ds, dweight = tl.zeros([BLOCK_D, BLOCK_D], tl.float32), tl.zeros_like(s), tl.zeros_like(s)
+    for past in range(0, min(tokens, tl.maximum(N - top, 0)), BLOCK_N):
+        start = top + past
+        inside = (start + n < N)[:, None] & (d < D)[None, :]
+        x = _tile(q_ptr, q_b, q_n, sample, start, n, c, inside)
+        q = rounded(tl.maximum(x * weight[None, :], 0), PRECISION)
+        over = 1 / (tl.sum(q * s[None, :], 1) + eps)
+        da = _tile(do_ptr, do_b, do_n, sample, start, n, c, inside) * over[:, None]
+        dz = -tl.sum(da * tl.dot(q, S_rounded, input_precision=PRECISION), 1) * over
+        da = rounded(da, PRECISION)
+        dq = tl.dot(da, tl.trans(S_rounded), input_precision=PRECISION) + dz[:, None] * s[None, :]
+        dq = tl.where(q > 0, dq, 0)
+        tl.store(dq_ptr + (sample * N + start) * C + (n[:, None] * C + c[None, :]), dq * weight[None, :], mask=inside)
+        dS = tl.dot(tl.trans(q), da, dS, input_precision=PRECISION)
         ds += tl.sum(q * dz[:, None], 0)
-    _store_sums(dS_ptr, ds_ptr, dS, ds, (sample * tl.num_programs(1) + chunk) * H + head, D, BLOCK_D)
+        if WEIGHTED:
+            dweight += tl.sum(dq * x, 0)
+    part = sample * tl.num_programs(1) + tl.program_id(1)
+    _store_sums(dS_ptr, ds_ptr, dS, ds, part * H + head, D, BLOCK_D)
+    if WEIGHTED:
+        tl.store(dweight_ptr + part * C + c, dweight, mask=d < D)
 
 
 @triton.jit
 def _bwd_kv(
     k_ptr, v_ptr, weight_ptr, rstd_ptr, dS_ptr, ds_ptr, dk_ptr, dv_ptr, k_b, k_n, v_b, v_n, N, H, C, chunks,
-    NORMED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    NORMED: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    # one program: TILES tiles of BLOCK_N tokens of one head of one sample
     head, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    n, d = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    top = tl.program_id(0).to(tl.int64) * (TILES * BLOCK_N)
+    n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     c = head * D + d
-    inside = (n < N)[:, None] & (d < D)[None, :]
-    k, _ = _features(
-        k_ptr, k_ptr, weight_ptr, rstd_ptr, rstd_ptr, k_b, k_n, k_b, k_n, sample, n, c, inside, N, C, NORMED, False
-    )
-    v = _tile(v_ptr, v_b, v_n, sample, n, c, inside)
+    weight = _weight(weight_ptr, c, d < D, NORMED, BLOCK_D)
     dS, ds = _sums(dS_ptr, ds_ptr, sample, head, chunks, H, D, BLOCK_D)
-    dk = tl.dot(v, tl.trans(dS), input_precision=PRECISION) + ds[None, :]
-    out = (sample * N + n[:, None]) * C + c[None, :]
-    tl.store(dk_ptr + out, tl.where(k > 0, dk, 0), mask=inside)
-    tl.store(dv_ptr + out, tl.dot(k, dS, input_precision=PRECISION), mask=inside)
+    dS = rounded(dS, PRECISION)
+    for tile in range(0, TILES):
+        start = top + tile * BLOCK_N
+        inside = (start + n < N)[:, None] & (d < D)[None, :]
+        k, _ = _features(
+            k_ptr, k_ptr, weight, rstd_ptr, rstd_ptr, k_b, k_n, k_b, k_n,
+            sample, start, n, c, inside, N, NORMED, False, PRECISION,
+        )  # fmt: skip
+        v = _tile(v_ptr, v_b, v_n, sample, start, n, c, inside)
+        dk = tl.dot(v, tl.trans(dS), input_precision=PRECISION) + ds[None, :]
+        at = (sample * N + start) * C + (n[:, None] * C + c[None, :])
+        tl.store(dk_ptr + at, tl.where(k > 0, dk, 0), mask=inside)
+        tl.store(dv_ptr + at, tl.dot(k, dS, input_precision=PRECISION), mask=inside)
 
 
 def config(kernel: str, x: Tensor, D: int, **free: int) -> dict[str, int]:
-    """Tokens of a tile, and warps. free: further parameters, at their defaults."""
+    """Tokens of a tile, tiles of a program where it keeps nothing from one to the next, and warps. free: further
+    parameters, at their defaults."""
     block_d, n = (max(16, next_power_of_2(size)) for size in (D, x.shape[1]))
-    default = free | dict(BLOCK_N=min(64, n), num_warps=4)
+    # up to 32 features: one warp holds a tile, no product waits for another
+    block_n = min(16 if block_d <= 32 else 32, n)
+    tiles = dict(TILES=max(1, min(8, n // block_n // 2))) if kernel.endswith(("_apply", "_bwd_kv")) else {}
+    default = free | tiles | dict(BLOCK_N=block_n, num_warps=1 if block_d <= 32 else 4)
     return dict(BLOCK_D=block_d, D=D) | launch.configuration(kernel, x, default, D=block_d, N=min(n, 4096))
 
 
 def tokens_of_a_chunk(N: int, chunks: int, block_n: int) -> int:
     """Whole tiles; the last chunks may have none."""
     return cdiv(cdiv(N, chunks), block_n) * block_n
-
-
-def precision(x: Tensor) -> str:
-    """How float32 operands are multiplied: exactly for float32 tensors, in tf32 (10 bits) for half precision."""
-    return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
 def forward(values: Sequence[Any], dots: Sequence[Tensor | None], b: int) -> Any:
@@ -255,54 +302,51 @@ def forward(values: Sequence[Any], dots: Sequence[Tensor | None], b: int) -> Any
     states = config("linear_attention._states", k, D, chunks=4)
     chunks = min(states.pop("chunks"), cdiv(N, states["BLOCK_N"]))
     tokens, H = tokens_of_a_chunk(N, chunks, states["BLOCK_N"]), C // D
-    tiles, norms = config("linear_attention._apply", q, D), rows("linear_attention._norms", q)
-    q_rstd, k_rstd, q_mean_dot, k_mean_dot = (
-        None if w is None else wide(samples, N) for samples in (B, b) for w in (q_weight, k_weight)
-    )
-    for x, x_dot, rstd, mean_dot in ((q, q_dot, q_rstd, q_mean_dot), (k, k_dot, k_rstd, k_mean_dot)):
-        if rstd is not None:
-            _norms[(B * N,)](
-                x, x_dot, rstd, mean_dot, *strides(x, 2), *strides(x_dot, 2), N, C, b, NORM_EPS, x_dot is not None,
-                **norms,
-            )  # fmt: skip
+    tiles = config("linear_attention._apply", q, D)
+    rstd, mean_dot = (None if k_weight is None else wide(samples, N) for samples in (B, b))
+    if k_weight is not None:
+        _norms[(B * N,)](
+            k, k_dot, rstd, mean_dot, *strides(k, 2), *strides(k_dot, 2), N, C, b, NORM_EPS, k_dot is not None,
+            **rows("linear_attention._norms", k),
+        )  # fmt: skip
     o, o_dot, S, s = empty(q, B, N, C), empty(q, b, N, C), wide(B, chunks, H, D, D), wide(B, chunks, H, D)
     S_dot, s_dot = wide(b, chunks, H, D, D), wide(b, chunks, H, D)
     # the first b samples with their tangents, then the rest without
     for first, count, (q_live, k_live, v_live) in ((0, b, [d is not None for d in dots]), (b, B - b, [False] * 3)):
         if count:
             _states[(H, chunks, count)](
-                k, v, k_dot, v_dot, k_weight, k_rstd, k_mean_dot, S, s, S_dot, s_dot,
-                *strides(k, 2), *strides(v, 2), *strides(k_dot, 2), *strides(v_dot, 2), first, N, H, C, tokens,
+                k, v, k_dot, v_dot, k_weight, rstd, mean_dot, S, s, S_dot, s_dot,
+                *strides(k, 2), *strides(v, 2), *strides(k_dot, 2), *strides(v_dot, 2), first, N, H, tokens,
                 k_weight is not None, k_live, v_live, precision(q), **states,
             )  # fmt: skip
-            _apply[(cdiv(N, tiles["BLOCK_N"]), H, count)](
-                q, q_dot, q_weight, q_rstd, q_mean_dot, S, s, S_dot, s_dot, o, o_dot,
+            _apply[(cdiv(N, tiles["TILES"] * tiles["BLOCK_N"]), H, count)](
+                q, q_dot, q_weight, S, s, S_dot, s_dot, o, o_dot,
                 *strides(q, 2), *strides(q_dot, 2), first, N, H, C, chunks, eps,
                 q_weight is not None, q_live, k_live or v_live, precision(q), **tiles,
             )  # fmt: skip
-    return (o,), (o_dot,), (q, k, v, q_weight, k_weight, q_rstd, k_rstd, S, s, D, eps)
+    return (o,), (o_dot,), (q, k, v, q_weight, k_weight, rstd, S, s, D, eps)
 
 
 def backward(saved: Sequence[Any], do: Tensor) -> Any:
-    q, k, v, q_weight, k_weight, q_rstd, k_rstd, S, s, D, eps = saved
+    q, k, v, q_weight, k_weight, rstd, S, s, D, eps = saved
     (B, N, C), (chunks, H) = q.shape, s.shape[1:3]
     for_q, for_kv = (config(f"linear_attention.{kernel}", q, D) for kernel in ("_bwd_q", "_bwd_kv"))
     tokens = tokens_of_a_chunk(N, chunks, for_q["BLOCK_N"])
     dq, dk, dv = (empty(q, B, N, C) for _ in range(3))
     dS, ds = (empty(a, *a.shape) for a in (S, s))
+    dq_weight, dk_weight = None if q_weight is None else empty(s, B, chunks, C), None
     _bwd_q[(H, chunks, B)](
-        do, q, q_weight, q_rstd, S, s, dq, dS, ds, *strides(do, 2), *strides(q, 2), N, H, C, chunks, tokens,
+        do, q, q_weight, S, s, dq, dq_weight, dS, ds, *strides(do, 2), *strides(q, 2), N, H, C, chunks, tokens,
         eps, q_weight is not None, precision(q), **for_q,
     )  # fmt: skip
-    _bwd_kv[(cdiv(N, for_kv["BLOCK_N"]), H, B)](
-        k, v, k_weight, k_rstd, dS, ds, dk, dv, *strides(k, 2), *strides(v, 2), N, H, C, chunks,
+    _bwd_kv[(cdiv(N, for_kv["TILES"] * for_kv["BLOCK_N"]), H, B)](
+        k, v, k_weight, rstd, dS, ds, dk, dv, *strides(k, 2), *strides(v, 2), N, H, C, chunks,
         k_weight is not None, precision(q), **for_kv,
     )  # fmt: skip
-    dq_weight = dk_weight = None
-    if q_weight is not None:
-        dq, dq_weight = rmsnorm_backward((q, q_weight, q_rstd), dq)
+    if dq_weight is not None:
+        dq_weight = dq_weight.sum((0, 1)).to(q_weight.dtype)
     if k_weight is not None:
-        dk, dk_weight = rmsnorm_backward((k, k_weight, k_rstd), dk)
+        dk, dk_weight = rmsnorm_backward((k, k_weight, rstd), dk)
     return dq, dk, dv, dq_weight, dk_weight
 
 
@@ -321,15 +365,16 @@ def accepts(
     shape, C = tuple(q.shape), q.shape[2]
     if not 1 <= head_size <= 128 or C % head_size:
         raise ValueError(f"{op}: head_size {head_size}; expected at most 128 and a divisor of C, {C}")
+    if not 0 <= eps <= 1e-9:
+        raise ValueError(f"{op}: eps is {eps}; expected at most 1e-9, beside which q's norm cancels")
     check(op, q, q=(q, shape), k=(k, shape), v=(v, shape), q_weight=(q_weight, (C,)), k_weight=(k_weight, (C,)))
 
 
 def inputs(case: Case, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, Tensor | int | None]:
     s = case.shape
     normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=dtype).to(device)  # noqa: E731
-    c = s["H"] * s["D"]
-    q, k, v = (normal(s["B"], s["N"], c) for _ in range(3))
-    weight = [None if s.get("plain") else 1 + 0.2 * normal(c) for _ in range(2)]
+    q, k, v = (normal(s["B"], s["N"], s["H"] * s["D"]) for _ in range(3))
+    weight = [None if s.get("plain") else 1 + 0.2 * normal(s["H"] * s["D"]) for _ in range(2)]
     return dict(q=q, k=k, v=v, q_weight=weight[0], k_weight=weight[1], head_size=s["D"])
 
 
@@ -339,22 +384,17 @@ def cost(case: Case, itemsize: int) -> Cost:
     return Cost((4 * s["B"] + 8 * case.b) * n * (s["D"] + 1), itemsize * (s["B"] + case.b) * 4 * n)
 
 
+fused = function("linear_attention", forward, backward, ("q", "k", "v"))
+# head sizes of 16 and more: of four features often one is positive, o does not depend on it, and dq is rounding
+CASES = [
+    Case("small", dict(B=3, N=6, H=2, D=16), ("q", "k", "v")),
+    Case("ragged", dict(B=3, N=5, H=3, D=24, b=1), ("q", "k", "v")),
+    Case("no-norm", dict(B=2, N=5, H=2, D=16, plain=1), ("q", "k", "v")),
+    Case("one-token", dict(B=2, N=1, H=2, D=32), ("q", "k", "v")),
+    Case("keys-only", dict(B=2, N=5, H=2, D=16), ("k",)),
+    Case("chunks", dict(B=2, N=70, H=2, D=20, b=1), ("q", "k", "v")),  # several tiles in several partial sums
+    Case("sana-1.6b", dict(B=4, N=1024, H=70, D=32), ("q", "k", "v"), frozenset({"bench"})),
+]
 linear_attention = Op(
-    "linear_attention",
-    reference,
-    inputs=inputs,
-    cost=cost,
-    accepts=accepts,
-    batched=("q", "k", "v"),
-    triton=function("linear_attention", forward, backward, ("q", "k", "v")),
-    # head sizes of 16 and more: of four features often one is positive, o does not depend on it, and dq is rounding
-    cases=[
-        Case("small", dict(B=3, N=6, H=2, D=16), ("q", "k", "v")),
-        Case("ragged", dict(B=3, N=5, H=3, D=24, b=1), ("q", "k", "v")),
-        Case("no-norm", dict(B=2, N=5, H=2, D=16, plain=1), ("q", "k", "v")),
-        Case("one-token", dict(B=2, N=1, H=2, D=32), ("q", "k", "v")),
-        Case("keys-only", dict(B=2, N=5, H=2, D=16), ("k",)),
-        Case("chunks", dict(B=2, N=70, H=2, D=20, b=1), ("q", "k", "v")),  # several tiles in several partial sums
-        Case("sana-1.6b", dict(B=4, N=1024, H=70, D=32), ("q", "k", "v"), frozenset({"bench"})),
-    ],
+    "linear_attention", reference, inputs, cost, accepts, CASES, batched=("q", "k", "v"), triton=fused
 )
