@@ -37,11 +37,19 @@ def _jvp(fn: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, Any]:
             full[i] = p
         return fn(*full)
 
-    # forward mode takes no value of which one element of memory is several elements: expand()ed ones are copied
-    primals = tuple(p.contiguous() if 0 in p.stride() else p for p in (args[i].primal for i in live))
-    y, y_dot, *_ = torch.func.jvp(closed, primals, tuple(args[i].tangent for i in live))
+    y, y_dot, *_ = torch.func.jvp(
+        closed, tuple(_own(args[i].primal) for i in live), tuple(args[i].tangent for i in live)
+    )
     # The tangent's own graph (recorded because the primals require grad) ends here: nothing of it outlives this op.
     return y, tuple(d.detach() for d in y_dot) if isinstance(y_dot, tuple) else y_dot.detach()
+
+
+def _own(x: Tensor) -> Tensor:
+    """x as forward mode takes it: memory of which one element is several is copied (an expanded tensor), and under
+    torch.compile, where forward mode refuses views, everything; the compiler drops those copies."""
+    if torch.compiler.is_compiling():
+        return x.clone()
+    return x.contiguous() if 0 in x.stride() else x
 
 
 def lift(reference: Callable[..., Any], batched: Sequence[str] = ()) -> Callable[..., Any]:
@@ -78,14 +86,9 @@ def lift(reference: Callable[..., Any], batched: Sequence[str] = ()) -> Callable
             if b == 0:
                 y, y_dot = rest, _each_output(lambda o: o.detach()[:0], rest)
             else:
-                # under torch.compile forward mode refuses views of a part of a batch; the compiler drops the copies
-                own = torch.clone if torch.compiler.is_compiling() else lambda x: x
                 first, y_dot = _jvp(
                     reference,
-                    [
-                        Dual(own(h[0]), a.tangent) if isinstance(a, Dual) else h[0]
-                        for a, h in zip(args, halves, strict=True)
-                    ],
+                    [Dual(h[0], a.tangent) if isinstance(a, Dual) else h[0] for a, h in zip(args, halves, strict=True)],
                 )
                 y = tuple(map(_concatenate, first, rest)) if isinstance(rest, tuple) else _concatenate(first, rest)
         return tuple(map(Dual, y, y_dot)) if isinstance(y, tuple) else Dual(y, y_dot)
@@ -171,11 +174,12 @@ def backend(name: Backend) -> Iterator[None]:
     if name not in ("reference", "triton"):
         raise ValueError(f"backend {name!r} is unknown; expected 'reference' or 'triton'")
     before, _traced.forced = _traced.forced, name
-    token = _forced.set(name)
+    token = None if torch.compiler.is_compiling() else _forced.set(name)
     try:
         yield
     finally:
-        _forced.reset(token)
+        if token is not None:
+            _forced.reset(token)
         _traced.forced = before
 
 
