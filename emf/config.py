@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from emf.data.batches import Batches, DataConfig
 from emf.data.world import World
-from emf.files import read_json
+from emf.files import read_object
 from emf.flow_config import FlowConfig
 from emf.model.sizes import EncoderConfig, TransformerConfig
 
@@ -32,14 +32,17 @@ class OptimConfig:
     """AdamW with linear warm-up."""
 
     lr: float = 1e-4
+    """Learning rate after warm-up."""
     condition_lr: float = 1.0
     """Factor on the learning rate of the condition's path: text encoder and caption projection."""
     decay: Literal["cosine", "constant"] = "cosine"
     """Learning rate after warm-up: to zero along a cosine, or constant."""
     warmup: int = 50
-    """Steps."""
+    """How many steps the learning rate takes to grow from 0 to its full value."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of AdamW's averages of the gradient and of its square."""
     weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
     clip: float = 1.0
     """Largest norm of the whole gradient; 0 does not clip."""
     ema: float = 0.999
@@ -61,10 +64,11 @@ class ZeroConfig:
     """What becomes the DeepSpeed config."""
 
     stage: Literal[0, 1, 2, 3] = 0
+    """What the ranks share. 0: nothing; 1: optimizer states; 2: gradients too; 3: weights too."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 keeps float32 master weights."""
+    """Number format that the network computes in; with bfloat16 float32 master weights are kept."""
     accumulation: int = 1
-    """Micro-batches a step."""
+    """How many micro-batches an optimizer step is made of."""
     offload: bool = False
     """Keep the optimizer's states and float32 weights in the host's memory, and step there."""
     json: Path | None = None
@@ -79,11 +83,11 @@ class LoraConfig:
     """Low-rank adapters in the transformer, trained in the place of its weights (peft's settings and names)."""
 
     rank: int = 0
-    """0: no adapters."""
+    """Rank of each adapter; 0: no adapters, the weights themselves are trained."""
     alpha: int = 16
     """The adapters' product is scaled by alpha / rank."""
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Ends of the names of the linear layers that get one."""
+    """Ends of the names of the linear layers that get an adapter."""
 
     def __post_init__(self) -> None:
         at_least("lora", self, rank=0)
@@ -94,7 +98,7 @@ class ConditionConfig:
     """A pretrained text encoder from a folder on disk; frozen, unless `trained` names weights of it."""
 
     kind: Literal["small", "blip3o", "gemma", "clip", "t5"] = "small"
-    """small: the digits' own, trained here (the encoder fields); else one of transformers'."""
+    """Text encoder. small: that of the digits, trained here (see the encoder section); the others are pretrained."""
     folder: Path | None = None
     """blip3o: a folder from emf convert or emf export, by default that of `init`; for the others an encoder's or a
     diffusers pipeline's."""
@@ -119,15 +123,17 @@ class RunConfig:
     """What is written and when; nothing here changes the weights that come out."""
 
     log_every: int = 10
+    """Write a line of metrics.jsonl every so many steps."""
     save_every: int = 100
+    """Save a checkpoint every so many steps."""
     eval_every: int = 0
     """Sample and score during training every so many steps; 0: never."""
     eval_prompts: int = 10
-    """Prompts of each of the six tasks in those scores."""
+    """With eval_every: how many prompts of each of the six tasks are scored."""
     keep: int = 2
-    """Checkpoints kept."""
+    """How many checkpoints are kept; older ones are removed."""
     skip: int = 0
-    """Steps with a NaN or inf loss that are skipped before the run stops."""
+    """How many steps with a NaN or inf loss are skipped before the run stops."""
     prompts: tuple[str, ...] = ()
     """With eval_every: captions of a grid of samples, by the moving average and by the raw weights, at 1, 2 and 4
     steps."""
@@ -152,12 +158,15 @@ class Config:
     keeps the pretrained function at r = t: the end-time branch is fitted to it at the new time scale, the interval
     branch starts at zero."""
     freeze_encoder: bool = False
+    """Do not train the text encoder."""
     trained: tuple[str, ...] = ()
     """Beginnings of the names of the weights that are trained; none: all that the objective trains."""
     seed: int = 0
+    """Seed of everything random in a run: new weights, data, noise, times and dropped conditions."""
     steps: int = 1000
+    """How many optimizer steps the run takes."""
     batch_size: int = 64
-    """Samples a step, over all ranks and micro-batches."""
+    """How many samples an optimizer step sees, over all ranks and micro-batches."""
     drop: float = 0.1
     """Probability of dropping a sample's condition."""
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
@@ -225,10 +234,4 @@ def read(path: Path) -> dict[str, Any]:
     """A config file as a tree. Raises ValueError where it is missing or no JSON object."""
     if not path.exists():
         raise ValueError(f"config: no file {path}")
-    try:
-        tree = read_json(path)
-    except ValueError as error:
-        raise ValueError(f"config: {error}") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"config: {path} holds {type(tree).__name__}; expected an object")
-    return tree
+    return read_object(path, "config")

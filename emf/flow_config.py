@@ -22,12 +22,14 @@ class FlowConfig:
     weight_p: float = 1.0
     """Adaptive weight 1 / (L + c)^p of a sample with summed squared error L; 0 switches it off."""
     weight_c: float = 1e-3
+    """The small number c in the adaptive weight."""
     guidance: float = 1.0
     """Guidance omega inside the target, so that a step of the sampler needs one evaluation and no extrapolation: v
     becomes omega v + kappa u(z, t, t) + (1 - omega - kappa) u(z, t, t | no condition), at one or two more forwards
     without gradient a step (MeanFlow, arXiv 2505.13447, eq. 13, 19 and 21). 1: none, as in EMF."""
     kappa: float = 0.0
-    """The share of the network's own conditional velocity in it; the guidance that results is omega / (1 - kappa)."""
+    """Share kappa of the network's own conditional velocity in the guided target; the guidance that results is
+    omega / (1 - kappa)."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Times t at which there is guidance inside the target."""
     along: Literal["data", "network"] = "data"

@@ -25,19 +25,19 @@ class Protocol:
     """Discriminability: what the paper leaves open, and its value here. Raises ValueError on what cannot be."""
 
     split: str = "train2017"
-    """COCO's, train2017 in the paper."""
+    """Which of COCO's splits is read; the paper reads train2017."""
     k: int = 1
-    """Captions retrieved by query."""
+    """How many captions are retrieved for each query."""
     queries: int = 5000
-    """One caption each of so many random images; 0: of every image."""
+    """How many random images to query for, by one caption each; 0 queries for every image."""
     captions: Choice = "first"
-    """Of an image's several: the first, a random one, or all are retrieved from."""
+    """Which captions to retrieve from where an image has several: its first, a random one, or all."""
     image_pooling: ImagePooling = "cls"
-    """Cls token, the model's pooler output, or the mean over patches."""
+    """What stands for an image: the cls token, the model's pooler output, or the mean over patches."""
     resamples: int = RESAMPLES
-    """Of the bootstrap."""
+    """How often the bootstrap draws anew, for the intervals."""
     seed: int = 0
-    """Of queries, random captions and bootstrap."""
+    """Seed of the random queries, the random captions and the bootstrap."""
 
     def __post_init__(self) -> None:
         if self.k < 1 or self.queries < 0 or self.resamples < 1 or self.seed < 0:
@@ -54,11 +54,11 @@ class Shortening:
     unit: Unit = "word"
     """What is removed: words, phrases (between commas, semicolons, colons, sentence ends) or sentences."""
     fraction: float = 0.5
-    """Of a prompt's units that are removed, rounded; one is removed and one is left at least."""
+    """Share of a prompt's units that is removed, rounded; at least one is removed and one is left."""
     repeats: int = 4
-    """Random removals of each prompt."""
+    """How often units are removed at random from each prompt."""
     seed: int = 0
-    """Of removals and bootstrap."""
+    """Seed of the random removals and the bootstrap."""
 
     def __post_init__(self) -> None:
         units = get_args(Unit)
@@ -74,11 +74,11 @@ class Embedding:
     """How a caption becomes one vector. Raises ValueError on what cannot be."""
 
     pooling: TextPooling = "mean"
-    """Of the text states: mean over the tokens that are no padding, or the last of them."""
+    """How text states become one vector: the mean over the tokens that are no padding, or the last of them."""
     states: States = "prompt"
-    """prompt: of the caption in the encoder's own prompt; caption: of the bare caption; condition: those that the
-    transformer's condition is made of (BLIP3o-NEXT: of image tokens, drawn first: slow); connector: after the
-    connector, where there is one."""
+    """Which states are compared. prompt: those of the caption within the encoder's own prompt; caption: those of the
+    bare caption; condition: those that the transformer's condition is made of (BLIP3o-NEXT draws image tokens for
+    them first, which is slow); connector: those after the connector, where there is one."""
 
     def __post_init__(self) -> None:
         if self.pooling not in get_args(TextPooling) or self.states not in get_args(States):
@@ -91,15 +91,15 @@ class Sampling:
     """Few steps: what is the same for every backbone. Raises ValueError on what cannot be."""
 
     steps: tuple[int, ...] = (1, 2, 4, 8, 30)
-    """Of Euler's method."""
+    """Numbers of steps of Euler's method that are compared."""
     guidance: float | None = None
-    """Classifier-free, 1 is none; default: 1.25 for the digits, else 2."""
+    """Classifier-free guidance, 1 is none; default: 1.25 for the digits, else 2."""
     seed: int = 0
-    """Of the noise."""
+    """Seed of the noise."""
     per_tag: int = 50
-    """Digits: prompts of each of the six tasks."""
+    """How many prompts of each of the six tasks are drawn, for runs on the digits."""
     batch: int = 4
-    """Images at once."""
+    """How many images are computed at once."""
 
     def __post_init__(self) -> None:
         good = self.guidance is None or math.isfinite(self.guidance)
@@ -115,11 +115,11 @@ class Computing:
     """Where and how a text encoder is run. Raises ValueError on what cannot be."""
 
     dtype: DType = "float32"
-    """Of the text encoder."""
+    """Number format that the text encoder computes in."""
     device: str = "cpu"
-    """cpu or cuda."""
+    """Where the text encoder is run: cpu or cuda."""
     batch: int = 32
-    """Captions, prompts or images at once."""
+    """How many captions, prompts or images are computed at once."""
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.dtype not in get_args(DType):

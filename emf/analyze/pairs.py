@@ -14,7 +14,7 @@ from PIL import Image
 from emf.analyze.choices import Choice
 from emf.data.drops import Drops
 from emf.data.images import read_caption
-from emf.data.sources import Source, scan
+from emf.data.sources import Source, read_part, scan
 from emf.files import open_image, read_json, why
 from emf.show.progress import track
 
@@ -85,18 +85,11 @@ def read_source(path: str) -> Pairs:
     """One caption an image. What has no usable caption is left out. Raises ValueError where nothing is left."""
     drops = Drops()
     (index,) = scan([Source(path)], drops)
-
-    def read(entry: np.ndarray) -> bytes:
-        number, offset, size = entry.tolist()
-        with open(index.files[number], "rb") as file:
-            file.seek(offset)
-            return file.read(size)
-
     captions, rows = [], []
     for row in track(range(len(index)), description="captions", disable=len(index) < 1000):
         try:
-            captions.append(read_caption(read(index.caption[row]), bool(index.is_json[row]), None))
-        except (ValueError, OSError) as error:
+            captions.append(read_caption(read_part(index, index.caption[row]), bool(index.is_json[row]), None))
+        except ValueError as error:
             drops.add(index.keys[row], path, str(error).partition(":")[0])
             continue
         rows.append(row)
@@ -104,7 +97,12 @@ def read_source(path: str) -> Pairs:
         raise ValueError(f"analyze: {path} holds no usable caption; {'; '.join(drops.lines())}")
 
     def opened(i: int) -> Image.Image:
-        return open_image(read(index.image[rows[i]]), f"{path}: {index.keys[rows[i]]}")
+        name = f"{path}: {index.keys[rows[i]]}"
+        try:
+            data = read_part(index, index.image[rows[i]])
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        return open_image(data, name)
 
     keys = [f"{index.keys[row]} {index.image[row][2]}" for row in rows]  # the bytes too: a name may get another image
     return Pairs(captions, np.arange(len(rows)), keys, opened, list(drops.lines()))

@@ -64,8 +64,8 @@ def disentanglement(
         encoders: KIND is blip3o, gemma, clip or t5; NAME=FOLDER alone is a run or an export
         prompts: a folder of texts (DPG-Bench's prompts), a jsonl file, or a text file with a prompt a line
         out: folder for results.json, results.md, disentanglement.png, shortened.png and cache/
-        limit: only the first prompts
-        resamples: of the bootstrap
+        limit: take only the first so many prompts
+        resamples: how often the bootstrap draws anew, for the intervals
     """
     from emf.analyze.disentanglement import run_disentanglement
     from emf.analyze.names import parse_encoders
@@ -95,11 +95,11 @@ def steps(
     Args:
         runs: two or more flow-matching runs or exports
         out: folder for results.json, results.md, steps.png, samples.png and images/
-        prompts: of other worlds than the digits': a folder of texts, a jsonl file, or a text file
+        prompts: what to draw where the runs are not of the digits: a folder of texts, a jsonl file, or a text file
         dino: folder or Hub name of a DINO, for the similarity; none: PSNR alone
         vae: a diffusers folder with the autoencoder; default: that of the run's data, or of the export
-        dtype: of the backbones
-        device: cpu or cuda
+        dtype: number format that the backbones compute in
+        device: where to compute, cpu or cuda
     """
     from emf.analyze.names import parse_runs
     from emf.analyze.steps import run_steps

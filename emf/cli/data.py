@@ -19,7 +19,7 @@ def inspect(
         sources: tars of webdataset, folders of images and texts: PATH, PATH@WEIGHT or PATH@WEIGHT@CAPTION-KEY
         out: folder for inspect.json and contact.png
         size: pixels along a side of the crop that training will use
-        limit: samples read of each source; default: all
+        limit: how many samples of each source are read; default: all
         listings: a file that keeps what is in the tars, so that the next start need not read them
     """
     from emf.data import inspect as inspecting
@@ -49,20 +49,20 @@ def cache(
     """Encode image-text data once: latents, and image tokens for BLIP3o-NEXT. Called again it goes on.
 
     Args:
-        sources: as for `emf data inspect`
+        sources: tars of webdataset, folders of images and texts: PATH, PATH@WEIGHT or PATH@WEIGHT@CAPTION-KEY
         vae: a diffusers folder with the autoencoder (DC-AE)
         out: folder of the cache, for --data.sources
         ta_tok: ta_tok.pth, to keep the image tokens too
-        scale: of the image tokens, pooled scale x scale into one
+        scale: side of the square of image tokens that is pooled into one
         size: pixels along a side of the centre crop
-        dtype: of the latents
-        shard: samples a file; a kill loses one file's work
-        batch: images encoded at once; above 1 a latent may round otherwise, by the company it is in
-        workers: threads that read images
-        part: of the parts that several processes share the work in: this one's
-        parts: of them
-        listings: as for `emf data inspect`
-        device: cpu or cuda
+        dtype: number format that the latents are kept in
+        shard: how many samples a file of the cache holds; a kill loses one file's work
+        batch: how many images are encoded at once; above 1 a latent may round otherwise, by the company it is in
+        workers: how many threads read images
+        part: number of this process, from 0, where several share the work
+        parts: how many processes share the work, each called with its own --part
+        listings: a file that keeps what is in the tars, so that the next start need not read them
+        device: where to compute, cpu or cuda
     """
     from emf.conditioning.ta_tok import load_ta_tok
     from emf.data.cache import write_cache

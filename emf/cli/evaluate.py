@@ -23,9 +23,9 @@ def on_digits(run: RunFolder, per_tag: int = 50, guidance: float = GUIDANCE, see
 
     Args:
         run: a run's folder
-        per_tag: prompts of each of the six tasks
+        per_tag: how many prompts to draw of each of the six tasks
         guidance: classifier-free guidance of every sampler
-        seed: of the noise
+        seed: seed of the noise
     """
     from emf.evaluate.small_world import evaluate_run
 
@@ -54,8 +54,8 @@ def geneval(
         detections: a jsonl of recorded detections, instead of a detector
         detector: folder or Hub name of a Mask2Former
         clip: folder or Hub name of a CLIP, for colours
-        device: cpu or cuda
-        name: of what is scored, for the table
+        device: where to compute, cpu or cuda
+        name: what the table calls the model that is scored
     """
     from emf.evaluate.geneval import run_geneval
     from emf.evaluate.pictures import geneval_items
@@ -92,10 +92,10 @@ def dpg(
         answers: a jsonl of recorded answers, instead of a network
         vqa: folder or Hub name of a BLIP for visual question answering; not comparable to the official mPLUG
         resolution: pixels along a side of one of the four; default: half of the grid's
-        skip_first_row: as the official script does
-        last_crop_categories: as the official category tables, from the last crop's answers alone
-        device: cpu or cuda
-        name: of what is scored, for the table
+        skip_first_row: leave out the first row of the questions, as the official script does
+        last_crop_categories: score categories from the last crop's answers alone, as the official tables do
+        device: where to compute, cpu or cuda
+        name: what the table calls the model that is scored
     """
     from emf.evaluate.dpg import Quirks, run_dpg
     from emf.evaluate.pictures import dpg_items
@@ -132,9 +132,9 @@ def hps(
         prompts: the benchmark's folder with <style>.json; default: from the Hub, zhwang/HPDv2
         weights: HPS_v2.1_compressed.pt, to score by
         tokenizer: folder or Hub name of a CLIP tokenizer
-        half: float16, as the official script on a GPU
-        device: cpu or cuda
-        name: of what is scored, for the table
+        half: compute in float16, as the official script on a GPU
+        device: where to compute, cpu or cuda
+        name: what the table calls the model that is scored
     """
     from emf.evaluate.hps import run_hps
     from emf.evaluate.pictures import hps_items, hps_prompts

@@ -32,15 +32,16 @@ def generate(
         run: a run's folder, one of its checkpoints, or a folder from emf export
         out: folder for the PNG files; files of the same name are not overwritten
         prompts: a text file of further captions, one a line
-        steps: of the sampler; two network evaluations each, one where the run was trained at this guidance
+        steps: how many steps to sample in; each costs two network evaluations, or one where the run was trained at
+            this guidance
         guidance: classifier-free guidance, 1 is none; default: 1.25 for the digits, else 2
-        seed: of the noise
-        n: images of each caption
+        seed: seed of the noise
+        n: how many images to draw of each caption
         flow_matching: sample the instantaneous velocity with Euler's method instead
         vae: a diffusers folder with the autoencoder; default: that of the run's data, or of the export
-        batch: images computed at once
-        dtype: default: float32 on a CPU, bfloat16 on a GPU
-        device: cpu or cuda; default: the GPU where there is one
+        batch: how many images are computed at once
+        dtype: number format that the transformer computes in; default: float32 on a CPU, bfloat16 on a GPU
+        device: where to compute, cpu or cuda; default: the GPU where there is one
     """
     from dataclasses import replace
 

@@ -14,7 +14,7 @@ def report(run: RunFolder) -> None:
     """A run's figures, curves and samples as one page: report.html in its folder.
 
     Args:
-        run: a run's folder, evaluated
+        run: a run's folder, after `emf evaluate digits`
     """
     from emf.evaluate.run_page import write_report
 
@@ -26,10 +26,10 @@ def paper(out: Path = Path("runs/paper"), quick: bool = False, jobs: int | None 
     on.
 
     Args:
-        out: folder of its runs
-        quick: minutes instead of hours, to try the machinery; the figures mean nothing
-        jobs: runs at once, a core each; default: as many as there are cores
-        seeds: of every run
+        out: folder for the runs and the page
+        quick: take minutes instead of hours, to try the machinery; the figures mean nothing
+        jobs: how many runs are trained at once, each on a core of its own; default: as many as there are cores
+        seeds: how many seeds every run is trained with
     """
     import os
     from dataclasses import replace

@@ -26,15 +26,15 @@ def plan(
 
     Args:
         model: sana-1.5-1.6b, sana-1.5-4.8b or blip3o-next-3b
-        gpus: of them
-        memory: GiB of each
-        gpu: A100, H100, H200 or B200, for the expected time
-        resolution: pixels along a side
-        micro_batch: samples a GPU computes at once
-        batch_size: samples an optimizer step
-        share: of the samples with r < t, which carry a tangent
-        mfu: share of the data sheet's operations a second that is assumed
-        offload: optimizer states in the host's memory
+        gpus: how many GPUs the run has
+        memory: GiB of memory that each GPU has
+        gpu: kind of GPU, A100, H100, H200 or B200, for the expected time
+        resolution: pixels along a side of an image
+        micro_batch: how many samples a GPU computes at once
+        batch_size: how many samples an optimizer step sees
+        share: share of the samples with r < t, which carry a tangent
+        mfu: share of the data sheet's operations a second that the run is assumed to reach
+        offload: keep the optimizer's states in the host's memory
     """
     from emf.train import plan as planning
 

@@ -29,13 +29,14 @@ def convert(
         source: a diffusers SANA folder, an original .pth, a BLIP3o-NEXT folder or a released EMF checkpoint
         out: the folder; must not exist
         config: diffusers' config.json of the transformer, where the source has none
-        embedder_init: of EMF's two time embedders, where the source has none: a copy each, or the function kept
-        time_scale: what they multiply t and t - r with
-        dtype: default: each tensor's own
-        allow_missing: patterns of the source's names that may be missing
-        allow_extra: ... that may be there without a use
-        allow_misshaped: ... that may have another shape, and are then missing
-        shard_gb: largest file written, in 1e9 bytes
+        embedder_init: how EMF's two time embedders begin where the source has none: as copies, or so that the function
+            is kept
+        time_scale: what EMF's two time embedders multiply t and t - r with
+        dtype: number format of the written tensors; default: that of each in the source
+        allow_missing: patterns of names of tensors that the source may lack
+        allow_extra: patterns of names of tensors that the source may have without a use for them
+        allow_misshaped: patterns of names of tensors that may have another shape, and then count as missing
+        shard_gb: size of the largest file that is written, in 1e9 bytes
     """
     from emf.weights.convert import convert as run
 
@@ -59,7 +60,7 @@ def export(
         out: the folder; must not exist
         base: a diffusers folder whose vae, text encoder and tokenizer go with it; default: that of the run's data
         text: a folder from emf convert whose language model goes with it; default: the run's condition
-        dtype: of the transformer
+        dtype: number format that the transformer is written in
     """
     from emf.weights.export import export as run_export
 

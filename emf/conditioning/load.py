@@ -14,7 +14,7 @@ from emf.conditioning.blip3o import Blip3oNext, SpecialTokens, Window
 from emf.conditioning.encoder import Encoder
 from emf.conditioning.small import Connector
 from emf.conditioning.text import TextEncoder, sana_instruction
-from emf.files import check_readable, read_json, why
+from emf.files import check_readable, read_object, why
 from emf.model.state import read_state, variant
 
 Kind = Literal["blip3o", "gemma", "clip", "t5"]
@@ -96,13 +96,7 @@ def _config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.exists():
         raise ValueError(f"conditioning: {folder} holds no config.json; expected a checkpoint's folder")
-    try:
-        fields = read_json(file)
-    except ValueError as error:
-        raise ValueError(f"conditioning: {error}") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"conditioning: {file} is no JSON object")
-    return fields
+    return read_object(file, "conditioning")
 
 
 def _model(kind: Any, folder: Path, dtype: torch.dtype, **arguments: Any) -> Any:

@@ -31,7 +31,7 @@ from torch import Tensor
 from emf.data.drops import Dropped, Drops
 from emf.data.images import Images, Sample, fetch
 from emf.data.shards import Shard, is_whole, shard_file, write_shard
-from emf.files import SETTINGS, check_claim, claim, read_json
+from emf.files import SETTINGS, check_claim, claim, read_object
 
 Encode = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
 """Images [B, 3, size, size] in [-1, 1] -> latents [B, C, h, w], or (mean, std) of a posterior, of that shape each."""
@@ -104,11 +104,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
     file = folder / SETTINGS
     if not file.is_file():
         raise ValueError(f"cache: {folder} holds no cache; expected a folder that emf cache wrote")
-    try:
-        settings = read_json(file)
-    except ValueError as error:
-        raise ValueError(f"cache: {error}; expected the settings of a cache") from None
-    if not isinstance(settings, dict) or settings.get("version") != VERSION:
+    settings = read_object(file, "cache", "the settings of a cache")
+    if settings.get("version") != VERSION:
         raise ValueError(f"cache: {file} is not of version {VERSION} of the cache; make it again with this emf")
     return settings
 

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from emf.data.drops import Dropped, Drops
-from emf.data.sources import Index, Source, scan
+from emf.data.sources import Index, Source, read_part, scan
 from emf.files import BrokenImage, check_text, decode_text, open_image, parse_json
 
 JSON_KEYS = ("caption", "text")
@@ -120,28 +120,15 @@ class Images:
         """The decoded sample. Raises Dropped."""
         where = self.indices[source]
         key, name = where.keys[index], where.source.path
-
-        def read(entry: np.ndarray) -> bytes:
-            number, offset, size = entry.tolist()
-            try:
-                with open(where.files[number], "rb") as file:
-                    file.seek(offset)
-                    data = file.read(size)
-            except OSError as error:
-                raise Dropped(key, name, "file cannot be read", str(error.strerror)) from None
-            if len(data) < size:
-                raise Dropped(key, name, "file cannot be read", "it became shorter since it was scanned")
-            return data
-
         try:
-            caption = read_caption(read(where.caption[index]), bool(where.is_json[index]), where.source.caption)
+            told = read_part(where, where.caption[index])
+            caption = read_caption(told, bool(where.is_json[index]), where.source.caption)
+            image = open_image(read_part(where, where.image[index]), key)
+        except BrokenImage as error:
+            raise Dropped(key, name, error.reason, error.detail) from None
         except ValueError as error:
             reason, _, detail = str(error).partition(":")
             raise Dropped(key, name, reason, detail.strip()) from None
-        try:
-            image = open_image(read(where.image[index]), key)
-        except BrokenImage as error:
-            raise Dropped(key, name, error.reason, error.detail) from None
         self.upscaled[source][index] = min(image.size) < self.size
         small = centre_crop(image, self.token_size) if self.token_size else None
         return Sample(key, name, caption, centre_crop(image, self.size), small, image.width, image.height)

@@ -17,6 +17,7 @@ import numpy as np
 
 from emf.data.drops import Drops
 from emf.data.tars import TarListings
+from emf.files import why
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 CAPTIONS = ("txt", "json")
@@ -227,10 +228,10 @@ def scan(sources: Iterable[Source], drops: Drops, listings: Path | None = None) 
                 rows += _pair(members, source, drops)
                 progress.update(task, completed=number + 1)
             if not rows:
-                why = "; ".join(line.partition(": ")[2] for line in drops.lines() if line.startswith(source.path))
+                lost = "; ".join(line.partition(": ")[2] for line in drops.lines() if line.startswith(source.path))
                 raise ValueError(
                     f"data: {source.path} holds no image with a caption; expected tars or a folder of "
-                    f"{'/'.join(IMAGES)} with {' or '.join(CAPTIONS)} of the same name{f' ({why})' if why else ''}"
+                    f"{'/'.join(IMAGES)} with {' or '.join(CAPTIONS)} of the same name{f' ({lost})' if lost else ''}"
                 )
             keys, image, caption, is_json = zip(*rows, strict=True)
             entries = np.array(image, np.int64), np.array(caption, np.int64)
@@ -239,3 +240,18 @@ def scan(sources: Iterable[Source], drops: Drops, listings: Path | None = None) 
     if not indices:
         raise ValueError("data: no source; name at least one tar, pattern of tars or folder")
     return indices
+
+
+def read_part(index: Index, entry: np.ndarray) -> bytes:
+    """The bytes of a sample's image or caption, of which the index has the entry [3]. Raises ValueError("file cannot be
+    read: why") where they are not there any more, or not all of them."""
+    number, offset, size = entry.tolist()
+    try:
+        with open(index.files[number], "rb") as file:
+            file.seek(offset)
+            data = file.read(size)
+    except OSError as error:
+        raise ValueError(f"file cannot be read: {why(error)}") from None
+    if len(data) < size:
+        raise ValueError("file cannot be read: it became shorter since it was scanned")
+    return data

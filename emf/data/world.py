@@ -12,7 +12,7 @@ class World:
     """Geometry of a scene: glyphs keep at least pitch - 8 - jitter pixels distance."""
 
     size: int = 18
-    """Pixels along a side."""
+    """Pixels along a side of a picture."""
     pitch: int = 10
     """Distance of the two cells along a side."""
     shift: int = 0

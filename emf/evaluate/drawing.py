@@ -12,25 +12,25 @@ class Drawing:
     """Images from a checkpoint first, instead of a folder of images."""
 
     checkpoint: Path | None = None
-    """A run, one of its checkpoints, or an export."""
+    """What to draw the images with: a run's folder, one of its checkpoints, or an export."""
     steps: str = "1,2,4,8"
-    """Of the sampler, separated by commas; of a folder of images one number, for the table."""
+    """Numbers of steps to draw with, separated by commas; with a folder of images the number that the table says."""
     flow_matching: bool = False
     """Sample the instantaneous velocity with Euler's method: the baseline's rows, at 30, 4, 1."""
     guidance: float | None = None
-    """Classifier-free, 1 is none; default: 1.25 for the digits, else 2."""
+    """Classifier-free guidance, 1 is none; default: 1.25 for the digits, else 2."""
     seed: int = 0
-    """Of the noise."""
+    """Seed of the noise."""
     vae: Path | None = None
     """A diffusers folder with the autoencoder; default: that of the run's data, or of the export."""
     batch: int = 4
-    """Images computed at once."""
+    """How many images are computed at once."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Of the transformer; default: float32 on a CPU, bfloat16 on a GPU."""
+    """Number format that the transformer computes in; default: float32 on a CPU, bfloat16 on a GPU."""
     images_only: bool = False
-    """Do not score them."""
+    """Draw the images and do not score them."""
     limit: int | None = None
-    """The first so many prompts only, to try it."""
+    """Draw the first so many prompts only, to try it."""
 
     @property
     def counts(self) -> list[int]:

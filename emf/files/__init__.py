@@ -18,6 +18,7 @@ from emf.files.reading import (
     read_json,
     read_jsonl,
     read_lines,
+    read_object,
     read_text,
     why,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "read_json",
     "read_jsonl",
     "read_lines",
+    "read_object",
     "read_rows",
     "read_text",
     "refuse_existing",

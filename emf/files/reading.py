@@ -152,6 +152,19 @@ def read_json(path: Path) -> Any:
     return _whole_letters(parse_json(text, str(path)), text, str(path))
 
 
+def read_object(path: Path, who: str, expected: str = "") -> Row:
+    """The object that a JSON file holds: settings, an index of shards. who: who asks, which stands before what is
+    wrong; expected: what should be there, which stands after it. Raises ValueError where there is no such file, and
+    where it holds no object."""
+    try:
+        tree = read_json(path)
+        if not isinstance(tree, dict):
+            raise ValueError(f"{path} is no JSON object")
+    except ValueError as error:
+        raise ValueError(f"{who}: {error}{'; expected ' * bool(expected)}{expected}") from None
+    return tree
+
+
 def numbered_jsonl(path: Path) -> list[tuple[int, Row]]:
     """(number of its line from 1, object) of a file of JSON objects, a line each; blank lines do not count. Raises
     ValueError on a line that is none."""

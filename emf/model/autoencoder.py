@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from emf.files import check_readable, read_json, why
+from emf.files import check_readable, read_object, why
 from emf.model.state import variant
 
 
@@ -86,16 +86,11 @@ def load_dcae(folder: Path, dtype: torch.dtype = torch.float32, device: str | to
     Raises ValueError where there is none, where weights are missing, and where its config names no scaling_factor
     (diffusers would take 1).
     """
-    expected = "expected a diffusers folder with vae/config.json, or an autoencoder's own with config.json"
+    expected = "a diffusers folder with vae/config.json, or an autoencoder's own with config.json"
     config = next((f for f in (folder / "vae" / "config.json", folder / "config.json") if f.is_file()), None)
     if config is None:
-        raise ValueError(f"latent: {folder} holds no autoencoder; {expected}")
-    try:
-        settings = read_json(config)
-    except ValueError as error:
-        raise ValueError(f"latent: {error}; {expected}") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"latent: {config} is no JSON object; {expected}")
+        raise ValueError(f"latent: {folder} holds no autoencoder; expected {expected}")
+    settings = read_object(config, "latent", expected)
     kind, factor = settings.get("_class_name"), settings.get("scaling_factor")
     if kind != "AutoencoderDC":
         raise ValueError(f"latent: {config} is of class {kind}; expected AutoencoderDC")

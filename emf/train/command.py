@@ -22,9 +22,9 @@ except ImportError:
 class _Run:
     config: Annotated[Config, tyro.conf.arg(name="")]
     out: Path | None = None
-    """Folder to write: config.json, metrics.jsonl, checkpoints."""
+    """Folder for the run: config.json, metrics.jsonl and checkpoints are written here."""
     resume: bool = False
-    """Continue from the newest checkpoint in it; without one, start."""
+    """Continue from the newest checkpoint in --out; where there is none, begin."""
 
 
 def parse_train(arguments: list[str]) -> tuple[Config, Path, bool]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from emf.config import Config
 from emf.errors import Torn
-from emf.files import read_text
+from emf.files import check_readable, read_object
 from emf.model.text_to_image import TextToImage
 from emf.weights.tensors import Weights, items, read_weights, write_file
 
@@ -90,14 +90,15 @@ def stream(checkpoint: Path) -> Weights:
 
 def read_made(checkpoint: Path) -> Made:
     """How a checkpoint was made. Raises ValueError where that is missing, may not be read, or is broken."""
+    file = checkpoint / MADE
     try:
-        text = read_text(checkpoint / MADE)
+        check_readable(file)
     except ValueError as error:
         raise ValueError(f"resume: {error}") from None
     try:
-        return Made(**json.loads(text))
+        return Made(**read_object(file, "made"))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"resume: {broken(checkpoint, error)}") from None
+        raise ValueError(f"resume: {broken(checkpoint, str(error).removeprefix('made: '))}") from None
 
 
 def begin(run: Path, step: int) -> Path:

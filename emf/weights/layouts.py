@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emf.files import read_json
+from emf.files import read_object
 from emf.model.sizes import TransformerConfig
 
 SANA = "model.sana."
@@ -230,10 +230,4 @@ def to_diffusers(config: TransformerConfig) -> dict[str, Any]:
 
 def read_settings(path: Path) -> dict[str, Any]:
     """The JSON object in a file of weights' settings. Raises ValueError where there is none."""
-    try:
-        tree = read_json(path)
-    except ValueError as error:
-        raise ValueError(f"convert: {error}") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"convert: {path} holds {type(tree).__name__}; expected an object")
-    return tree
+    return read_object(path, "convert")

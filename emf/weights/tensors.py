@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from emf.errors import Torn
+from emf.files import read_object
 from emf.model.state import STEMS, check_weights, read_state, variant
 
 DTYPES = {
@@ -95,9 +96,9 @@ def find(path: Path) -> list[Path]:
         ]
     if len(indices) == 1:
         try:
-            names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"weights: {indices[0]} is no index of shards") from None
+            names = sorted(set(read_object(indices[0], "weights", "an index of shards")["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError(f"weights: {indices[0]} is no index of shards: its weight_map names no files") from None
         if lost := [name for name in names if not (path / name).is_file()]:
             raise ValueError(f"weights: {indices[0]} names {len(lost)} files that are not there; first {lost[0]}")
         return [path / name for name in names]

@@ -26,20 +26,30 @@ _OURS = not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ a
 
 
 @contextmanager
+def restoring() -> Iterator[None]:
+    """Around imports: afterwards every environment variable is what it was before, so that a process which imports
+    this package, and its children, see nothing of it."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+
+
+@contextmanager
 def decorating() -> Iterator[None]:
     """Around the import of triton and of kernels: decides whether they are compiled or interpreted.
 
     `triton.jit` reads the environment variable TRITON_INTERPRET when it decorates a kernel, and so do the functions of
     triton.language when triton is imported. It is set inside the block alone, and not where there is a GPU, the user
-    has set it, or triton came first: what the process and its children see afterwards is what was there before.
+    has set it, or triton came first.
     """
-    if _OURS:
-        os.environ["TRITON_INTERPRET"] = "1"
-    try:
-        yield
-    finally:
+    with restoring():
         if _OURS:
-            del os.environ["TRITON_INTERPRET"]
+            os.environ["TRITON_INTERPRET"] = "1"
+        yield
 
 
 with decorating():
@@ -48,6 +58,8 @@ with decorating():
 
     with suppress(ImportError):  # which a first launch in the interpreter would import, outside the block
         import triton.experimental.gluon  # noqa: F401
+with restoring():
+    import torch._dynamo  # noqa: F401 - which torch.compiler would import below; it sets TORCHINDUCTOR_CACHE_DIR
 # Whether kernels run in the interpreter in this process, on CPU tensors; else they are compiled for a GPU.
 INTERPRETED = not isinstance(_of_the_language, JITFunction)
 

@@ -195,6 +195,7 @@ class Op:
                for every backend. That tensors are Tensors and tangents fit their primals is seen to before.
     batched:   arguments whose first dimension is the batch (see lift).
     live:      arguments that may be Duals (default: batched).
+    any_rank:  arguments taken with any number of dimensions from two on, as `x [B, ...]` is.
     differentiable: arguments with a gradient (default: every floating-point tensor).
     dual:      value and tangent in plain torch, where it beats lift(reference) on every device (the default).
     triton:    the fused function of the same arguments, Duals or Tensors alike.
@@ -211,13 +212,14 @@ class Op:
         *,
         batched: Sequence[str] = (),
         live: Sequence[str] | None = None,
+        any_rank: Sequence[str] = (),
         differentiable: Sequence[str] | None = None,
         dual: Callable[..., Any] | None = None,
         triton: Callable[..., Any] | None = None,
     ) -> None:
         self.name, self.reference, self.inputs, self.cases, self.cost = name, reference, inputs, tuple(cases), cost
         self.batched, self.differentiable, self.triton = tuple(batched), differentiable, triton
-        self.live = self.batched if live is None else tuple(live)
+        self.live, self.any_rank = self.batched if live is None else tuple(live), tuple(any_rank)
         self.dual, self.accepts = dual or lift(reference, batched), accepts
         self.signature = inspect.signature(reference)
         parameters = self.signature.parameters.values()

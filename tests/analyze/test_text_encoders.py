@@ -65,6 +65,13 @@ def test_folders_of_images_with_texts_are_read(tmp_path: Path) -> None:
     assert pairs.captions == ["one", "two"] and pairs.image.tolist() == [0, 1] and pairs.open(1).size == (40, 32)
     assert len(pairs.notes) == 1 and "empty caption" in pairs.notes[0]
     assert np.array_equal(np.asarray(pairs.open(0)), np.asarray(noise(1)))
+    with (tmp_path / "d" / "b.jpg").open("r+b") as file:
+        file.truncate(file.seek(0, 2) - 2)  # an image that would still open
+    with pytest.raises(ValueError, match="d: b: file cannot be read: it became shorter since it was scanned$"):
+        pairs.open(1)
+    (tmp_path / "d" / "a" / "1.png").unlink()
+    with pytest.raises(ValueError, match="d: a/1: file cannot be read: No such file or directory$"):
+        pairs.open(0)
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "dinov3"])

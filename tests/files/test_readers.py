@@ -23,6 +23,7 @@ from emf.files import (
     read_json,
     read_jsonl,
     read_lines,
+    read_object,
     read_text,
 )
 
@@ -120,6 +121,20 @@ def test_json_errors_say_which(tmp_path: Path) -> None:
         read_json(tmp_path / "no.json")
     with pytest.raises(ValueError, match="is a folder; expected a file"):
         read_json(tmp_path)
+
+
+def test_objects(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text('{"a": [1]}', encoding="utf-16")
+    assert read_object(file, "who") == {"a": [1]}
+    file.write_text("[1]")
+    with pytest.raises(ValueError, match=f"^who: {file} is no JSON object$"):
+        read_object(file, "who")
+    with pytest.raises(ValueError, match=f"^who: {file} is no JSON object; expected settings$"):
+        read_object(file, "who", "settings")
+    file.write_text('{"a"')
+    with pytest.raises(ValueError, match=f"^who: {file} is JSON that ends too early; .*; expected settings$"):
+        read_object(file, "who", "settings")
 
 
 def test_what_may_not_be_read_is_not_called_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

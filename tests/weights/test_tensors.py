@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from pathlib import Path
 
@@ -107,10 +108,17 @@ def test_what_goes_wrong_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
         find(tmp_path)
     (tmp_path / "s").mkdir()
     index = tmp_path / "s" / "model.safetensors.index.json"
-    for broken in ("{", "[]", '{"weight_map": 3}'):
+    for broken, why in (
+        ("{", "is JSON that ends too early; it was torn; expected an index of shards"),
+        ("[]", "is no JSON object; expected an index of shards"),
+        ('{"weight_map": 3}', "is no index of shards: its weight_map names no files"),
+    ):
         index.write_text(broken)
-        with refused("is no index of shards"):
+        with refused(f"^weights: {index} {why}$"):
             find(tmp_path / "s")
+    index.write_bytes(codecs.BOM_UTF8 + b'{"weight_map": {"x": "gone.safetensors"}}')
+    with refused("names 1 files that are not there; first gone.safetensors"):
+        find(tmp_path / "s")
     if Path("/dev/full").exists():
         (tmp_path / "d").mkdir()
         (tmp_path / "d" / "x.safetensors").symlink_to("/dev/full")

@@ -3,6 +3,7 @@ what was read and found torn is to be moved away, and nothing is to be deleted."
 
 from __future__ import annotations
 
+import codecs
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -78,11 +79,16 @@ def test_how_a_checkpoint_was_made(tmp_path: Path) -> None:
     whole = checkpoints.finish(part, 1)
     assert checkpoints.read_made(whole) == Made(1, 1, 0)
     file = whole / checkpoints.MADE
+    file.write_bytes(codecs.BOM_UTF8 + file.read_bytes())
+    assert checkpoints.read_made(whole) == Made(1, 1, 0)
     file.chmod(0)
     assert said(lambda: checkpoints.read_made(whole)) == f"resume: {file} cannot be read: Permission denied"
     file.chmod(0o600)
     file.write_text('{"step": 1')
-    assert "is broken" in said(lambda: checkpoints.read_made(whole))
+    torn = f"resume: {whole} is broken ({file} is JSON that ends too early; it was torn); move it away"
+    assert said(lambda: checkpoints.read_made(whole)).startswith(torn)
+    file.write_text("[1]")
+    assert f"is broken ({file} is no JSON object)" in said(lambda: checkpoints.read_made(whole))
     file.unlink()
     assert said(lambda: checkpoints.read_made(whole)) == f"resume: {file} does not exist"
 

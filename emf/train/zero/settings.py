@@ -11,7 +11,7 @@ import deepspeed
 import torch
 
 from emf.config import Config
-from emf.files import read_json
+from emf.files import read_object
 
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}
 OWN_KEYS = {  # fields of the config, from which the micro-batch is derived: no DeepSpeed JSON may say otherwise
@@ -59,10 +59,7 @@ def engine_config(config: Config, world: int, out: Path | None = None) -> dict[s
         if name != "wandb":
             derived[MONITORS[name]] |= {"output_path": str(out or "."), "job_name": name}
     if config.zero.json is not None:
-        try:
-            own = read_json(config.zero.json)
-        except ValueError as error:
-            raise ValueError(f"config: zero.json: {error}") from None
+        own = read_object(config.zero.json, "config: zero.json")
         check_own_json(config.zero.json, own)
         derived = _merge(derived, own)
     automatic = [name for name, value in _leaves(derived) if value == "auto"]

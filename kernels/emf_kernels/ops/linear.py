@@ -58,4 +58,4 @@ CASES = [
     Case("sana-1.6b", dict(B=4, N=1024, K=2240, O=2240), ("x",), frozenset({"bench"})),
     Case("sana-1.6b-ff", dict(B=4, N=1024, K=2240, O=11200), ("x",), frozenset({"bench"})),
 ]
-linear = Op("linear", reference, inputs, cost, accepts, CASES, dual=dual, batched=("x",))
+linear = Op("linear", reference, inputs, cost, accepts, CASES, dual=dual, batched=("x",), any_rank=("x",))

@@ -45,4 +45,4 @@ CASES = [
     Case("ragged", dict(B=3, C=7, b=2), ("x",)),
     Case("sana-1.6b", dict(B=16, C=2240), ("x",), frozenset({"bench"})),
 ]
-silu = Op("silu", reference, inputs, cost, accepts, CASES, dual=dual, batched=("x",))
+silu = Op("silu", reference, inputs, cost, accepts, CASES, dual=dual, batched=("x",), any_rank=("x",))
