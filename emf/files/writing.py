@@ -151,6 +151,6 @@ def whole_folder(out: Path, who: str = "") -> Iterator[Path]:
                 file.chmod(mode)
         (part / MARKER).unlink()
         part.rename(out)
-    except BaseException:
+    except Exception:  # whoever interrupts or kills has no time for it: the next call removes what is left
         shutil.rmtree(part, ignore_errors=True)
         raise
