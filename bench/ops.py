@@ -12,6 +12,7 @@ import argparse
 import json
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -234,6 +235,13 @@ def bench_cases(names: list[str]) -> Iterator[tuple[Op, Case]]:
             yield op, replace(case, name=f"{case.name}-b{batch}", shape=shape)
 
 
+COLUMNS = (
+    "op case dtype provider mode 20%_ms median_ms 80%_ms relative_error peak_bytes time/lift "
+    "GB/s TFLOP/s share_of_copy share_of_product"
+)
+"""What the numbers of a printed row are, in their order; the last four are of a forward alone."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.ops", description=__doc__)
     parser.add_argument("ops", nargs="*", metavar="op", help="default: every op")
@@ -243,16 +251,20 @@ def main() -> None:
         parser.error(f"no op {', '.join(sorted(unknown))}; there are {', '.join(REGISTRY)}")
     until = time.monotonic() + options.seconds
     dtype, rounds = (torch.bfloat16, 30) if GPU else (torch.float32, 3)
+    print("measuring what the device can do: a copy, a matrix product", file=sys.stderr, flush=True)
     ceiling = ceilings(dtype)
     head = dict(device=device_name(), torch=torch.__version__, triton=triton.__version__, commit=revision()) | ceiling
     print(head, flush=True)
+    print(COLUMNS, flush=True)
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []
     out = OUT / device_name() / "ops.json"
-    for op, case in bench_cases(options.ops):
+    cases = list(bench_cases(options.ops))
+    for number, (op, case) in enumerate(cases, 1):
         if time.monotonic() > until:
             left_out.append(f"{op.name} {case.name}")
             continue
+        print(f"case {number} of {len(cases)}: {op.name} {case.name} ...", file=sys.stderr, flush=True)
         new = measure(op, case, dtype, ceiling, rounds)
         rows += new
         for row in new:

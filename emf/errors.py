@@ -30,9 +30,9 @@ class NotFinite(ValueError):
 
 
 @contextmanager
-def report_errors(interrupted: str = "interrupted") -> Iterator[None]:
+def report_errors() -> Iterator[None]:
     """A ValueError is the user's: its line is printed, and the exit code is 2. A diverged run ends with 3, what is
-    interrupted with 130 and the line `interrupted`."""
+    interrupted with 130 and the KeyboardInterrupt's line, "interrupted" where it has none."""
     try:
         yield
     except (ValueError, Diverged) as error:
@@ -51,6 +51,6 @@ def report_errors(interrupted: str = "interrupted") -> Iterator[None]:
             raise
         print(f"error: {line}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(str(error) or "interrupted", file=sys.stderr)
         raise SystemExit(130) from None

@@ -223,6 +223,10 @@ def test_files_are_short() -> None:
     assert {file: lines for file, lines in lengths.items() if lines > 400} == {}
 
 
+MANY_BY_POSITION = {"emf/sample/emf_pipeline.py __call__"}
+"""A pipeline of diffusers' is called with its arguments by position, as those of diffusers are."""
+
+
 def test_functions_take_few_arguments_by_position() -> None:
     """At most six. Kernels are apart, and tests, whose arguments pytest gives them by name."""
     found = []
@@ -233,8 +237,8 @@ def test_functions_take_few_arguments_by_position() -> None:
             if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or node.name.startswith("test_"):
                 continue
             if positional(node) > 6:
-                found.append(f"{short(file)}:{node.lineno} {node.name}")
-    assert found == []
+                found.append(f"{short(file)} {node.name}")
+    assert sorted(found) == sorted(MANY_BY_POSITION)
 
 
 def test_emf_kernels_imports_from_the_root() -> None:

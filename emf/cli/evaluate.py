@@ -136,13 +136,18 @@ def hps(
         device: where to compute, cpu or cuda
         name: what the table calls the model that is scored
     """
-    from emf.evaluate.hps import run_hps
+    from emf.evaluate.hps import check_styles, check_weights, run_hps
     from emf.evaluate.pictures import hps_items, hps_prompts
 
     if weights is None and not draw.images_only:
         raise ValueError("HPSv2.1: it is scored by --weights, HPS_v2.1_compressed.pt of xswu/HPSv2 on the Hub")
     if draw.limit is not None and not draw.images_only:
         raise ValueError("HPSv2.1: it is scored on all prompts; --limit needs --images-only")
+    _check_source(images, draw)
+    if images is not None:  # the user's own files, before the prompts are looked for on the Hub
+        check_styles(images)
+    if weights is not None:
+        check_weights(weights)
     texts = hps_prompts(prompts)
 
     def score(folder: Path, here: Path, name: str, steps: int | None) -> Any:
@@ -152,6 +157,12 @@ def hps(
         )
 
     _run(images, out, draw, score, device=device, name=name, items=lambda: hps_items(texts))
+
+
+def _check_source(images: Path | None, drawing: Drawing) -> None:
+    """Raises ValueError where it is not said, or said twice, which images are to be scored."""
+    if (images is None) == (drawing.checkpoint is None):
+        raise ValueError("evaluate: give a folder of images, or --checkpoint to draw them from")
 
 
 def _run(
@@ -165,8 +176,7 @@ def _run(
     items: Callable[[], tuple[Any, dict[str, str]]],
 ) -> None:
     """Score a folder of images, or draw them first."""
-    if (images is None) == (drawing.checkpoint is None):
-        raise ValueError("evaluate: give a folder of images, or --checkpoint to draw them from")
+    _check_source(images, drawing)
     if images is not None:
         counts = drawing.counts
         results = [score(images, out, name, counts[0] if len(counts) == 1 else None)]

@@ -47,11 +47,19 @@ def generate(
 
     from emf.files import read_lines
     from emf.sample.sampler import Sampler, write_images
+    from emf.sample.sampling_settings import Settings
 
+    if n < 1:
+        raise ValueError(f"generate: {n} images of each caption (-n); expected at least 1")
+    Settings(steps, guidance, seed, batch=batch)  # what cannot be is said before the weights are read
     read = [] if prompts is None else read_lines(prompts)
     every = [c for c in (*captions, *read) for _ in range(n)]
-    if not every or n < 1 or batch < 1:
-        raise ValueError(f"generate: {len(every)} images, batch {batch}; give captions or --prompts, and at least 1")
+    if not every:
+        raise ValueError(
+            "generate: give captions, or --prompts with a file of them"
+            if prompts is None
+            else f"generate: {prompts} holds no caption; expected one a line"
+        )
     sampler = Sampler.load(run, vae, dtype, device, flow_matching)
     guidance = sampler.guidance if guidance is None else guidance
     how = replace(sampler.settings, steps=steps, guidance=guidance, seed=seed, batch=batch)

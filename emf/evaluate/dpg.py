@@ -220,6 +220,14 @@ def crops(grid: Image.Image, path: Path, resolution: int | None) -> list[Image.I
     return [grid.crop((x, y, x + r, y + r)) for y in (0, r) for x in (0, r)]
 
 
+def grids(root: Path) -> dict[str, Path]:
+    """File name -> file of a folder's grids. Raises ValueError where there is none."""
+    paths = {p.name: p for p in sorted(root.glob("*.png"))}
+    if not paths:
+        raise ValueError(f"{root} holds no images; expected <item id>.png, a grid of 2 x 2 images each")
+    return paths
+
+
 def score_dpg(
     root: Path,
     out: Path,
@@ -237,9 +245,7 @@ def score_dpg(
     """
     quirks = quirks or Quirks()
     everything, items = read_questions(questions, False), read_questions(questions, quirks.skip_first_row)
-    paths = {p.name: p for p in sorted(root.glob("*.png"))}
-    if not paths:
-        raise ValueError(f"{root} holds no images; expected <item id>.png, a grid of 2 x 2 images each")
+    paths = grids(root)
     strange = next((n for n in paths if _item(n) not in everything), None)
     if strange:
         raise ValueError(f"{root / strange} is of no item in {questions.name}; expected <item id>.png")
@@ -310,5 +316,7 @@ def run_dpg(
 ) -> Result:
     """score_dpg with BLIP-VQA (a folder or Hub name), or with a file of recorded answers."""
     check_images(images)
+    grids(images)  # what is missing is said before a network is looked for
+    read_questions(questions, False)
     network: VQA = RecordedVQA(answers) if answers else BlipVQA.load(vqa, device)
     return score_dpg(images, out, questions, network, quirks, resolution=resolution, name=name, steps=steps)

@@ -14,7 +14,7 @@ from typing import Any
 
 from emf.data.digits import TAGS
 from emf.evaluate.benchmark import Result, Row, check_images, mean, score_images, stamps, write_results
-from emf.evaluate.detector import CLIP, MASK2FORMER, Detector, HFDetector, RecordedDetector
+from emf.evaluate.detector import CLASSES, CLIP, MASK2FORMER, Detector, HFDetector, RecordedDetector
 from emf.evaluate.rules import Detection, check_metadata, evaluate, select
 from emf.files import read_json
 
@@ -142,5 +142,6 @@ def run_geneval(
 ) -> Result:
     """score_geneval with Mask2Former and CLIP (folders or Hub names), or with a file of recorded detections."""
     check_images(images)
+    read_folder(images, CLASSES)  # what is missing is said before a detector is looked for
     found: Detector = RecordedDetector(detections, images) if detections else HFDetector.load(detector, clip, device)
     return score_geneval(images, out, found, name=name, steps=steps)

@@ -113,6 +113,12 @@ def config_of(state: Mapping[str, Tensor], heads: tuple[int, int] = (16, 16)) ->
     return CLIPConfig(text_config=text, vision_config=vision, projection_dim=embed)
 
 
+def check_weights(checkpoint: Path) -> None:
+    """Raises ValueError where the file of HPSv2.1's weights is missing."""
+    if not checkpoint.is_file():
+        raise ValueError(f"HPSv2.1: {checkpoint} does not exist; put HPS_v2.1_compressed.pt (xswu/HPSv2) there")
+
+
 def load_clip(checkpoint: Path, tokenizer: str = CLIP, device: str = "cpu", heads: tuple[int, int] = (16, 16)) -> Clip:
     """HPSv2.1's network. checkpoint: HPS_v2.1_compressed.pt; tokenizer: a folder or Hub name of CLIP's.
 
@@ -121,8 +127,7 @@ def load_clip(checkpoint: Path, tokenizer: str = CLIP, device: str = "cpu", head
     from transformers import AutoTokenizer, CLIPModel
 
     place = find_device(device)
-    if not checkpoint.is_file():
-        raise ValueError(f"HPSv2.1: {checkpoint} does not exist; put HPS_v2.1_compressed.pt (xswu/HPSv2) there")
+    check_weights(checkpoint)
     try:
         state = convert(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
         model: Any = CLIPModel(config_of(state, heads))
@@ -165,6 +170,14 @@ def read_prompts(folder: Path, style: str) -> list[str]:
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
         raise ValueError(f"{file} is no list of texts; expected HPDv2's benchmark/{style}.json")
     return texts
+
+
+def check_styles(root: Path, styles: Sequence[str] = STYLES) -> None:
+    """Raises ValueError where a style has no image in its folder; asked before the prompts are looked for."""
+    check_images(root)
+    for style in styles:
+        if not any((root / style).glob("*.jpg")) and not any((root / style).glob("*.png")):
+            raise ValueError(f"{root / style} holds no images; expected {style}/00000.jpg, {style}/00001.jpg, ...")
 
 
 def read_images(root: Path, prompts: Path, styles: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -274,6 +287,8 @@ def run_hps(
 ) -> Result:
     """score_hps with HPSv2.1's checkpoint."""
     check_images(images)
+    check_weights(checkpoint)
+    read_images(images, prompts, styles)
     clip = load_clip(checkpoint, tokenizer, device)
     known = {"checkpoint": checkpoint.name, "tokenizer": tokenizer}
     how: Any = dict(styles=styles, half=half, antialias=antialias, name=name, steps=steps)

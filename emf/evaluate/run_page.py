@@ -25,6 +25,8 @@ from emf.show.page import Html
 from emf.show.plot import EMF, FM, GREY, MARKERS, SHADES, label, plot, steps_axis
 
 PAPER, PAPER_FM = by_steps("GenEval", FEW_STEP), by_steps("GenEval", FLOW_MATCHING)
+FEW_CAPTIONS = 300
+"""Captions below which scores differ by chance more than models do; `emf evaluate digits` has as many by default."""
 TRUST = {"ceiling": 0.95, "noise": 0.05, "shuffled": 0.05}
 """What the scorer must give: at least the first, at most the others."""
 
@@ -35,6 +37,8 @@ def write_report(run: Path) -> Path:
     Needs config.json and a row of metrics.jsonl. Where curve.jsonl, scores.json or samples.png is missing, the page
     says so and names the command that makes it. Raises ValueError on no metrics, no config, or a file of another form.
     """
+    if not run.is_dir():
+        raise ValueError(f"report: {run} {'is no folder' if run.exists() else 'does not exist'}; give a run's folder")
     metrics = read_rows(
         run / "metrics.jsonl", ("step", "loss", "error", "lr", "it_s", "share", "memory_mib", "skipped")
     )
@@ -83,6 +87,7 @@ def _scores(file: Path) -> dict[str, Any] | None:
         scores = read_json(file)
         numbers = [scores[key] for key in TRUST] + [r["by_tag"][tag] for r in scores["rows"] for tag in TAGS]
         numbers += [_overall(scores, "fm")[n] for n in EULER]
+        numbers.append(scores.get("captions", FEW_CAPTIONS))
         if not all(isinstance(x, int | float) for x in [*numbers, *closed(scores).values()]):
             raise TypeError("a score is no number")
     except (ValueError, KeyError, TypeError, IndexError) as error:
@@ -137,7 +142,7 @@ def _key_figures(scores: dict[str, Any] | None) -> Html:
             page.card(f"{score:.2f}", Html(f"overall score of {_steps(n)}{page.bar(score)}"), "fm")
             for n, score in fm.items()
         ]
-        return Html(f"<h2>How well it draws</h2>{page.cards(cards)}")
+        return Html(f"<h2>How well it draws</h2>{_caution(scores)}{page.cards(cards)}")
     gap, cards = PAPER_FM[30] - PAPER_FM[1], []
     for n, score in PAPER.items():
         if n in few:
@@ -151,7 +156,13 @@ def _key_figures(scores: dict[str, Any] | None) -> Html:
         f"{fm[1]:.2f} to {fm[30]:.2f}, in the paper (GenEval, another model, other images) from {PAPER_FM[1]:.2f} to "
         f"{PAPER_FM[30]:.2f}. Only the shares compare."
     )
-    return Html(f"<h2>How much of the gap few-step EMF closes</h2>{page.cards(cards)}{told}")
+    return Html(f"<h2>How much of the gap few-step EMF closes</h2>{_caution(scores)}{page.cards(cards)}{told}")
+
+
+def _caution(scores: dict[str, Any]) -> Html:
+    """A sentence where the scores are of few captions; scores.json of earlier versions does not say of how many."""
+    n = scores.get("captions", FEW_CAPTIONS)
+    return page.note(f"{n} caption{'s' * (n != 1)}: too few to compare.") if n < FEW_CAPTIONS else Html()
 
 
 def _steps(n: int) -> str:
@@ -199,9 +210,10 @@ def _score_section(run: Path, scores: dict[str, Any] | None) -> Html:
         rows.append([*model, *tasks, _percent(share[r["steps"]]) if emf else ""])
     heads = ("model", "steps", "overall", *(tag.replace("_", " ") for tag in TAGS), "gap closed")
     guidance = f" Guidance {scores['guidance']:g}, every sampler." if "guidance" in scores else ""
+    counted = f" {scores['captions']} captions were scored." if "captions" in scores else ""
     told = page.note(
         "Share of images that show what the caption says, by GenEval's rules and tasks; overall is the mean of the "
-        f"six.{guidance}"
+        f"six.{counted}{guidance}"
     )
     return Html(title + told + page.figures([drawn]) + page.table(heads, rows))
 

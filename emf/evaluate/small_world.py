@@ -49,7 +49,7 @@ def evaluate_run(run: Path, per_tag: int, guidance: float, seed: int) -> dict[st
     if meanflow:
         rows += [("emf", n, Sampler(config, network, source=run)) for n in FEW]
     scorer = Scorer.fit()
-    scores: dict[str, Any] = {"guidance": guidance, "rows": []}
+    scores: dict[str, Any] = {"guidance": guidance, "captions": len(specs), "rows": []}
     pictures: dict[str, Any] = {}
     shown = [i for tag in range(len(TAGS)) for i in range(tag * per_tag, tag * per_tag + min(per_tag, 2))]
     for model, steps, sampler in track(rows, description="sampling"):

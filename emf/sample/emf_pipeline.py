@@ -119,7 +119,6 @@ class EMFPipeline(DiffusionPipeline):
         negative_prompt_embeds: Tensor | None = None,
         num_inference_steps: int = 1,
         guidance_scale: float = GUIDANCE_PIPELINE,
-        *,
         height: int | None = None,
         width: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,

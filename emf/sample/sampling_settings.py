@@ -36,9 +36,14 @@ class Settings:
     """Images computed at once."""
 
     def __post_init__(self) -> None:
-        finite = self.guidance is None or math.isfinite(self.guidance)
-        if self.steps < 1 or self.batch < 1 or not 0 <= self.seed < SEEDS or not finite:
-            raise ValueError(
-                f"sample: {self.steps} steps, guidance {self.guidance}, seed {self.seed}, batch {self.batch}; expected "
-                "at least 1 step, a number, a seed in [0, 2^43), and at least 1 image at once"
-            )
+        wrong = []
+        if self.steps < 1:
+            wrong.append(f"{self.steps} steps (--steps); expected at least 1")
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            wrong.append(f"guidance {self.guidance} (--guidance); expected a number")
+        if not 0 <= self.seed < SEEDS:
+            wrong.append(f"seed {self.seed} (--seed); expected 0 to {SEEDS - 1}, less than 2^43")
+        if self.batch < 1:
+            wrong.append(f"batch {self.batch} (--batch); expected at least 1 image at once")
+        if wrong:
+            raise ValueError(f"sample: {', and '.join(wrong)}")

@@ -44,6 +44,8 @@ def parse_train(arguments: list[str]) -> tuple[Config, Path, bool]:
         config = RECIPES[first]()
     elif first.endswith(".json"):
         config = from_file(Path(first))
+    elif Path(first).is_file():
+        raise ValueError(f"train: {first} is a file, but no .json; give a run's config.json, or one of {names}")
     else:
         raise ValueError(f"train: no recipe {first!r}; recipes are {names}, or give a config.json")
     # every field takes a value (`--resume True`), as config.json's fields do
@@ -58,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry of `emf train` and of the deepspeed launcher."""
     # the launcher hands every process --local_rank=N; the environment says the same
     arguments = [a for a in (sys.argv[1:] if arguments is None else arguments) if not a.startswith("--local_rank")]
-    with report_errors("interrupted; --resume True continues from the last checkpoint"):
+    with report_errors():
         config, out, resume = parse_train(arguments)
         from emf.train.loop import train  # seconds, which --help need not take
 

@@ -24,7 +24,7 @@ from emf.train.batch import Batch, batches
 from emf.train.log import Log, memory_mib, speed
 from emf.train.objective import learning_rate, losses
 from emf.train.ranges import mark_network, span
-from emf.train.takeover import check_folder_of_run
+from emf.train.takeover import own_folder
 from emf.train.validation import validate
 from emf.train.zero import Engine, process_group
 from emf.weights.checkpoints import checkpoints
@@ -33,11 +33,12 @@ from emf.weights.start import resumed, started
 
 def train(config: Config, out: Path | str, resume: bool = False) -> None:
     """Train in the folder `out`, or go on there. Raises ValueError on a config that does not fit, before anything is
-    written; Diverged where the loss, the gradient or the weights are not finite."""
+    written, and where another process trains there; Diverged where the loss, the gradient or the weights are not
+    finite. A KeyboardInterrupt says whether there is a checkpoint to go on from."""
     out = Path(out)
-    with process_group() as (rank, world):
-        saved = checkpoints(out)
-        check_folder_of_run(out, saved, config, resume)
+    with process_group() as (rank, world), own_folder(out, config, resume, rank) as saved, advised(out):
+        if rank == 0 and resume and not saved:
+            print(f"{out} holds no checkpoint to continue from; the run starts at step 0", flush=True)
         torch.manual_seed(config.seed)
         network = resumed(config, saved[-1]) if saved else started(config)
         mark_network(network)
@@ -60,6 +61,16 @@ def train(config: Config, out: Path | str, resume: bool = False) -> None:
             if log:
                 log.progress.stop()
         engine.barrier()
+
+
+@contextmanager
+def advised(out: Path) -> Iterator[None]:
+    """Ctrl-C says what can be done with the run in `out`."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        left = "--resume True continues from the last checkpoint" if checkpoints(out) else "no checkpoint was written"
+        raise KeyboardInterrupt(f"interrupted; {left}") from None
 
 
 @contextmanager

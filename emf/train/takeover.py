@@ -1,15 +1,83 @@
-"""Whether a folder can be written to, and a run in it continued."""
+"""Whether a folder can be written to, and a run in it continued; that one process at a time writes there."""
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from emf import config as configs
 from emf.config import Config
+from emf.files import make_folder
+from emf.train.zero import gather
+from emf.weights.checkpoints import checkpoints
 
 MAY_CHANGE = ("recipe", "steps", "optim", "zero", "run")  # when a run is resumed
+
+
+@contextmanager
+def own_folder(out: Path, config: Config, resume: bool, rank: int) -> Iterator[list[Path]]:
+    """The folder `out` is this run's alone while the block runs, which is given the run's whole checkpoints, oldest
+    first. Called on every rank; rank 0 looks and holds the lock. A folder that was made for it goes if nothing was
+    written there.
+
+    Raises ValueError, the same on every rank, where another process holds the folder, and what check_folder_of_run
+    says of it.
+    """
+    held, fault, saved, there = None, "", list[Path](), out.exists()
+    try:
+        if rank == 0:
+            try:
+                check_folder_of_run(out, checkpoints(out), config, resume)
+                held = lock_folder(out)
+                # another process may have written its run between the look and the lock
+                saved = checkpoints(out)
+                check_folder_of_run(out, saved, config, resume)
+            except ValueError as error:
+                fault = str(error)
+        fault, saved = gather((fault, saved))[0]
+        if fault:
+            raise ValueError(fault)
+        yield saved
+    finally:
+        if rank == 0 and not there:
+            with suppress(OSError):
+                out.rmdir()  # which only an empty folder can be
+        if held is not None:
+            fcntl.flock(held, fcntl.LOCK_UN)  # processes that were forked have the descriptor too
+            os.close(held)
+
+
+def lock_folder(out: Path) -> int | None:
+    """Make the folder `out` where it is missing, and lock it against other processes: the descriptor that holds the
+    lock, which the system takes back when the process ends. None on a file system that has no locks.
+
+    Raises ValueError where another process has locked it, and where it cannot be made.
+    """
+    while True:
+        make_folder(out)
+        try:
+            held = os.open(out, os.O_RDONLY)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(held)
+            raise ValueError(
+                f"train: another process is training in {out}; wait for it, or choose another --out"
+            ) from None
+        except OSError:
+            os.close(held)
+            return None
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(held), out.stat()):
+                return held
+        os.close(held)  # it was removed, by a run that ended before it wrote anything
 
 
 def check_folder_of_run(out: Path, saved: list[Path], config: Config, resume: bool) -> None:

@@ -81,7 +81,11 @@ def test_as_a_program() -> None:
         ("evaluate digits {}/none", "holds no checkpoint"),
         ("evaluate geneval {}/none --out {}/x", "no folder"),
         ("plan abacus", "no model"),
-        ("report {}/none", "none"),
+        ("report {}/none", "none does not exist"),
+        ("generate --run {}/none --out {}/x --seed 9223372036854775807 -- a", "(--seed); expected 0 to 8796093022207"),
+        ("generate --run {}/none --out {}/x --steps 0 -- a", "sample: 0 steps (--steps); expected at least 1"),
+        ("generate --run {}/none --out {}/x -n 0 -- a", "(-n); expected at least 1"),
+        ("generate --run {}/none --out {}/x", "give captions, or --prompts"),
         ("release {}/none --out {}/x", "holds no checkpoint"),
     ],
 )
@@ -102,6 +106,52 @@ def test_unknown_commands_and_options(arguments: str, capsys: pytest.CaptureFixt
     pytest.importorskip("deepspeed")
     assert emf(*arguments.split()) == 2
     one_line(capsys.readouterr().err)
+
+
+def test_only_the_wrong_setting_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert emf("generate", "--run", str(tmp_path), "--out", str(tmp_path / "x"), "--steps", "0", "--", "a") == 2
+    line = one_line(capsys.readouterr().err)
+    assert not any(word in line for word in ("guidance", "seed", "batch")), line
+
+
+def test_a_file_of_another_kind_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("deepspeed")
+    (tmp_path / "empty.txt").write_text("\n")
+    out = ["--out", str(tmp_path / "out")]
+    assert emf("generate", "--run", str(tmp_path), *out, "--prompts", str(tmp_path / "empty.txt")) == 2
+    assert f"{tmp_path / 'empty.txt'} holds no caption" in one_line(capsys.readouterr().err)
+    (tmp_path / "bin.txt").write_bytes(bytes(99))
+    assert emf("train", str(tmp_path / "bin.txt"), *out) == 2
+    assert f"{tmp_path / 'bin.txt'} is a file, but no .json" in one_line(capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_benchmarks_look_at_the_images_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before any network is loaded, or a file fetched from the Hub."""
+
+    def fetched(*_: object, **__: object) -> None:
+        raise AssertionError("fetched, or loaded")
+
+    for name in ("detector.HFDetector.load", "hps.load_clip", "dpg.BlipVQA.load", "pictures.hps_prompts"):
+        monkeypatch.setattr(f"emf.evaluate.{name}", fetched)
+    empty, weights, out = tmp_path / "empty", tmp_path / "hps.pt", ["--out", str(tmp_path / "out")]
+    empty.mkdir()
+    weights.touch()
+    assert emf("evaluate", "geneval", str(empty), *out) == 2
+    assert f"{empty} holds no prompts" in one_line(capsys.readouterr().err)
+    assert emf("evaluate", "dpg", str(empty), *out, "--questions", str(tmp_path / "none.csv")) == 2
+    assert f"{empty} holds no images" in one_line(capsys.readouterr().err)
+    assert emf("evaluate", "hps", str(empty), *out, "--weights", str(weights)) == 2
+    assert f"{empty / 'anime'} holds no images" in one_line(capsys.readouterr().err)
+    assert emf("evaluate", "hps", *out, "--weights", str(weights)) == 2
+    assert "give a folder of images" in one_line(capsys.readouterr().err)
+    for style in ("anime", "concept-art", "paintings", "photo"):
+        (empty / style).mkdir()
+        (empty / style / "00000.jpg").touch()
+    assert emf("evaluate", "hps", str(empty), *out, "--weights", str(tmp_path / "none.pt")) == 2
+    assert "none.pt does not exist" in one_line(capsys.readouterr().err)
 
 
 def test_generate_writes_and_never_overwrites(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -96,6 +96,9 @@ def test_ctrl_c_advises_what_the_command_has(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit) as end, report_errors():
         raise KeyboardInterrupt
     assert end.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+    with pytest.raises(SystemExit) as end, report_errors():
+        raise KeyboardInterrupt("interrupted; go on with --resume True")
+    assert end.value.code == 130 and capsys.readouterr().err == "interrupted; go on with --resume True\n"
 
 
 def test_a_reader_that_has_enough_is_no_error() -> None:

@@ -121,6 +121,15 @@ def test_says_what_is_missing_and_what_makes_it(tmp_path: Path) -> None:
         assert f"{file} is missing; <code>emf evaluate digits {run}</code>" in text
 
 
+@pytest.mark.parametrize(("captions", "cautioned"), [(6, True), (299, True), (300, False), (None, False)])
+def test_scores_of_few_captions_are_cautioned(emf_run: Path, captions: int | None, cautioned: bool) -> None:
+    scores = json.loads((emf_run / "scores.json").read_text())
+    (emf_run / "scores.json").write_text(json.dumps(scores | ({} if captions is None else {"captions": captions})))
+    text = write_report(emf_run).read_text()
+    assert (f"{captions} captions: too few to compare." in text) == cautioned == ("too few" in text)
+    assert (f"{captions} captions were scored." in text) == (captions is not None)
+
+
 def test_no_gap_is_no_share(tmp_path: Path) -> None:
     scores = score_rows("fm", dict.fromkeys(FM, 0.0)) + score_rows("emf", EMF)
     text = write_report(fake_run(tmp_path / "untrained", digits(), scores)).read_text()

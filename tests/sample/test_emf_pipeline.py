@@ -60,6 +60,15 @@ def test_noise_comes_from_the_generator(tmp_path: Path) -> None:
     torch.testing.assert_close(pipe(prompt_embeds=states, **call)[0], pipe(prompt_embeds=changed, **call)[0])
 
 
+def test_arguments_by_position_are_those_of_before(tmp_path: Path) -> None:
+    write_export(network().state_dict(), CONFIG, tmp_path / "out")
+    pipe, (z, _, c) = pipeline(tmp_path / "out"), sana.inputs()
+    call: dict[str, Any] = dict(num_inference_steps=2, guidance_scale=1.5, output_type="latent")
+    want = pipe(prompt_embeds=c, latents=z, **call).images
+    (images,) = pipe(None, c, None, None, 2, 1.5, 8, 8, None, z, "latent", False)
+    assert torch.equal(images, want)
+
+
 def test_prompts_need_a_conditioning(tmp_path: Path) -> None:
     write_export(network().state_dict(), CONFIG, tmp_path / "out")
     z, _, c = sana.inputs()

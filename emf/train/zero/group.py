@@ -25,6 +25,8 @@ def process_group() -> Iterator[tuple[int, int]]:
         torch.set_num_threads(
             max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])))
         )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # collectives of objects go through the current device
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     try:
         yield dist.get_rank(), dist.get_world_size()
