@@ -36,7 +36,7 @@ class Dino:
         from transformers import MODEL_MAPPING, AutoConfig
 
         def failed(error: Exception | str) -> ValueError:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             return ValueError(
                 f"analyze: {where} cannot be loaded as DINO ({reason}); put config.json, preprocessor_config.json and "
                 "model.safetensors of a DINOv2 or DINOv3 into a folder and name that (DINOv3 on the Hub is gated)"

@@ -35,7 +35,7 @@ def pretrained(cls: Any, where: str, what: str) -> Any:
     except (OSError, ValueError, RuntimeError) as error:
         files = "config.json and model.safetensors" if weights else "the tokenizer's files"
         raise ValueError(
-            f"{what}: {where} cannot be loaded ({why(error)[:120]}); put {files} of it into a folder and name that"
+            f"{what}: {where} cannot be loaded ({why(error)}); put {files} of it into a folder and name that"
         ) from None
     if not weights:
         return loaded
