@@ -107,3 +107,10 @@ def test_every_command_is_asked(tmp_path: Path) -> None:
     from emf.cli.main import COMMANDS as groups
 
     assert {name.split()[0] for name in COMMANDS if name} == set(groups)
+
+
+def test_an_older_installation_still_finds_the_command() -> None:
+    """Its script says `from emf.cli import main`, until it is installed again."""
+    code = "import sys; from emf.cli import main; sys.argv = ['emf', '--help']; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "generate" in done.stdout, done.stderr
