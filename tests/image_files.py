@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from emf.data.drops import Drops
 from emf.data.sources import Source
 
 
@@ -87,3 +88,11 @@ def small_autoencoder() -> Any:
         # random weights of this size give pictures that are nearly grey
         module.decoder.conv_out.weight.data *= 20
     return module
+
+
+def by_reason(drops: Drops) -> dict[str, int]:
+    """How many samples were dropped for each reason, over all sources."""
+    total: dict[str, int] = {}
+    for (_, reason), count in drops.counts.items():
+        total[reason] = total.get(reason, 0) + count
+    return total

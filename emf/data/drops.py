@@ -39,13 +39,6 @@ class Drops:
     def __len__(self) -> int:
         return sum(self.counts.values())
 
-    def by_reason(self) -> dict[str, int]:
-        """Over all sources."""
-        total: dict[str, int] = {}
-        for (_, reason), count in self.counts.items():
-            total[reason] = total.get(reason, 0) + count
-        return total
-
     def lines(self) -> Iterator[str]:
         """One for each source and reason."""
         for (source, reason), count in self.counts.items():

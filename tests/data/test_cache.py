@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from image_files import pairs, small_autoencoder, write_folder, write_tar
+from image_files import by_reason, pairs, small_autoencoder, write_folder, write_tar
 from torch import Tensor
 
 from emf.data import cache as caching
@@ -81,7 +81,7 @@ def test_a_cache_gives_the_batches_of_its_images(
     if sample.ids is not None:
         assert sample.ids.shape == (TOKEN_SIZE**2,) and sample.ids.dtype == torch.int32
     assert {s.caption for step in range(10) for s in cached.batch(step, 4)} >= {"猫 é", "picture 1", "picture 21"}
-    assert cached.drops.by_reason() == {"corrupt image": 1, "empty caption": 1, "empty image file": 1}
+    assert by_reason(cached.drops) == {"corrupt image": 1, "empty caption": 1, "empty image file": 1}
     assert len(cached) == len(live) == 19
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from image_files import tar_and_folder, write_folder
+from image_files import by_reason, tar_and_folder, write_folder
 
 from emf.data.images import Images
 from emf.data.mixture import BLOCK, Dataset, Mixture
@@ -72,7 +72,7 @@ def test_a_broken_sample_is_replaced_by_the_next(two_sources: list[Source]) -> N
     for step in range(8):
         wanted = [next_one.get(p, p) for p in (dataset.order[step * 6 + row] for row in range(6))]
         assert keys(dataset, step, 6) == [images.key(*p) for p in wanted]
-    assert images.drops.by_reason() == {"corrupt image": 1, "empty image file": 1, "empty caption": 1}
+    assert by_reason(images.drops) == {"corrupt image": 1, "empty image file": 1, "empty caption": 1}
     assert len(dataset) == 16
 
 
