@@ -21,6 +21,7 @@ from emf.model.layers import (
     image,
     tokens,
 )
+from emf.model.replay import Graphs
 from emf.model.sizes import TransformerConfig
 from emf_kernels import each, primal
 
@@ -42,6 +43,8 @@ class Transformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(Block(s) for _ in range(s.num_layers))
         self.scale_shift_table = nn.Parameter(torch.randn(2, c) / c**0.5)
         self.proj_out = Linear(c, s.patch_size**2 * s.out_channels)
+        self.graphs: Graphs | None = None
+        """Where set, the blocks run by it in training: Graphs(net.through, net.transformer_blocks)."""
 
     def forward(self, z: Value, t: Value, r: Tensor | None, c: Tensor, mask: Tensor | None = None) -> Any:
         """The average velocity u(z_t, r, t) [B, C, H, W]; with Duals for z and t a Dual whose tangent is du/dt along
@@ -71,14 +74,19 @@ class Transformer(nn.Module):
         if config.interpolation_scale is not None:
             where = positions(height, width, config.channels, config.sample_size // p, config.interpolation_scale)
             h = ops.gated_residual(h, None, where.to(x.device, x.dtype).expand(x.shape[0], -1, -1))
+        h = (self.graphs or self.through)(h, m, c, mask, height=height, width=width)
+        shift, scale = ops.modulation(e, self.scale_shift_table)
+        return image(self.proj_out(ops.adaln(h, scale, shift, config.norm_eps)), p, height, width)
+
+    def through(self, h: Value, m: Value, c: Tensor, mask: Tensor | None, height: int, width: int) -> Any:
+        """h [B, N, C] after all blocks."""
         for block in self.transformer_blocks:
 
             def run(h: Value, m: Value, c: Tensor, block: nn.Module = block) -> Any:
                 return block(h, m, c, mask, height, width)
 
-            h = checkpoint(run, h, m, c) if config.checkpointing and torch.is_grad_enabled() else run(h, m, c)
-        shift, scale = ops.modulation(e, self.scale_shift_table)
-        return image(self.proj_out(ops.adaln(h, scale, shift, config.norm_eps)), p, height, width)
+            h = checkpoint(run, h, m, c) if self.config.checkpointing and torch.is_grad_enabled() else run(h, m, c)
+        return h
 
     def embed_time(self, t: Value, r: Tensor | None, dtype: torch.dtype) -> tuple[Any, Any]:
         """(m [B, 6 C], e [B, C]). EMF: m = m_t(t) + m_r(t - r) and e likewise, summed after each branch. Sinusoids in
