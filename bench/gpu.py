@@ -2,7 +2,8 @@
 triton, numpy and pytest, and nothing installed (PYTHONPATH=kernels:.).
 
 Each part writes what it has as it goes: parity to profiles/<device>/parity.json, tune to the chip's file in
-kernels/emf_kernels/configs, ops to profiles/<device>/ops.json, step to profiles/<device>/step-*.json.
+kernels/emf_kernels/configs, kernels and ops to profiles/<device>/kernels.json and ops.json, step to
+profiles/<device>/step-*.json.
 """
 
 from __future__ import annotations
@@ -11,51 +12,51 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any
+from collections import Counter, defaultdict
 
 import torch
 
 from bench.ops import OUT, device_name, revision
-from emf_kernels import REGISTRY
 
-PARTS = {"parity": 0.3, "tune": 0.5, "ops": 0.7, "step": 1.0}  # each with the share of the time after which it ends
+# each with the share of the time after which it ends
+PARTS = {"parity": 0.3, "tune": 0.5, "kernels": 0.6, "ops": 0.75, "step": 1.0}
 SWEEPS = {"step": ["sweep"]}
-TESTS = ["tests/kernels/test_ops.py", "tests/kernels/test_kernels.py"]
+TESTS = [f"tests/kernels/test_{name}.py" for name in ("ops", "kernels", "hazards", "transforms")]
 
 
 def parity(seconds: float) -> bool:
-    """The GPU's tests, an op a process and as many at once as half of the cores: compiling takes the time."""
-    until = time.monotonic() + seconds
+    """The GPU's tests, spread over the cores: compiling takes the time. What has not run when the time is over is
+    counted as not run."""
     out = OUT / device_name() / "parity.json"
-    head = dict(device=device_name(), torch=torch.__version__, commit=revision())
-    rows: list[dict[str, Any]] = []
-
-    def run(name: str) -> dict[str, Any]:
-        started = time.monotonic()
-        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *TESTS]
-        mine = [f"[{op}-" for op in REGISTRY] + [f"[{op}]" for op in REGISTRY]  # an op's name begins its tests' ids
-        command += ["-k", f"([{name}- or [{name}]) and not cpu" if name else f"not ({' or '.join(mine)})"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=max(until - started, 1))
-            tail = done.stdout.strip().splitlines()[-1:] or [done.stderr[-500:]]
-            failures = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "E  "))][:6]
-        except subprocess.TimeoutExpired:
-            tail, failures = ["no time left"], ["no time left"]
-        counts = {k: int(n) for n, k in re.findall(r"(\d+) (passed|failed|skipped|error)", tail[0])}
-        took = round(time.monotonic() - started)
-        return dict(op=name or "the rest", **counts, failures=failures, closing=tail[0], seconds=took)
-
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
-        for job in as_completed([pool.submit(run, name) for name in [*REGISTRY, ""]]):
-            rows.append(job.result())
-            print(rows[-1]["op"], rows[-1]["closing"], *rows[-1]["failures"], sep="\n  ", flush=True)
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(dict(head=head, rows=rows), indent=1) + "\n")
-    return not any(row["failures"] for row in rows)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *TESTS, "-k", "not cpu"]
+    command += ["-n", str(max(1, (os.cpu_count() or 2) - 2)), "--dist", "worksteal"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    watch = threading.Timer(seconds, child.send_signal, [signal.SIGINT])  # pytest then reports what it has
+    watch.start()
+    started, counts, lines = time.monotonic(), defaultdict[str, Counter[str]](Counter), []
+    assert child.stdout is not None
+    for line in child.stdout:
+        lines.append(line)
+        if ran := re.search(r"(PASSED|FAILED|ERROR|SKIPPED) \S+::(test_\w+)(?:\[(\w+))?", line):
+            counts[ran[3] or ran[2]][ran[1].lower()] += 1
+    watch.cancel()
+    child.wait()
+    failures = [line.strip() for line in lines if line.startswith(("FAILED", "ERROR"))]
+    (out.parent / "parity.log").write_text("".join(lines))  # the tracebacks of what failed
+    head = dict(device=device_name(), torch=torch.__version__, commit=revision(), closing=lines[-1].strip())
+    head |= dict(seconds=round(time.monotonic() - started))
+    rows = [dict(tests=name, **count) for name, count in sorted(counts.items())]
+    out.write_text(json.dumps(dict(head=head, rows=rows, failures=failures), indent=1) + "\n")
+    for row in rows:
+        print(row, flush=True)
+    print(*failures[:40], head["closing"], sep="\n", flush=True)
+    return child.returncode == 0
 
 
 def main() -> None:

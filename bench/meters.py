@@ -37,6 +37,9 @@ class Count(TorchDispatchMode):
             self.flops += 2 * out.numel() * args[1][0].numel()
         elif func is torch.ops.aten.convolution_backward.default:
             self.flops += 2 * args[0].numel() * args[2][0].numel() * sum(args[-1][:2])
+        elif func is torch.ops.aten._flash_attention_backward.default:  # of [B, N, H, D], as PyTorch's formula is not
+            (B, Nq, H, D), Nk = args[0].shape, args[2].shape[1]
+            self.flops += 10 * B * H * Nq * Nk * D
         elif formula := flop_registry.get(func._overloadpacket):
             self.flops += formula(*args, **kwargs, out_val=out)
         elif isinstance(out, Tensor) and not func.is_view and func._overloadpacket.__name__ not in MOVES:

@@ -54,28 +54,30 @@ class Setting:
     """What every provider is given: weights, batch, times (r < t in every sample), and how a loss is made of them."""
 
     def __init__(self, size: Size, dtype: torch.dtype) -> None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(DEVICE).manual_seed(0)
         torch.manual_seed(0)
         c, n = size.transformer, size.batch
         self.size, self.dtype, self.flow = size, dtype, FlowConfig()
-        self.net = Transformer(c)
+        with torch.device(DEVICE):  # a billion random numbers take a CPU half a minute
+            self.net = Transformer(c)
         with torch.no_grad():  # gates and tables away from zero, so that no branch is silent
             for p in self.net.parameters():
-                p.add_(0.02 * torch.randn(p.shape, generator=generator))
-        self.net.to(DEVICE, dtype)
+                p.add_(0.02 * torch.randn(p.shape, generator=generator, device=DEVICE))
+        self.net.to(dtype)
         self.wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda fn: fn
         """Around what a provider asks of the network: torch.compile, where that is tried."""
-        draw = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE, dtype)  # noqa: E731
+        draw = lambda *shape: torch.randn(*shape, generator=generator, device=DEVICE).to(dtype)  # noqa: E731
         shape = (n, c.in_channels, c.sample_size, c.sample_size)
         self.x, self.e, self.c = draw(*shape), draw(*shape), draw(n, size.condition, c.caption_channels)
-        self.t = (0.5 + 0.4 * torch.rand(n, generator=generator)).to(DEVICE)
-        self.r = self.t * torch.rand(n, generator=generator).to(DEVICE)
+        self.t = 0.5 + 0.4 * torch.rand(n, generator=generator, device=DEVICE)
+        self.r = self.t * torch.rand(n, generator=generator, device=DEVICE)
         self.z, self.v = path(self.x, self.e, self.t)
 
     def lean(self) -> Transformer:
         """The same weights, blocks recomputed in backward."""
-        net = Transformer(replace(self.size.transformer, checkpointing=True)).to(DEVICE, self.dtype)
-        net.load_state_dict(self.net.state_dict())
+        with torch.device(DEVICE):
+            net = Transformer(replace(self.size.transformer, checkpointing=True))
+        net.load_state_dict(self.net.state_dict(), assign=True)
         return net
 
     def times(self, share: float) -> tuple[Tensor, int]:

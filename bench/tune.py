@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"  # decided when emf_kernels is first imported
 
 import torch
 
-from bench.ops import DEVICE, GPU, milliseconds, outputs, require_grad
+from bench.kernels import device_us
+from bench.ops import DEVICE, GPU, outputs, require_grad
 from bench.static import ARCHS, SHARED, bench_cases, configured, launches, measure
 from emf_kernels import Case, Dual, Op, launch
 
@@ -83,21 +86,20 @@ def call(op: Op, case: Case, backward: bool) -> Callable[[], Any]:
 
 
 def by_time(op: Op, case: Case, chips: Chips, key: launch.Key, config: Config, until: float) -> tuple[Config, float]:
-    """(the fastest configuration found by changing one parameter at a time, its time over the given one's)."""
-    backward = "_bwd" in key[1]
+    """(the fastest configuration found by changing one parameter at a time, its time over the given one's). Times are
+    the kernel's own, by the profiler; one process measures at a time, while the others compile."""
+    name = key[1].partition(".")[2]
 
-    def timed(candidate: Config) -> Callable[[], Any]:
+    def timed(candidate: Config) -> float:
         with configured(*chips, given={key: candidate}):
-            fn = call(op, case, backward)
+            run = call(op, case, backward="_bwd" in name)
+            run()  # compiles; raises where it does not fit
+            with _measuring:
+                took = device_us(run, rounds=8)
+        return sum(us * count for kernel, (us, count) in took.items() if kernel == name)
 
-        def run() -> Any:
-            with configured(*chips, given={key: candidate}):
-                return fn()
-
-        run()  # compiles; raises where it does not fit
-        return run
-
-    best, run_best, gain, seen = config, timed(config), 1.0, [config]
+    best, seen = config, [config]
+    first = least = timed(config)
     better = True
     while better and time.monotonic() < until:
         better = False
@@ -106,16 +108,46 @@ def by_time(op: Op, case: Case, chips: Chips, key: launch.Key, config: Config, u
                 continue
             seen.append(candidate)
             try:
-                run = timed(candidate)
+                took = timed(candidate)
             except Exception as error:  # out of shared memory or registers, a tile too small: not a candidate
-                print(f"  {candidate}: {type(error).__name__}", flush=True)
+                print(f"  {key[1]} {candidate}: {type(error).__name__}", flush=True)
                 continue
-            took = milliseconds({"best": run_best, "new": run}, 15)
-            ratio = statistics.median(n / b for n, b in zip(took["new"], took["best"], strict=True))
-            if ratio < FASTER:
-                best, run_best, gain, better = candidate, run, gain * ratio, True
+            if took < FASTER * least:
+                best, least, better = candidate, took, True
                 break
-    return best, gain
+    return best, least / first
+
+
+_measuring: AbstractContextManager[Any] = nullcontext()
+
+
+def _share(lock: Any) -> None:
+    """In each process of a sweep."""
+    global _measuring
+    _measuring = lock
+
+
+def sweep(keys: list[tuple[Op, Case, launch.Key, Config]], chips: Chips, until: float) -> None:
+    """Every kernel's configurations by time, as many kernels at once as there are cores."""
+    context = multiprocessing.get_context("spawn")
+    workers = max(1, min(len(keys), (os.cpu_count() or 2) - 2))
+    with ProcessPoolExecutor(workers, context, initializer=_share, initargs=(context.Lock(),)) as pool:
+        jobs = {
+            pool.submit(by_time, op, case, chips, key, config, until): (op, case, key) for op, case, key, config in keys
+        }
+        for job in as_completed(jobs):
+            op, case, key = jobs[job]
+            if error := job.exception():
+                print(f"{key[1]} {key[2]}: {type(error).__name__}: {error}"[:300], flush=True)
+                continue
+            config, gain = job.result()
+            row = dict(config=config, found="sweep", case=f"{op.name} {case.name}", time_ratio=round(gain, 3))
+            record(chips[0], key, dict(kernel=key[1], shape=_shape(key)) | row)
+            print(chips[0], key[1], key[2], f"{gain:.3f}", *(f"{k}={v}" for k, v in config.items()), flush=True)
+
+
+def _shape(key: launch.Key) -> dict[str, int]:
+    return {k: int(v) for k, v in (part.split("=") for part in key[2].split())}
 
 
 def record(chip: str, key: launch.Key, row: dict[str, Any]) -> None:
@@ -143,23 +175,18 @@ def main() -> None:
         asking: dict[launch.Key, list[tuple[Op, Case]]] = {}
         for op, case in bench_cases(options.ops):
             with configured(*chips) as new:
-                call(op, case, backward=True)() if GPU else launches(op, case)
+                launches(op, case)
             asked |= new
             for key in new:
                 asking.setdefault(key, []).append((op, case))
-        for key, config in asked.items():
-            if time.monotonic() > until:
-                print(f"no time left for {key[1]} {key[2]}", flush=True)
-                continue
-            op, case = asking[key][0]
-            if GPU:
-                config, gain = by_time(op, case, chips, key, config, until)
-                found = dict(config=config, found="sweep", case=f"{op.name} {case.name}", time_ratio=round(gain, 3))
-            else:
-                found = dict(config=by_figures(asking[key], chip, key, config), found="static")
-            shape = {k: int(v) for k, v in (part.split("=") for part in key[2].split())}
-            record(chip, key, dict(kernel=key[1], shape=shape) | found)
-            print(chip, key[1], key[2], *(f"{k}={v}" for k, v in found["config"].items()), flush=True)
+        keys = [(*asking[key][0], key, config) for key, config in asked.items()]
+        if GPU:
+            sweep(keys, chips, until)
+            continue
+        for _, _, key, config in keys:
+            config = by_figures(asking[key], chip, key, config)
+            record(chip, key, dict(kernel=key[1], shape=_shape(key), config=config, found="static"))
+            print(chip, key[1], key[2], *(f"{k}={v}" for k, v in config.items()), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """First of all: without a GPU, kernels are made for Triton's interpreter, so emf_kernels comes before triton."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,14 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         return x.fill_(float("nan")) if x.is_floating_point() else x
 
     monkeypatch.setattr(torch, "empty", filled)
+
+
+@pytest.fixture(autouse=True)
+def given_back(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A GPU's tests run in many processes at once; each gives back what it took, so that the others find memory."""
+    yield
+    if request.node.get_closest_marker("gpu") and torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

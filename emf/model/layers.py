@@ -9,6 +9,7 @@ by owner; emf.train.zero registers the borrowed ones).
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import copy_context
 from typing import Any
 
 import torch
@@ -168,6 +169,8 @@ class _Recompute(torch.autograd.Function):
         # The arguments come flat, primal and tangent (or None) in turn, so that autograd sees the primals.
         primals, tangents = [p for p in halves[::2] if p is not None], halves[1::2]
         ctx.run = run
+        # backward may be run by a thread of autograd's own; what was in force here (a backend) is in force there
+        ctx.context = None if torch.compiler.is_compiling() else copy_context()
         ctx.save_for_backward(*primals)
         y = run(*(p if d is None else Dual(p, d) for p, d in zip(primals, tangents, strict=True)))
         if isinstance(y, Dual):
@@ -180,7 +183,7 @@ class _Recompute(torch.autograd.Function):
         needs = ctx.needs_input_grad[1::2]
         primals = [p.detach().requires_grad_(n) for p, n in zip(ctx.saved_tensors, needs, strict=True)]
         with torch.enable_grad():
-            y = ctx.run(*primals)
+            y = ctx.run(*primals) if ctx.context is None else ctx.context.run(ctx.run, *primals)
         torch.autograd.backward(y, dy)
         return None, *(g for p in primals for g in (p.grad, None))
 

@@ -99,11 +99,29 @@ def configuration(kernel: str, x: Tensor, default: dict[str, int], **shape: int)
     return _found(kernel, x.device.index, (*shape.items(), ("bytes", x.element_size()))) or default
 
 
+# torch.compile takes a constant from a plain function; through `cache` it would look, into the names of devices
 @torch.compiler.assume_constant_result
-@cache
 def _found(kernel: str, index: int | None, shape: tuple[tuple[str, int], ...]) -> dict[str, int] | None:
+    return _looked_up(kernel, index, shape)
+
+
+@cache
+def _looked_up(kernel: str, index: int | None, shape: tuple[tuple[str, int], ...]) -> dict[str, int] | None:
     keys = (key(chip, kernel, dict(shape)) for chip in chips(index))
     return next((CONFIGURATIONS[k] for k in keys if k in CONFIGURATIONS), None)
+
+
+def attention_library(x: Tensor) -> str:
+    """Whose backward of half-precision attention is the fastest on a tensor's GPU: "cudnn", "flash", or "": none."""
+    return _attention_library(x.device.index, torch.backends.cuda.cudnn_sdp_enabled())
+
+
+@torch.compiler.assume_constant_result
+def _attention_library(index: int | None, cudnn: bool) -> str:
+    major, _ = torch.cuda.get_device_capability(index)
+    if cudnn and major in (9, 10) and torch.backends.cudnn.is_available():
+        return "cudnn"  # 1.5 to 1.7 times as fast as flash on an H100: profiles/LOG.md
+    return "flash" if major >= 8 else ""
 
 
 def shared_memory(x: Tensor) -> int:
@@ -112,8 +130,12 @@ def shared_memory(x: Tensor) -> int:
 
 
 @torch.compiler.assume_constant_result
-@cache
 def _shared_memory(index: int | None) -> int:
+    return _asked(index)
+
+
+@cache
+def _asked(index: int | None) -> int:
     from triton.runtime import driver  # which finds the GPU
 
     device = torch.cuda.current_device() if index is None else index

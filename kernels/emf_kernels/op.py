@@ -41,7 +41,10 @@ def _jvp(fn: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, Any]:
         closed, tuple(_own(args[i].primal) for i in live), tuple(args[i].tangent for i in live)
     )
     # The tangent's own graph (recorded because the primals require grad) ends here: nothing of it outlives this op.
-    return y, tuple(d.detach() for d in y_dot) if isinstance(y_dot, tuple) else y_dot.detach()
+    # On a GPU some of PyTorch's forward derivatives (of a norm in half precision) come in float32.
+    if isinstance(y, tuple):
+        return y, tuple(d.detach().to(o.dtype) for o, d in zip(y, y_dot, strict=True))
+    return y, y_dot.detach().to(y.dtype)
 
 
 def _own(x: Tensor) -> Tensor:
@@ -169,8 +172,8 @@ _traced = _Traced()
 @contextmanager
 def backend(name: Backend) -> Iterator[None]:
     """Force a backend inside the block, for this thread or asyncio task alone. `triton` on CPU tensors runs Triton's
-    interpreter; an op without a kernel raises ValueError. A checkpoint's second forward on a GPU is run by a thread of
-    autograd's own, which does not see the block."""
+    interpreter; an op without a kernel raises ValueError. The second forward of torch.utils.checkpoint on a GPU is run
+    by a thread of autograd's own, which does not see the block."""
     if name not in ("reference", "triton"):
         raise ValueError(f"backend {name!r} is unknown; expected 'reference' or 'triton'")
     before, _traced.forced = _traced.forced, name
@@ -322,7 +325,7 @@ class Op:
         chosen = self.backend_for(lead)
         if chosen == "triton":
             check_kernel_dtype(self.name, lead)
-        return chosen, bool(duals)
+        return chosen, len(duals) > 0
 
     def _takes_none(self, name: str) -> str:
         expected = f"a Dual for {', '.join(self.live)} alone" if self.live else "a Tensor"

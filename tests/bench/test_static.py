@@ -91,7 +91,7 @@ def test_a_launch_is_looked_up_by_chip_then_architecture(monkeypatch: pytest.Mon
     recorded = next(row for row in rows if row["kernel"] == "adaln._fwd")
     ask = lambda x: launch.configuration("adaln._fwd", x, default, C=4096)  # noqa: E731
     monkeypatch.setattr(launch, "chips", lambda index: ("a-chip", "sm_90"))
-    monkeypatch.setattr(launch, "_found", launch._found.__wrapped__)  # which remembers what it found
+    monkeypatch.setattr(launch, "_found", launch._looked_up.__wrapped__)  # which remembers what it found
     with FakeTensorMode():
         half = torch.empty(1, device="cuda", dtype=torch.bfloat16)
         assert ask(half) == recorded["config"]

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import json
+import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy
 import pytest
 import torch
 from parity import SEED, make, ours
+from places import ROOT
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -104,9 +109,10 @@ def test_linear_attention_where_products_truncate(monkeypatch: pytest.MonkeyPatc
     assert relative_error(got.tangent, o_dot) < 1e-3
 
 
-def test_flash_backward_takes_what_attention_hands_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("library", ["cudnn", "flash"])
+def test_a_library_takes_what_attention_hands_it(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
     """Arguments and shapes only, on tensors without data; a GPU's parity tests judge the numbers."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(launch, "_attention_library", lambda index, cudnn: library)
     monkeypatch.setattr(kernel_file("attention"), "_bwd_q", None)  # of which ours is made
     with FakeTensorMode():
         q, k = (torch.empty(2, n, 3, 112, dtype=torch.bfloat16, device="cuda") for n in (64, 40))
@@ -116,6 +122,7 @@ def test_flash_backward_takes_what_attention_hands_it(monkeypatch: pytest.Monkey
     assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, k.shape)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="with devices of its own making")
 def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """And not on the current one, which Triton takes."""
     entered: list[int] = []
@@ -166,3 +173,37 @@ def test_attention_takes_smaller_tiles_where_shared_memory_is_small(
     row = D * q.element_size() * (1 if dtype == torch.float16 else 2)
     assert (2 * small["BLOCK_Q"] + 4 * small["num_stages"] * small["BLOCK_K"]) * row <= 99 * 1024
     assert small["BLOCK_Q"] * small["BLOCK_K"] <= large["BLOCK_Q"] * large["BLOCK_K"]
+
+
+def test_no_loop_loses_a_variable_to_the_compiler() -> None:
+    """glumbconv's dx was zero on a GPU for it, and right in the interpreter: see loops.py."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")])
+    command = [sys.executable, str(ROOT / "tests" / "loops.py")]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["launches"] > 100 and found["lost"] == []
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="with a device of its own making")
+def test_a_configuration_is_a_constant_to_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside an autograd.Function too, where a kernel asks for it; the names of devices are no part of a graph."""
+
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            found = launch._found("probe", x.device.index, (("C", x.shape[0]),))
+            return x * (found or {"num_warps": 2})["num_warps"] * launch._shared_memory(None)
+
+        @staticmethod
+        def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
+            return dy
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "A Chip")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(launch, "_asked", lambda index: 3)
+    x = torch.ones(5, requires_grad=True)
+    y = torch.compile(lambda x: Scaled.apply(x), fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(y, torch.full((5,), 6.0))
+    launch.chips.cache_clear()
+    launch._looked_up.cache_clear()

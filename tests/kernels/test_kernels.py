@@ -55,7 +55,10 @@ def test_strides_are_kept_and_nothing_is_read_outside(op: Op, case: Case) -> Non
             {k: surrounded(d) for k, d in x_dot.items()},
         )
     for a, b in zip(got[0] + got[1], want[0] + want[1], strict=True):
-        assert torch.equal(a, b), f"seed {SEED}"
+        if launch.INTERPRETED:
+            assert torch.equal(a, b), f"seed {SEED}"
+        else:  # other strides are compiled anew, and round in another order
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=lambda m: f"seed {SEED}: {m}")
 
 
 @CASES

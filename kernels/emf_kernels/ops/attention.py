@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from emf_kernels import attention_library as library
 from emf_kernels import launch
 from emf_kernels.dual import check
 from emf_kernels.function import function
@@ -277,6 +278,9 @@ def config(q: Tensor, Nk: int, live: Sequence[bool], masked: bool) -> dict[str, 
     most_k = 64 if block_d * q.element_size() <= 128 else 32
     block_q, block_k = min(most_q, nq), min(most_k, nk)
     default = dict(BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=8 if block_q >= most_q else 4, num_stages=2)
+    if live[0] and live[1] and q.element_size() == 4 and block_d >= 128:
+        # larger tiles of three-part products are more than ptxas can keep: it leaves 32 registers and 8 KB of spills
+        default |= dict(BLOCK_Q=min(16, block_q), BLOCK_K=min(16, block_k), num_warps=4)
     default = fitting("attention", default, q, 1 + live[0], 2 + live[1] + live[2])
     products = 2 + live[0] + live[1] + (live[0] or live[1]) + live[2]
     shape = dict(D=block_d, Nq=min(nq, 128), Nk=min(nk, 128), products=products, masked=int(masked))
@@ -313,16 +317,10 @@ def forward(values: Sequence[Any], dots: Sequence[Tensor | None], b: int) -> Any
 
 
 def backward(saved: Sequence[Any], do: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) from the saved lse: by PyTorch's flash kernel where it can, else by ours. It has no key mask, no
-    float32, and adds up dq in an order that changes from call to call."""
+    """(dq, dk, dv) from the saved lse: by one of PyTorch's kernels where it has one, else by ours."""
     q, k, v, mask, o, lse, causal, scale = saved
-    flash = mask is None and q.dtype != torch.float32 and q.shape[3] % 8 == 0
-    flash = flash and not torch.are_deterministic_algorithms_enabled()
-    if flash and q.is_cuda and torch.cuda.get_device_capability(q.device) >= (8, 0):
-        unused = torch.empty(0, dtype=torch.uint64, device=q.device)  # the state of the dropout that there is not
-        return torch.ops.aten._flash_attention_backward(
-            do, q, k, v, o, lse, None, None, q.shape[1], k.shape[1], 0.0, causal, unused, unused, scale=scale
-        )
+    if mask is None and (given := library.backward(do, q, k, v, o, lse, causal=causal, scale=scale)):
+        return given
     (B, Nq, H, D), Nk = q.shape, k.shape[1]
     dq, dk, dv, do_o = empty(q, B, Nq, H, D), empty(k, B, Nk, H, D), empty(v, B, Nk, H, D), empty(lse, *lse.shape)
     shared = (

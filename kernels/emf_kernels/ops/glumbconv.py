@@ -248,8 +248,11 @@ def _bwd_conv(
     dc_ptr += sample * H * W * C
     zero = tl.zeros([BLOCK_C], tl.float32)
     dweight, ds_rows = (zero,) * 9, (zero,) * (3 * COLUMNS)
-    s_above, s_here = ((zero,) * COLUMNS,) * 2  # zero outside the strip: each row counts once
-    slope_above, slope_here = s_above, s_here  # silu'(x)
+    # Zero outside the strip: each row counts once. What a loop hands from one variable to another begins as zeros of
+    # its own: Triton takes a variable that is given the very value it began with for one that never changes.
+    s_above, s_here = (tl.zeros([BLOCK_C], tl.float32),) * COLUMNS, (tl.zeros([BLOCK_C], tl.float32),) * COLUMNS
+    slope_above = (tl.zeros([BLOCK_C], tl.float32),) * COLUMNS  # silu'(x)
+    slope_here = (tl.zeros([BLOCK_C], tl.float32),) * COLUMNS
     next_x = _columns(x_ptr, top, left, x_h, x_w, c, c_inside, H, W, COLUMNS)
     next_dc = _columns(dc_ptr, top - 1, left - 1, W * C, C, c, c_inside, H, W, COLUMNS + 2)
     for h in range(top - 1, bottom + 1):
