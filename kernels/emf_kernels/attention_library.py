@@ -26,7 +26,7 @@ def backward(
         state = torch.empty((), dtype=torch.int64, device=q.device)  # of the dropout that there is not
         by_head = (x.transpose(1, 2) for x in (do, q, k, v, o))
         dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            *by_head, lse[..., None], state, state, None, None, None, *lengths, 0.0, causal, scale=scale
+            *by_head, lse.unsqueeze(-1), state, state, None, None, None, *lengths, 0.0, causal, scale=scale
         )
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
     if name:
