@@ -1,5 +1,6 @@
 """How exact u and u_dot = du/dt are, by depth, precision and time: `python -m bench.precision` writes
-profiles/precision.json and precision.png. No GPU: what a fused kernel does to numbers is imitated.
+profiles/precision.json and precision.png. No GPU: what a fused kernel does to numbers is imitated, and in a small
+network the kernels themselves run beside that, in the interpreter of bench/interpreter.py.
 
 A kernel computes in float32 and rounds what it writes. So every op runs in float32 here, and its outputs are rounded:
 values to one dtype, tangents to another. tf32 rounds what goes into products. The reference is the same network with
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from bench.interpreter import as_on_a_gpu
 from emf.model.transformer import Transformer, TransformerConfig
 from emf_kernels import Dual, Op, backend
 
@@ -31,6 +33,7 @@ class Precision(NamedTuple):
     value: torch.dtype
     tangent: torch.dtype
     tf32: bool = False
+    kernels: bool = False
 
 
 PRECISIONS = {
@@ -38,7 +41,12 @@ PRECISIONS = {
     "tf32 products": Precision(torch.float32, torch.float32, True),
     "bfloat16, float32 tangents": Precision(torch.bfloat16, torch.float32),
     "bfloat16, bfloat16 tangents": Precision(torch.bfloat16, torch.bfloat16),
+    "bfloat16 kernels": Precision(torch.bfloat16, torch.bfloat16, kernels=True),
 }
+*IMITATED, _ = PRECISIONS
+LARGE, SMALL = "random weights", "random weights, 64 channels, 16 tokens"
+IN = {LARGE: IMITATED, SMALL: ["bfloat16, bfloat16 tangents", "bfloat16 kernels"]}
+"""What is measured in which network: in the interpreter the large one would take an hour."""
 
 
 def to_tf32(x: Tensor) -> Tensor:
@@ -71,23 +79,36 @@ def rounding(precision: Precision) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def kernels() -> Iterator[None]:
+    """Every op that has a kernel runs it, as on a GPU."""
+    chosen = mock.patch.object(Op, "backend_for", lambda op, x: "triton" if op.triton else "reference")
+    with as_on_a_gpu(), chosen:
+        yield
+
+
 def error(got: Tensor, want: Tensor) -> float:
     return ((got.double() - want).norm() / want.norm()).item()
 
 
 @torch.no_grad()
-def measure(network: Transformer, inputs: dict[str, Tensor], t: float) -> Iterator[dict[str, Any]]:
-    """Relative L2 errors of u and u_dot at (t, r = t / 2), along (v, 0, 1), in each precision."""
+def measure(
+    network: Transformer, inputs: dict[str, Tensor], t: float, names: Sequence[str] = IMITATED
+) -> Iterator[dict[str, Any]]:
+    """Relative L2 errors of u and u_dot at (t, r = t / 2), along (v, 0, 1), in each of the precisions named."""
     network = network.float()
     weights = {k: w.clone() for k, w in network.state_dict().items()}
-    for name, precision in PRECISIONS.items():
+    for name in names:
+        precision = PRECISIONS[name]
         rounded = lambda x, p=precision: x.to(p.value).float()  # noqa: E731
         network.float().load_state_dict({k: rounded(w) for k, w in weights.items()})
         x, e, c = (rounded(inputs[k]) for k in ("x", "e", "c"))
         times = torch.full((len(x),), t)
         z, v = rounded((1 - t) * x + t * e), rounded(e - x)
-        with rounding(precision):
-            u = network(Dual(z, v), Dual(times, torch.ones_like(times)), times / 2, c)
+        dtype = precision.value if precision.kernels else torch.float32
+        with kernels() if precision.kernels else rounding(precision):
+            z_dual, t_dual = Dual(z.to(dtype), v.to(dtype)), Dual(times, torch.ones_like(times))
+            u = network.to(dtype)(z_dual, t_dual, times / 2, c.to(dtype))
         z, v, c, times = (a.double() for a in (z, v, c, times))
         with backend("reference"):
             exact = network.double()(Dual(z, v), Dual(times, torch.ones_like(times)), times / 2, c)
@@ -129,12 +150,12 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     from emf.show.plot import COLORS, write_plot
 
-    depths = [r for r in rows if r["layers"] is not None]
+    depths = [r for r in rows if r["network"] == LARGE]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots(1, len(TIMES), sharey=True)
         for axis, t in zip(axes, TIMES, strict=True):
-            for color, name in zip(COLORS, PRECISIONS, strict=False):
+            for color, name in zip(COLORS, IMITATED, strict=False):
                 mine = [r for r in depths if r["t"] == t and r["precision"] == name]
                 for what, style in (("u", "--"), ("u_dot", "-")):
                     axis.plot([r["layers"] for r in mine], [r[what] for r in mine], style, color=color, marker=".",
@@ -151,16 +172,17 @@ def main(run: Path | None) -> None:
     from emf.show.progress import track
     from emf.show.table import console, terminal
 
-    jobs: list[tuple[str, int | None, float]] = [("random weights", n, t) for n in DEPTHS for t in TIMES]
+    jobs: list[tuple[str, int | None, float]] = [(name, n, t) for name in IN for n in DEPTHS for t in TIMES]
     jobs += [(f"trained: {run.name}", None, t) for t in TIMES] if run else []
     rows: list[dict[str, Any]] = []
     for title, layers, t in track(jobs, description="precision"):
         if layers:
-            network, inputs = random_network(layers)
+            network, inputs = random_network(layers) if title == LARGE else random_network(layers, 64, 16)
         else:
             assert run
             network, inputs = trained_network(run)
-        rows += [dict(network=title, layers=layers) | row for row in measure(network, inputs, t)]
+        measured = measure(network, inputs, t, IN.get(title, IMITATED))
+        rows += [dict(network=title, layers=layers) | row for row in measured]
     (OUT / "precision.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     plot(rows, OUT / "precision.png")
     printed = []

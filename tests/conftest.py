@@ -28,6 +28,15 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", filled)
 
 
+@pytest.fixture
+def as_on_a_gpu() -> Iterator[None]:
+    """Interpreted kernels compute as on a GPU, and take bfloat16: bench/interpreter.py."""
+    from bench.interpreter import as_on_a_gpu
+
+    with as_on_a_gpu():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def given_back(request: pytest.FixtureRequest) -> Iterator[None]:
     """A GPU's tests run in many processes at once; each gives back what it took, so that the others find memory."""

@@ -134,12 +134,13 @@ class Cost(NamedTuple):
     bytes: float
 
 
+INTERPRETED_DTYPES = (torch.float16, torch.float32)  # in which Triton's interpreter is right
 MOST = 65535  # programs along the second and third dimension of a GPU's grid, where some kernels have the samples
 
 
 def check_kernel_dtype(op: str, lead: Tensor) -> None:
     """Raises ValueError on a dtype for which the kernels are not right, RuntimeError where they cannot run."""
-    if not lead.is_cuda and lead.dtype not in (torch.float16, torch.float32):
+    if not lead.is_cuda and lead.dtype not in INTERPRETED_DTYPES:
         raise ValueError(
             f"{op}: dtype {lead.dtype} on {lead.device}; Triton's interpreter is right in float32 and float16 only"
         )
