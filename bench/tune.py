@@ -31,7 +31,7 @@ Chips = tuple[str, ...]
 LEAST = {"BLOCK_Q": 16, "BLOCK_K": 16, "BLOCK_N": 16}  # a matrix product's smallest tile
 MOST = {"num_warps": 16, "num_stages": 4, "chunks": 16, "ROWS": 128}
 FASTER = 0.98  # a configuration must save 2 % to be worth a change
-TRIES = 24
+TRIES = 16
 
 
 def neighbours(config: Config) -> Iterator[Config]:

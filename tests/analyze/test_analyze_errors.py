@@ -21,11 +21,11 @@ def digit_runs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def analyze(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
     """(exit code, stderr) of `emf analyze ...`."""
-    from emf.cli import main as cli
+    from emf.cli.main import main
 
     monkeypatch.setattr("sys.argv", ["emf", "analyze", *map(str, arguments)])
     try:
-        cli.main()
+        main()
         code = 0
     except SystemExit as end:
         code = int(end.code or 0)

@@ -16,7 +16,7 @@ from places import ROOT
 from safetensors.torch import load_file, save_file
 
 from emf import config as configs
-from emf.cli import main as cli
+from emf.cli.main import main
 from emf.config import Config
 from emf.network.build import build
 from emf.recipes import RECIPES, from_file
@@ -27,7 +27,7 @@ def emf(*arguments: str) -> int:
     """Exit code of `emf ...` in this process."""
     before, sys.argv = sys.argv, ["emf", *arguments]
     try:
-        cli.main()
+        main()
     except SystemExit as end:
         return int(end.code or 0)
     finally:
