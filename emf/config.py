@@ -169,6 +169,12 @@ class Config:
     """How many samples an optimizer step sees, over all ranks and micro-batches."""
     drop: float = 0.1
     """Probability of dropping a sample's condition."""
+    compile: bool = False
+    """Compile the transformer's blocks (torch.compile) for training, which costs minutes at its start; not with ZeRO 3.
+    At most five numbers of samples carry a tangent then: those with r < t rounded up to quarters of a micro-batch."""
+    graphs: bool = False
+    """Replay the transformer's blocks as CUDA graphs in training, at micro-batches of 1 or 2; not with ZeRO 3,
+    compile, or checkpointing."""
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)

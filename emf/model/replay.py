@@ -1,7 +1,7 @@
 """CUDA graphs of the transformer's blocks: the host launches all of them, forward or backward, by one call.
 
 At a micro-batch of one or two the GPU waits for Python. A graph is recorded for each combination of shapes that
-occurs, so for each b. It runs at fixed addresses: what comes in is copied to them, what goes out is copied from them.
+occurs, so for each b. It runs at fixed addresses: what comes in is copied to them, and gradients are copied from them.
 """
 
 from __future__ import annotations
@@ -90,11 +90,11 @@ class Recorded:
                 if held is not None and x is not None:
                     held.copy_(x)
         self.replay_forward()
-        return [y.clone() for y in self.outputs]
+        return [y.detach() for y in self.outputs]
 
     def finish(self, dy: Tensor) -> list[Tensor | None]:
-        """The gradients, one for each input and weight; in memory of their own, since autograd keeps what it is
-        given as `grad`, and would add to what the next replay overwrites."""
+        """The gradients, one for each input and weight, in memory of their own, which the next replay does not
+        overwrite: copied by one call, where autograd would copy each by itself."""
         assert self.dy is not None
         self.dy.copy_(dy)
         self.replay_backward()

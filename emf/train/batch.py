@@ -36,10 +36,18 @@ class Batch(NamedTuple):
     """Whose condition is dropped [n], bool."""
 
     def on(self, device: torch.device, dtype: torch.dtype) -> Batch:
-        """The batch on a device, with x and e in the dtype of the weights; times stay float32."""
-        moved = {name: x.to(device) for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        """The batch on a device, with x and e in the dtype of the weights; times stay float32. The host does not wait
+        for what it copies from pinned memory."""
+        moved = {name: x.to(device, non_blocking=True) for name, x in self._asdict().items() if isinstance(x, Tensor)}
         moved |= {name: moved[name].to(dtype) for name in ("x", "e")}
         return Batch(**moved, b=self.b)
+
+    def pinned(self) -> Batch:
+        """The batch in memory of the host from which a GPU copies by itself; without a GPU the batch as it is."""
+        if not torch.cuda.is_available():
+            return self
+        here = {k: x for k, x in self._asdict().items() if isinstance(x, Tensor) and x.device.type == "cpu"}
+        return Batch(**self._asdict() | {k: x.pin_memory() for k, x in here.items()})
 
 
 def make_batch(config: Config, feed: Feed, step: int, part: int, parts: int) -> Batch:
@@ -61,7 +69,7 @@ def batches(config: Config, feed: Feed, start: int, rank: int, world: int) -> It
     places = [(step, micro) for step in range(start, config.steps) for micro in range(accumulation)]
 
     def make(step: int, micro: int) -> Batch:
-        return make_batch(config, feed, step, rank + world * micro, world * accumulation)
+        return make_batch(config, feed, step, rank + world * micro, world * accumulation).pinned()
 
     with ThreadPoolExecutor(1) as ahead:
         coming = deque(ahead.submit(make, *place) for place in places[:1])

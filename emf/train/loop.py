@@ -21,6 +21,7 @@ from emf.evaluate.digits_scorer import Scorer
 from emf.files import write_text
 from emf.sample.sampling_settings import GUIDANCE
 from emf.train.batch import Batch, batches
+from emf.train.faster import quicken
 from emf.train.log import Log, memory_mib, speed
 from emf.train.objective import learning_rate, losses
 from emf.train.ranges import mark_network, span
@@ -43,6 +44,7 @@ def train(config: Config, out: Path | str, resume: bool = False) -> None:
         network = resumed(config, saved[-1]) if saved else started(config)
         mark_network(network)
         engine = Engine(network, config, out)
+        quicken(network.transformer, config, engine.stage, engine.micro_batch, engine.device)
         start = engine.load(saved[-1]) if saved else 0
         if start > config.steps:
             raise ValueError(f"resume: {saved[-1]} is at step {start} already, past --steps {config.steps}")
@@ -118,7 +120,7 @@ class Training:
         self.last = last
         """The newest whole checkpoint."""
         self.stopping = False
-        """Some rank was asked to stop; every rank knows it after the same micro-batch."""
+        """Some rank was asked to stop; every rank knows it after the same step."""
         self.skipped = 0
         """Steps that were not finite."""
         self.counted, self.clock = 0, time.monotonic()
@@ -147,47 +149,41 @@ class Training:
                 return
 
     def step(self, number: int, coming: Iterator[tuple[tuple[int, int], Batch]]) -> Step:
-        """One optimizer step: every micro-batch forward and backward, and at the last the weights. A micro-batch whose
-        loss is not finite ends it, and the gradients so far are dropped."""
-        step, engine = Step(number), self.engine
-        for micro in range(self.config.zero.accumulation):
+        """One optimizer step: every micro-batch forward and backward, and at the last the weights. A loss that is not
+        finite makes the gradient NaN, with which no weight is moved. So nothing waits for a loss before it goes on:
+        the host reads all of them at once, and while the device is at the last backward."""
+        step, engine, parts = Step(number), self.engine, self.config.zero.accumulation
+        seen: list[tuple[Tensor, Tensor, Tensor]] = []
+        sums, share = torch.zeros(2, dtype=torch.float64, device=engine.device), 0.0
+        for micro in range(parts):
             with span("data"):
-                # a step that ended early has left some of its own
-                batch = next(batch for place, batch in coming if place == (number, micro))
+                _, batch = next(coming)
             batch = batch.on(engine.device, engine.dtype)
             self.condition = getattr(engine.engine.module.encoder, "length", batch.ids.shape[1])
             with span("forward"):
                 loss, squared = losses(self.config, engine, batch, number / self.config.steps)
-            if not self.add(step, batch, loss, squared):
-                engine.drop_gradients()
-                step.fault = f"loss is not finite at step {number} ({self.times_of(batch, loss)})"
-                break
+            seen.append((batch.t, batch.r, loss.detach()))
+            means = torch.stack([loss.detach().mean(), squared.mean()])
+            sums, share = sums + means / parts, share + batch.b / len(batch.t) / parts
+            if micro == parts - 1:
+                told = engine.mean_later(sums, share, float(self.stop()))
             with span("backward"):  # and what DeepSpeed communicates in it
-                engine.backward(loss.mean())
+                engine.backward(loss.mean() * (1 + 0 * means.sum()))
             with span("optimizer"):
                 stepped = engine.step(learning_rate(self.config, number), number)
-            if not stepped:
-                step.fault = f"gradient is not finite at step {number} (of a loss of {step.loss:.4g})"
+        step.loss, step.error, step.share, asked = told()
+        self.stopping = asked > 0  # on every rank alike
+        if not (math.isfinite(step.loss) and math.isfinite(step.error)):
+            step.fault = f"loss is not finite at step {number} ({self.times_of(seen)})"
+        elif not stepped:
+            step.fault = f"gradient is not finite at step {number} (of a loss of {step.loss:.4g})"
         return step
 
-    def add(self, step: Step, batch: Batch, loss: Tensor, squared: Tensor) -> bool:
-        """Add a micro-batch's means over all ranks to the step's. False where one is NaN or inf on some rank: then
-        nothing is added."""
-        *values, asked = self.engine.mean(
-            loss.mean().item(), squared.mean().item(), batch.b / len(batch.t), float(self.stop())
-        )
-        self.stopping |= asked > 0  # on every rank alike
-        if not all(map(math.isfinite, values)):
-            return False
-        parts = self.config.zero.accumulation
-        sums = (step.loss, step.error, step.share)
-        step.loss, step.error, step.share = (a + v / parts for a, v in zip(sums, values, strict=True))
-        return True
-
-    def times_of(self, batch: Batch, loss: Tensor) -> str:
-        """The times of the samples, of all ranks, whose loss is not finite."""
+    def times_of(self, seen: list[tuple[Tensor, Tensor, Tensor]]) -> str:
+        """The times of the samples, of all ranks and micro-batches (t, r, loss), whose loss is not finite."""
+        every_t, every_r, loss = map(torch.cat, zip(*seen, strict=True))
         bad = ~torch.isfinite(loss)
-        found = self.engine.gather((batch.t[bad].tolist(), batch.r[bad].tolist()))
+        found = self.engine.gather((every_t[bad].tolist(), every_r[bad].tolist()))
         t, r = ([value for part in parts for value in part] for parts in zip(*found, strict=True))
         return f"t {t[:4]}, r {r[:4]}" if t else "its samples are finite"
 

@@ -16,7 +16,7 @@ from emf.files import make_folder
 from emf.train.zero import gather
 from emf.weights.checkpoints import checkpoints
 
-MAY_CHANGE = ("recipe", "steps", "optim", "zero", "run")  # when a run is resumed
+MAY_CHANGE = ("recipe", "steps", "optim", "zero", "run", "compile", "graphs")  # when a run is resumed
 
 
 @contextmanager

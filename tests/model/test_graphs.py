@@ -95,11 +95,15 @@ def test_a_forward_without_gradient_is_eager(nets: tuple[Transformer, Transforme
 
 def test_weights_at_other_addresses_are_recorded_again(nets: tuple[Transformer, Transformer]) -> None:
     loss(nets[1], 1, 2, 1).backward()
+    assert nets[1].graphs is not None
+    (before,) = nets[1].graphs.recorded.values()
     for net in nets:
         net.zero_grad()
         for p in net.parameters():
             p.data = 2 * p.data
         loss(net, 3, 2, 1).backward()
+    (after,) = nets[1].graphs.recorded.values()
+    assert after is not before
     assert torch.equal(gradients(nets[0]), gradients(nets[1]))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -58,11 +58,7 @@ class Engine:
         self.rank, self.world, self.decay = dist.get_rank(), dist.get_world_size(), config.optim.ema
         settings = engine_config(config, self.world, out)
         self.stage = settings["zero_optimization"]["stage"]
-        if self.stage and config.zero.accumulation > 1 and config.run.skip:
-            raise ValueError(
-                "config: run.skip with zero.accumulation above 1 needs zero.stage 0, the others keep no gradient that "
-                "could be dropped"
-            )
+        self.micro_batch = settings["train_micro_batch_size_per_gpu"]
         self.device = (
             torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
         )
@@ -134,23 +130,18 @@ class Engine:
         if last and not self.stage and self.dtype == torch.float32:  # the other optimizers look for themselves
             gradients = [p.grad for p in self.trainable.values() if p.grad is not None]
             if not torch.nn.utils.get_total_norm(gradients).isfinite():
-                self.drop_gradients()
+                self.engine.zero_grad()
+                self.engine.micro_steps -= self.engine.micro_steps % self.engine.gradient_accumulation_steps()
                 return False
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
-        if last and norm is not None and not math.isfinite(norm):
+        if last and not (self.engine.was_step_applied() and (norm is None or math.isfinite(norm))):
             return False
         if last and self.ema:
             decay = min(self.decay, (1 + step) / (10 + step))
-            for x, average in zip(self.shards(), self.ema, strict=True):
-                average.lerp_(x.to(average.device), 1 - decay)
+            shards = [x.to(average.device) for x, average in zip(self.shards(), self.ema, strict=True)]
+            torch._foreach_lerp_(self.ema, shards, 1 - decay)
         return True
-
-    def drop_gradients(self) -> None:
-        """Forget what this step's micro-batches have accumulated so far."""
-        if not self.stage:
-            self.engine.zero_grad()
-        self.engine.micro_steps -= self.engine.micro_steps % self.engine.gradient_accumulation_steps()
 
     def finite(self) -> bool:
         """Whether the weights, and the moving average, which keeps a NaN for ever, hold none."""
@@ -164,10 +155,27 @@ class Engine:
 
     def mean(self, *values: float) -> list[float]:
         """Each value's mean over the ranks."""
-        x = torch.tensor(values, dtype=torch.float64, device=self.device if self.device.type == "cuda" else "cpu")
+        return self.mean_later(torch.empty(0, dtype=torch.float64, device=self.device), *values)()
+
+    def mean_later(self, x: Tensor, *values: float) -> Callable[[], list[float]]:
+        """The means over the ranks of x [n], float64 on the device, and of further values, when what is returned is
+        called. The host does not wait for x before, and then for no more than x."""
+        # values as arguments of kernels: a copy from the host would wait for the device
+        x = torch.cat([x, *(torch.full((1,), v, dtype=x.dtype, device=x.device) for v in values)])
         with span("communication"):
             dist.all_reduce(x)
-        return (x / self.world).tolist()
+        if not x.is_cuda:
+            return lambda: (x / self.world).tolist()
+        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        host.copy_(x, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+
+        def read() -> list[float]:
+            copied.synchronize()
+            return (host / self.world).tolist()
+
+        return read
 
     def monitor(self, row: dict[str, Any]) -> None:
         """A row of metrics to the monitors that are on."""

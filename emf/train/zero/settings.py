@@ -42,6 +42,7 @@ def engine_config(config: Config, world: int, out: Path | None = None) -> dict[s
                 "betas": list(optim.betas),
                 "weight_decay": optim.weight_decay,
                 "torch_adam": True,
+                "fused": torch.cuda.is_available() and not config.zero.offload,  # one kernel for all weights
             },
         },
         "bf16": {"enabled": config.zero.dtype == "bfloat16", "check_grad_overflow": True},

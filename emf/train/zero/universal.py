@@ -85,7 +85,8 @@ def load_universal(
         flats = partitions(optimizer, stage)
         for i, flat in enumerate(flats):
             state = dict(exp_avg=moments["exp_avg"][i], exp_avg_sq=moments["exp_avg_sq"][i])
-            optimizer.optimizer.state[flat] = {"step": torch.tensor(float(step)), **state}
+            where = flat.device if optimizer.optimizer.param_groups[0].get("fused") else None
+            optimizer.optimizer.state[flat] = {"step": torch.tensor(float(step), device=where), **state}
         if stage != 3:
             optimizer.update_lp_params()
             return
