@@ -73,7 +73,8 @@ def without_launches() -> Iterator[list[str]]:
         return "reference" if self.triton is None else "triton"
 
     chosen = mock.patch.object(Op, "backend_for", as_on_a_gpu)
-    refusals = mock.patch("emf_kernels.op.check_kernel_dtype", lambda *_: None)  # which would refuse a compiled kernel off a GPU
+    # which would refuse a compiled kernel off a GPU; no mock, since torch.compile reads it
+    refusals = mock.patch("emf_kernels.op.check_kernel_dtype", lambda *_: None)
     with mock.patch.object(JITFunction, "run", run), chosen, refusals:
         yield names
 
