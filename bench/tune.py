@@ -122,8 +122,9 @@ _measuring: AbstractContextManager[Any] = nullcontext()
 
 
 def _share(lock: Any) -> None:
-    """In each process of a sweep."""
+    """In each process of a sweep. Attention's backward is then our own kernels', which is what is tuned."""
     global _measuring
+    torch.use_deterministic_algorithms(True, warn_only=True)
     _measuring = lock
 
 

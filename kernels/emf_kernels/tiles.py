@@ -106,7 +106,7 @@ def norm(x, inside, C, eps):
     """(n, mean, rstd) of a row."""
     mean = tl.sum(x) / C
     centred = tl.where(inside, x - mean, 0)
-    rstd = 1 / tl.sqrt(tl.sum(centred * centred) / C + eps)
+    rstd = 1 / tl.sqrt(tl.sum(centred * centred) / C + tl.cast(eps, tl.float32))
     return centred * rstd, mean, rstd
 
 

@@ -127,7 +127,7 @@ def _fwd(
 ):  # fmt: skip
     # one program: BLOCK_Q queries of one head of one sample; keys and values are read once for value and tangent
     head, sample = tl.program_id(1).to(tl.int64), first + tl.program_id(2).to(tl.int64)
-    top = tl.program_id(0).to(tl.int64) * BLOCK_Q
+    top, scale = tl.program_id(0).to(tl.int64) * BLOCK_Q, tl.cast(scale, tl.float32)
     rows, d = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
     i = top.to(tl.int32) + rows
     i_inside = (i < Nq)[:, None] & (d < D)[None, :]
@@ -189,7 +189,7 @@ def _bwd_q(
 ):  # fmt: skip
     # one program: BLOCK_Q queries of one head of one sample; p is computed again from lse; rowsum(do * o) is kept
     head, sample = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    top = tl.program_id(0).to(tl.int64) * BLOCK_Q
+    top, scale = tl.program_id(0).to(tl.int64) * BLOCK_Q, tl.cast(scale, tl.float32)
     rows, n, d = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
     i = top.to(tl.int32) + rows
     i_inside = (i < Nq)[:, None] & (d < D)[None, :]
@@ -234,7 +234,7 @@ def _bwd_kv(
     # one program: BLOCK_K keys of one head of one sample, so that dk and dv are sums in a fixed order; s, p, dp, ds
     # are held transposed, [keys, queries]
     head, sample = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    left = tl.program_id(0).to(tl.int64) * BLOCK_K
+    left, scale = tl.program_id(0).to(tl.int64) * BLOCK_K, tl.cast(scale, tl.float32)
     rows, n, d = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
     j = left.to(tl.int32) + n
     j_inside = (j < Nk)[:, None] & (d < D)[None, :]
@@ -278,8 +278,9 @@ def config(q: Tensor, Nk: int, live: Sequence[bool], masked: bool) -> dict[str, 
     most_k = 64 if block_d * q.element_size() <= 128 else 32
     block_q, block_k = min(most_q, nq), min(most_k, nk)
     default = dict(BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=8 if block_q >= most_q else 4, num_stages=2)
-    if live[0] and live[1] and q.element_size() == 4 and block_d >= 128:
-        # larger tiles of three-part products are more than ptxas can keep: it leaves 32 registers and 8 KB of spills
+    if any(live) and q.element_size() == 4 and block_d >= 128:
+        # of three-part products, larger tiles leave some of ptxas's results with 32 registers and 8 KB of spills, and
+        # two groups of warps on one tile read memory that is not theirs (an H100, Triton 3.6)
         default |= dict(BLOCK_Q=min(16, block_q), BLOCK_K=min(16, block_k), num_warps=4)
     default = fitting("attention", default, q, 1 + live[0], 2 + live[1] + live[2])
     products = 2 + live[0] + live[1] + (live[0] or live[1]) + live[2]

@@ -63,7 +63,7 @@ def _norms(
     sample, token = row // N, row % N
     c = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + sample * x_b + token * x_n + c, mask=c < C, other=0).to(tl.float32)
-    rstd = 1 / tl.sqrt(tl.sum(x * x) / C + eps)
+    rstd = 1 / tl.sqrt(tl.sum(x * x) / C + tl.cast(eps, tl.float32))
     tl.store(rstd_ptr + row, rstd)
     if LIVE:  # noqa: SIM102
         if sample < b:
@@ -197,7 +197,7 @@ def _apply(
             q_ptr, q_dot_ptr, weight, q_ptr, q_ptr, q_b, q_n, q_dot_b, q_dot_n,
             sample, start, n, c, inside, N, False, Q_LIVE, PRECISION,
         )  # fmt: skip
-        over = 1 / (tl.sum(q * s[None, :], 1) + eps)[:, None]
+        over = 1 / (tl.sum(q * s[None, :], 1) + tl.cast(eps, tl.float32))[:, None]
         o = _dot(q, high, low, PRECISION) * over
         at = (sample * N + start) * C + (n[:, None] * C + c[None, :])
         tl.store(o_ptr + at, o, mask=inside)
@@ -233,7 +233,7 @@ def _bwd_q(
         inside = (start + n < N)[:, None] & (d < D)[None, :]
         x = _tile(q_ptr, q_b, q_n, sample, start, n, c, inside)
         q = rounded(tl.maximum(x * weight[None, :], 0), PRECISION)
-        over = 1 / (tl.sum(q * s[None, :], 1) + eps)
+        over = 1 / (tl.sum(q * s[None, :], 1) + tl.cast(eps, tl.float32))
         da = _tile(do_ptr, do_b, do_n, sample, start, n, c, inside) * over[:, None]
         dz = -tl.sum(da * tl.dot(q, S_rounded, input_precision=PRECISION), 1) * over
         da = rounded(da, PRECISION)

@@ -42,7 +42,7 @@ def _fwd(
     if X_LIVE:  # on its way while the primal's sum is waited for
         live = inside & (sample < b)
         x_dot = tl.load(x_dot_ptr + sample * x_dot_b + token * x_dot_n + c, mask=live, other=0).to(tl.float32)
-    rstd = 1 / tl.sqrt(tl.sum(x * x) / C + eps)
+    rstd = 1 / tl.sqrt(tl.sum(x * x) / C + tl.cast(eps, tl.float32))
     tl.store(y_ptr + row * C + c, x * rstd * weight, mask=inside)
     tl.store(rstd_ptr + row, rstd)
     if X_LIVE:  # noqa: SIM102

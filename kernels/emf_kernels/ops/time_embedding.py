@@ -52,7 +52,7 @@ def _fwd(
 ):  # fmt: skip
     sample, i = tl.program_id(0), tl.arange(0, BLOCK)
     live = sample < b
-    f = scale * tl.exp(step * i)
+    f = tl.cast(scale, tl.float32) * tl.exp(tl.cast(step, tl.float32) * i)
     t, t_dot = tl.load(t_ptr + sample).to(tl.float32), 0.0
     if T_LIVE:
         t_dot = tl.load(t_dot_ptr + sample, mask=live, other=0).to(tl.float32)

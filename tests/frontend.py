@@ -1,10 +1,14 @@
-"""Prints, as JSON, the variables that a compiled loop of a kernel does not hand from one turn to the next, though its
-Python does: (kernel, line, variable). A process of its own, in which kernels are compiled.
+"""Prints, as JSON, what the compiler's front end makes of kernels that the interpreter does not show. A process of its
+own, in which kernels are compiled.
 
-Triton finds what a loop carries by comparing values before and after one turn. Two variables that begin as the very
-same value, of which one is given to the other (above = here), look unchanged: the compiled kernel then keeps the first
-value for ever, and the interpreter does not show it. Here each variable begins as a value of its own, and what is
-carried then is compared with what the compiler carries.
+lost: variables that a compiled loop does not hand from one turn to the next, though its Python does: (kernel, line,
+variable). Triton finds what a loop carries by comparing values before and after one turn. Two variables that begin as
+the very same value, of which one is given to the other (above = here), look unchanged: the compiled kernel then keeps
+the first value for ever, and the interpreter does not show it. Here each variable begins as a value of its own, and
+what is carried then is compared with what the compiler carries.
+
+double: operations on float64, of kernels whose float arguments come in float64, as torch.compile hands them (eager
+calls hand float32); all that may be done with those is to round them.
 """
 
 from __future__ import annotations
@@ -28,7 +32,8 @@ from emf_kernels import REGISTRY, launch
 find = CodeGenerator._find_carries
 
 
-def lost(one: Launch) -> list[tuple[str, int, str]]:
+def front_end(one: Launch) -> tuple[list[tuple[str, int, str]], list[str]]:
+    """(lost, double) of a launch."""
     found: list[tuple[str, int, str]] = []
 
     def compared(self: Any, node: Any, liveins: dict[str, Any], ignore: Any = frozenset()) -> Any:
@@ -52,26 +57,31 @@ def lost(one: Launch) -> list[tuple[str, int, str]]:
 
     target = GPUTarget("cuda", 90, 32)
     signature, constants, _ = source(one)
+    signature = {name: "fp64" if kind == "fp32" else kind for name, kind in signature.items()}
     made, context, compiler = ASTSource(one.kernel, signature, constants), ir.context(), make_backend(target)
     ir.load_dialects(context)
     compiler.load_dialects(context)
     options = compiler.parse_options(dict(one.options))
     with mock.patch.object(CodeGenerator, "_find_carries", compared):
-        made.make_ir(target, options, compiler.get_codegen_implementation(options), compiler.get_module_map(), context)
-    return found
+        functions, modules = compiler.get_codegen_implementation(options), compiler.get_module_map()
+        text = str(made.make_ir(target, options, functions, modules, context))
+    found_in = (line.partition(" loc(")[0].strip() for line in text.splitlines() if not line.startswith("#loc"))
+    handed_on = ("tt.func", "tt.call", "arith.truncf")
+    double = [line for line in found_in if "f64" in line and not any(word in line for word in handed_on)]
+    return found, [f"{one.kernel.__name__}: {line}" for line in double]
 
 
 def main() -> None:
-    found, seen = [], 0
+    lost, double, seen = list[Any](), list[str](), 0
     chosen = [op for op in REGISTRY.values() if op.triton and op.name in (sys.argv[1:] or REGISTRY)]
     for op in chosen:
         for case in op.cases:
             if "test" in case.tags or op.name == "attention":
                 with configured("none"), mock.patch.object(launch, "INTERPRETED", False):
                     for one in launches(op, case):
-                        found += lost(one)
-                        seen += 1
-    print(json.dumps(dict(launches=seen, lost=found)))
+                        found = front_end(one)
+                        lost, double, seen = lost + found[0], double + found[1], seen + 1
+    print(json.dumps(dict(launches=seen, lost=lost, double=double)))
 
 
 if __name__ == "__main__":
