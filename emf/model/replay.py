@@ -48,15 +48,32 @@ def warm_up(run: Callable[[], Any]) -> None:
     torch.cuda.current_stream().wait_stream(stream)
 
 
+class _Around(nn.Module):
+    """`run` as the forward of a module that holds the weights, for torch.func.functional_call to replace them."""
+
+    def __init__(self, run: Callable[..., Any], weights: nn.Module) -> None:
+        super().__init__()
+        self.run, self.weights = run, weights
+
+    def forward(self, *values: Any) -> Any:
+        return self.run(*values)
+
+
 class Recorded:
     """Forward and backward of one combination of shapes."""
 
-    def __init__(self, run: Callable[..., Any], halves: Halves, weights: Sequence[Tensor], pool: Any) -> None:
-        self.run, self.weights = run, weights
+    def __init__(self, run: Callable[..., Any], halves: Halves, weights: nn.Module, pool: Any) -> None:
+        # Autograd ties a weight to the stream on which it was first used, for as long as some graph lives (the last
+        # micro-batch's loss, say), and a recording may wait for no other stream. So it computes with leaves of its own
+        # that lie where the weights lie.
+        self.around = _Around(run, weights)
+        self.leaves = {
+            name: p.detach().requires_grad_() for name, p in self.around.named_parameters() if p.requires_grad
+        }
         self.inputs: Halves = [
             None if x is None else x.detach().clone().requires_grad_(x.requires_grad) for x in halves
         ]
-        self.wanted = [x for x in self.inputs if x is not None and x.requires_grad] + list(weights)
+        self.wanted = [x for x in self.inputs if x is not None and x.requires_grad] + list(self.leaves.values())
         self.live: Tensor
         """The output with its graph of autograd, of the run that is being recorded."""
         self.number = 0
@@ -76,7 +93,7 @@ class Recorded:
 
     def forward(self) -> list[Tensor]:
         with torch.enable_grad():
-            y = self.run(*folded(self.inputs))
+            y = torch.func.functional_call(self.around, self.leaves, tuple(folded(self.inputs)))
         self.live = y.primal if isinstance(y, Dual) else y
         return [self.live.detach(), *((y.tangent,) if isinstance(y, Dual) else ())]
 
@@ -123,7 +140,7 @@ class _Replayed(torch.autograd.Function):
             )
         recorded, _ = ctx.last
         if dy is None:
-            return None, None, None, *(None,) * (len(recorded.inputs) + len(recorded.weights))
+            return None, None, None, *(None,) * (len(recorded.inputs) + len(recorded.leaves))
         ctx.graphs.last = None  # the activations are used up
         return None, None, None, *recorded.finish(dy)
 
@@ -160,6 +177,6 @@ class Graphs:
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             self.last = None  # a recording uses the shared memory too
             run = lambda *held: self.run(*held, **constants)  # noqa: E731
-            self.recorded[key] = Recorded(run, halves, trained, self.pool)
+            self.recorded[key] = Recorded(run, halves, self.module, self.pool)
         y = _Replayed.apply(self, self.recorded[key], len(halves), *halves, *trained)
         return Dual(*y) if len(y) > 1 else y[0]
