@@ -11,8 +11,12 @@ there are), the optimizer, and the data.
 
     fm              ours, flow matching: forward and backward
     dual 1, 0.5     ours: value and tangent in one pass, for all samples or the share that carries one
+    dual 1, compiled    the same with its blocks compiled, as `--compile True` has them
     diffusers fm    flow matching on diffusers' SanaTransformer2DModel
     practice        diffusers' model: torch.func.jvp without a graph, then a second forward that has one
+
+Compiled blocks are what the compiler makes for a GPU, Triton code and its calls, for which it is told that a CPU takes
+Triton; its kernels are left out as ours are.
 
 Run it with `python -m bench.host`; it writes profiles/cpu/host.json.
 """
@@ -25,16 +29,24 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 os.environ["TRITON_INTERPRET"] = "0"  # read by triton.jit at import: a launch must be a launch, to be left out
 
 import torch
+import torch._inductor.scheduler
+import torch.utils._triton
+import triton
 from torch import Tensor
+from torch._dynamo.device_interface import CpuInterface
+from torch._inductor.async_compile import AsyncCompile
+from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from bench.compiled import with_compiled_blocks
 from bench.ops import OUT, revision
 from bench.providers import Released, Setting, Size, dual, fm
 from emf.model.sizes import TransformerConfig
@@ -79,12 +91,47 @@ def without_launches() -> Iterator[list[str]]:
         yield names
 
 
+class Unlaunched:
+    """A kernel of a compiled block."""
+
+    def __init__(self, name: str, names: list[str]) -> None:
+        self.name, self.names = name, names
+
+    def run(self, *args: Any, **kwargs: Any) -> None:
+        self.names.append(self.name)
+
+
+@contextmanager
+def compiling_for_triton(names: list[str]) -> Iterator[None]:
+    """torch.compile of what is on a CPU makes Triton kernels, which are not compiled further; the names of those that
+    would have been launched are listed."""
+    target = GPUTarget("cuda", 90, 32)
+    driver = SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: 0)
+    triton.runtime.driver.set_active(driver)
+
+    def made(self: AsyncCompile, name: str, source: str, device_str: str = "cuda") -> Unlaunched:
+        return Unlaunched(name, names)
+
+    with ExitStack() as stack:
+        stack.enter_context(torch._inductor.config.patch(cpu_backend="triton", compile_threads=1, fx_graph_cache=False))
+        stack.enter_context(mock.patch.object(AsyncCompile, "triton", made))
+        for module in (torch.utils._triton, torch._inductor.scheduler):
+            stack.enter_context(mock.patch.object(module, "has_triton", lambda: True))
+        checked = mock.patch.object(CpuInterface, "raise_if_triton_unavailable", staticmethod(lambda device=None: None))
+        stack.enter_context(checked)
+        torch._dynamo.reset()
+        yield
+        torch._dynamo.reset()
+
+
 def ways(s: Setting) -> dict[str, Callable[[], Tensor]]:
     """By name: a step's loss, with its graph."""
     own = lambda s: s.net  # noqa: E731
     ours: dict[str, Any] = {"fm": fm(own), "dual 1": dual(1, own)}
     if s.size.batch > 1:
         ours["dual 0.5"] = dual(0.5, own)
+    net = with_compiled_blocks(s.net)
+    ours["dual 1, compiled"] = dual(1, lambda _: net)
     made: dict[str, Callable[[], Tensor]] = {name: (lambda step=step: step(s)[0]) for name, step in ours.items()}
     theirs = Released(s)
 
@@ -113,15 +160,16 @@ def measure(layers: int = LAYERS, batch: int = 1, rounds: int = 15) -> dict[str,
         steps = ways(s)
         times: dict[str, list[float]] = {name: [] for name in steps}
         launches = dict.fromkeys(steps, 0)
-        for i in range(rounds + 2):  # the first two warm up
-            for name, step in steps.items():
-                with without_launches() as names:
+        with without_launches() as names, compiling_for_triton(names):
+            for i in range(rounds + 2):  # the first two warm up
+                for name, step in steps.items():
+                    names.clear()
                     start = time.process_time()
                     step().backward()
                     took = time.process_time() - start
-                launches[name] = len(names)
-                if i > 1:
-                    times[name].append(took)
+                    launches[name] = len(names)
+                    if i > 1:
+                        times[name].append(took)
     finally:
         torch.set_num_threads(threads)
     rows = []
@@ -146,7 +194,7 @@ def main() -> None:
     for row in record["rows"]:
         low, high = row["ratio_low"], row["ratio_high"]
         print(
-            f"{row['way']:14} {row['ms']:7.1f} ms   {row['ratio']:.2f} ({low:.2f} to {high:.2f}) x {BASE}"
+            f"{row['way']:16} {row['ms']:7.1f} ms   {row['ratio']:.2f} ({low:.2f} to {high:.2f}) x {BASE}"
             f"   {row['launches']} launches"
         )
     file = OUT / "cpu" / "host.json"

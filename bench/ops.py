@@ -42,6 +42,12 @@ def device_name() -> str:
     return launch.chips(torch.cuda.current_device())[0] if GPU else "cpu"
 
 
+def core() -> str:
+    """The kind of a CPU's core, by the vector instructions that PyTorch finds: avx512, avx2, default. MKL and the
+    compiler behind torch.compile ask the CPU themselves."""
+    return torch.backends.cpu.get_cpu_capability().lower()
+
+
 def revision() -> str:
     """The commit, "" where git or the history is not there."""
     try:

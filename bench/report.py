@@ -188,11 +188,16 @@ def mutation_section() -> Html:
 notices every one ({code("profiles/mutations.json")}, run one by one in {code("make test")}).</p>""")
 
 
+def cpu_records() -> list[Path]:
+    """Of the size "cpu", one for each kind of core."""
+    return sorted((OUT / "cpu").glob("step-cpu-*.json"))
+
+
 def render() -> str:
     can = read_json(OUT / "capabilities.json")["rows"]
     steps = sorted(OUT.glob("*/step-*.json"), key=lambda f: (f.parent.name != "cpu", f.name))
     devices = sorted({f.parent.name for f in [*steps, *OUT.glob("*/ops.json")]} - {"cpu"})
-    sections = [lead(read_json(OUT / "cpu" / "step-cpu.json"), devices)]
+    sections = [lead(read_json(cpu_records()[0]), devices)]
     sections += [step_section(file, can) for file in steps]
     sections += [capability_section(can)]
     sections += [profile_section(file) for file in sorted(OUT.glob("*/profile-*.json"))]
@@ -202,9 +207,10 @@ def render() -> str:
 
 
 def benchmarks() -> str:
-    """docs/benchmarks.md with its generated table renewed."""
+    """docs/benchmarks.md with its generated tables renewed, one for each kind of core."""
     can = read_json(OUT / "capabilities.json")["rows"]
-    made = table(read_json(OUT / "cpu" / "step-cpu.json"), can)
+    records = [read_json(file) for file in cpu_records()]
+    made = "\n\n".join(f"Cores with {r['head']['core']}:\n\n{table(r, can)}" for r in records)
     return re.sub(
         r"(<!-- step-cpu -->\n).*?(\n<!-- /step-cpu -->)",
         lambda found: found[1] + made + found[2],

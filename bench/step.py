@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.meters import Count, Held, kernels_launched, process_peak_bytes
-from bench.ops import GPU, OUT, device_name, peak_bytes, revision
+from bench.ops import GPU, OUT, core, device_name, peak_bytes, revision
 from bench.providers import SIZES, Setting, Step, providers
 from emf.train.plan import peak_flops
 from emf_kernels import backend
@@ -117,17 +117,26 @@ def measure(
             took = statistics.median(times[provider])
             peak = peak_flops(torch.cuda.get_device_name())
             row |= dict(ms=1e3 * took, mfu=row["flops"] / took / peak if peak else None)
-    head = dict(device=device_name(), size=name, dtype=str(dtype)[6:], parameters=weights, batch=size.batch)
+    head = dict(
+        device=device_name(),
+        **({} if GPU else {"core": core()}),
+        size=name,
+        dtype=str(dtype)[6:],
+        parameters=weights,
+        batch=size.batch,
+    )
     head |= dict(tokens=size.transformer.sample_size**2, condition=size.condition, rounds=rounds)
     head |= dict(torch=torch.__version__, threads=torch.get_num_threads(), commit=revision())
     return dict(head=head, rows=list(rows.values()), without=without, times=times)
 
 
 def save(record: dict[str, Any]) -> None:
-    """To profiles/<device>/step-<size>[-b<micro-batch>].json, without the single times."""
+    """To profiles/<device>/step-<size>[-b<micro-batch>].json, without the single times; of a CPU one for each kind of
+    core, which its name ends with."""
     head = record["head"]
     other = "" if head["batch"] == SIZES[head["size"]].batch else f"-b{head['batch']}"
-    out = OUT / head["device"] / f"step-{head['size']}{other}.json"
+    kind = f"-{head['core']}" if "core" in head else ""
+    out = OUT / head["device"] / f"step-{head['size']}{other}{kind}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({k: v for k, v in record.items() if k != "times"}, indent=1) + "\n")
 

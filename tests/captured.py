@@ -19,12 +19,16 @@ import torch.utils._triton
 import triton
 from functorch.compile import make_boxed_func
 from parity import make, require_grad
+from tiny import tiny_sana
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx import GraphModule
 from triton.backends.compiler import GPUTarget
 
 from bench.static import caught
+from emf.flow import meanflow_loss
+from emf.flow_config import FlowConfig
+from emf.model.transformer import Transformer
 from emf_kernels import REGISTRY, Dual, Op, backend
 
 GRAPHS: list[GraphModule] = []
@@ -65,6 +69,39 @@ def captured(op: Op) -> dict[str, list[int]]:
     return dict(graphs=[launches(graph) for graph in GRAPHS], eager=[len(forward), len(backward)])
 
 
+def as_on_a_gpu(op: Op, x: Tensor) -> str:
+    return "reference" if op.triton is None else "triton"
+
+
+def whole_step() -> dict[str, list[int]]:
+    """The same of a dual step of a network, path and loss included, two of three samples with a tangent."""
+    torch.manual_seed(0)
+    config = tiny_sana(num_layers=2, num_attention_heads=1, attention_head_dim=16)
+    net = Transformer(config)
+    net.time_embed.requires_grad_(False)  # which MeanFlow does not use
+    x, e, c = torch.randn(3, 3, 4, 4), torch.randn(3, 3, 4, 4), torch.randn(3, 5, 12)
+    t = torch.tensor([0.9, 0.8, 0.7])
+    r = torch.tensor([0.5, 0.1, 0.7])
+    mask = torch.arange(5)[None] < torch.tensor([[5], [3], [1]])
+    leaves = [p for p in net.parameters() if p.requires_grad]
+
+    def step(x: Tensor, e: Tensor) -> Tensor:
+        velocity = lambda z, t, r: net(z, t, r, c, mask)  # noqa: E731
+        return meanflow_loss(velocity, velocity, x, e, (t, r, 2), FlowConfig())[0].mean()
+
+    GRAPHS.clear()
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend=aot_autograd(fw_compiler=look, bw_compiler=look))
+    with mock.patch.object(Op, "backend_for", as_on_a_gpu):
+        compiled(x, e).backward()
+        assert all(p.grad is not None for p in leaves)
+        with caught() as forward:
+            loss = step(x, e)
+        with caught() as backward:
+            torch.autograd.grad(loss, leaves)
+    return dict(graphs=[launches(graph) for graph in GRAPHS], eager=[len(forward), len(backward)])
+
+
 if __name__ == "__main__":
     target = GPUTarget("cuda", 90, 32)
     triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: 0))
@@ -72,4 +109,5 @@ if __name__ == "__main__":
         mock.patch.object(torch.utils._triton, "has_triton", lambda: True),
         mock.patch("emf_kernels.launch.INTERPRETED", True),  # so that kernels are taken off a GPU
     ):
-        print(json.dumps({op.name: captured(op) for op in REGISTRY.values() if op.triton}))
+        found = {op.name: captured(op) for op in REGISTRY.values() if op.triton}
+        print(json.dumps(found | {"step": whole_step()}))

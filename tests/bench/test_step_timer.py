@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
-from places import ROOT
 
 from bench.providers import SIZES
+from bench.report import cpu_records
 from bench.step import measure
 
 pytest.importorskip("diffusers")
@@ -43,10 +44,12 @@ def test_what_a_tangent_costs(rows: dict[str, dict[str, Any]]) -> None:
         assert row["time_low"] > 0 and (row["peak_bytes"] is None or row["peak_bytes"] > 0)
 
 
-def test_the_record() -> None:
-    """`make bench` renews the record. Of what it must show: the operations, and what is held for backward."""
-    root = ROOT
-    record = json.loads((root / "profiles" / "cpu" / "step-cpu.json").read_text())
+@pytest.mark.parametrize("file", cpu_records(), ids=lambda file: file.stem)
+def test_the_record(file: Path) -> None:
+    """`make bench` renews the record of its kind of core. Of what it must show: the operations, and what is held for
+    backward."""
+    record = json.loads(file.read_text())
+    assert file.stem == f"step-cpu-{record['head']['core']}"
     rows = {row["provider"]: row for row in record["rows"]}
     assert rows["dual 1"]["flops_ratio"] <= 1.36 and rows["dual 0.25"]["flops_ratio"] <= 1.10
     assert rows["dual 0"]["flops_ratio"] == pytest.approx(1, abs=0.005)

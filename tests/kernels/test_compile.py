@@ -1,4 +1,5 @@
-"""torch.compile of the ops with a kernel: one graph, forward and backward, with the launches that an eager call has."""
+"""torch.compile of the ops with a kernel, and of a whole dual step of a network: one graph, forward and backward, with
+the launches that an eager call has."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ def findings() -> dict[str, dict[str, list[int]]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", [op.name for op in REGISTRY.values() if op.triton])
+@pytest.mark.parametrize("name", [*(op.name for op in REGISTRY.values() if op.triton), "step"])
 def test_a_dual_in_training_is_one_graph(name: str, findings: dict[str, dict[str, list[int]]]) -> None:
     graphs, eager = findings[name]["graphs"], findings[name]["eager"]
     assert len(graphs) == 2 and graphs == eager and eager[0] > 0

@@ -1,0 +1,117 @@
+"""A training step with its blocks compiled (`--compile True`) against the eager one, by a clock, on a CPU:
+profiles/cpu/compiled-<kind of core>.json.
+
+Ours at several shares, flow matching, and the released step, which is compiled whole: forward, and torch.func.jvp. All
+rounds are interleaved in one run; a ratio is the median of pairs, of compiled steps to compiled flow matching and of
+eager ones to eager flow matching. A way whose du/dt is not that of the eager dual is an error.
+
+Run it with `python -m bench.compiled`; compilation takes most of its minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from typing import Any
+
+import torch
+
+from bench.ops import OUT, core, revision
+from bench.providers import SIZES, Released, Setting, Step, dual, fm
+from bench.step import seconds
+from emf.model.transformer import Transformer
+from emf.train.faster import compiled
+
+SHARES = (1, 0.5, 0.25)
+APART = 1e-4
+
+
+def with_compiled_blocks(net: Transformer) -> Transformer:
+    """The same weights."""
+    other = copy.deepcopy(net)
+    for block in other.transformer_blocks:
+        block.forward = compiled(block)
+    return other
+
+
+class Compiled(Released):
+    """The released step, its forward and its jvp each one compiled function."""
+
+    def __call__(self, s: Setting) -> Any:
+        before, s.wrap = s.wrap, lambda fn: torch.compile(fn, dynamic=False)
+        try:
+            return super().__call__(s)
+        finally:
+            s.wrap = before
+
+
+def ways(s: Setting) -> dict[str, tuple[Step, Any]]:
+    """By name: the step, and the module whose gradients it leaves."""
+    net, made = with_compiled_blocks(s.net), dict[str, tuple[Step, Any]]()
+    for end, module in (("", s.net), (", compiled", net)):
+        made[f"fm{end}"] = fm(lambda _, module=module: module), module  # type: ignore[misc]
+        for share in SHARES:
+            made[f"dual {share:g}{end}"] = dual(share, lambda _, module=module: module), module  # type: ignore[misc]
+    for name, kind in (("paper", Released), ("paper, compiled", Compiled)):
+        try:
+            released = kind(s)
+        except ImportError as error:
+            print(f"{name}: diffusers is not installed ({error})", flush=True)
+            continue
+        made[name] = released, released.net
+    return made
+
+
+def measure(size: str, rounds: int) -> dict[str, Any]:
+    s = Setting(SIZES[size], torch.float32)
+    made, took = ways(s), dict[str, list[float]]()
+    want = made["dual 1"][0](s)[1].detach()
+    for name, (step, module) in made.items():
+        start = time.perf_counter()
+        u_dot = step(s)[1].detach()
+        error = ((u_dot - want[: len(u_dot)]).norm() / want[: len(u_dot)].norm()).item() if len(u_dot) else 0.0
+        if error > APART:
+            sys.exit(f"compiled: {name} has another du/dt, by {error:.0e}")
+        seconds(s, step, module)
+        print(f"{name}: {time.perf_counter() - start:.0f} s for the first two steps", flush=True)
+        took[name] = []
+    for i in range(rounds):
+        for name, (step, module) in made.items():
+            took[name].append(seconds(s, step, module))
+        print(f"round {i + 1} of {rounds}", flush=True)
+    rows = []
+    for name, times in took.items():
+        bases = ["fm, compiled" if "compiled" in name else "fm"]
+        if name.startswith("paper"):
+            bases.append(name.replace("paper", "dual 1"))
+        for base in bases:
+            ratios = sorted(a / b for a, b in zip(times, took[base], strict=True))
+            rows.append(dict(way=name, to=base, time=statistics.median(ratios), low=ratios[0], high=ratios[-1]))
+    ratios = sorted(a / b for a, b in zip(took["fm, compiled"], took["fm"], strict=True))
+    rows.append(dict(way="fm, compiled", to="fm", time=statistics.median(ratios), low=ratios[0], high=ratios[-1]))
+    head = dict(device="cpu", core=core(), size=size, rounds=rounds, threads=torch.get_num_threads())
+    return dict(head=head | dict(torch=torch.__version__, commit=revision()), rows=rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.compiled", description=__doc__)
+    parser.add_argument("size", nargs="?", default="cpu", choices=SIZES)
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error(f"--rounds {options.rounds}; expected at least one")
+    record = measure(options.size, options.rounds)
+    for row in record["rows"]:
+        print(f"{row['way']:20} {row['time']:.2f} ({row['low']:.2f} to {row['high']:.2f}) x {row['to']}")
+    if options.size == "cpu":
+        file = OUT / "cpu" / f"compiled-{core()}.json"
+        file.write_text(json.dumps(record, indent=1) + "\n")
+        print(f"record: {file}")
+
+
+if __name__ == "__main__":
+    main()
