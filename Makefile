@@ -34,7 +34,7 @@ paper: $(VENV)/installed-demo ## the paper in miniature: runs/paper/report-paper
 OTHER_ROUNDING := tests/sample tests/evaluate/test_draw.py tests/model/test_model.py tests/model/test_autoencoder.py
 test: $(VENV)/installed-test ## run the tests; prints the slowest 15
 	env -u TRITON_INTERPRET ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q $(OTHER_ROUNDING)
-	env -u TRITON_INTERPRET $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=15
+	env -u TRITON_INTERPRET $(BIN)/python -m pytest -q -n 2 --dist loadfile --max-worker-restart 0 --durations=15
 
 check: $(VENV)/installed-test ## check formatting, lint and types
 	$(BIN)/ruff format --check .
