@@ -51,6 +51,7 @@ else
 	env -u TRITON_INTERPRET $(BIN)/python -m bench.capabilities
 	env -u TRITON_INTERPRET $(BIN)/python -m pytest bench -q --benchmark-only --benchmark-columns=median,min,max \
 		--benchmark-sort=name --benchmark-storage=file://profiles/benchmarks --benchmark-autosave
+	env -u TRITON_INTERPRET $(BIN)/python -m bench.compiled
 	$(BIN)/python -m bench.report
 endif
 

@@ -16,6 +16,8 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -66,51 +68,58 @@ def ways(s: Setting) -> dict[str, tuple[Step, Any]]:
     return made
 
 
-def measure(size: str, rounds: int) -> dict[str, Any]:
-    s = Setting(SIZES[size], torch.float32)
+def measure(size: str, layers: int, rounds: int) -> Iterator[dict[str, Any]]:
+    """The record after each round; layers: instead of the size's, where that is not 0."""
+    chosen = SIZES[size]
+    layers = layers or chosen.transformer.num_layers
+    s = Setting(replace(chosen, transformer=replace(chosen.transformer, num_layers=layers)), torch.float32)
     made, took = ways(s), dict[str, list[float]]()
     want = made["dual 1"][0](s)[1].detach()
     for name, (step, module) in made.items():
         start = time.perf_counter()
-        u_dot = step(s)[1].detach()
+        loss, u_dot = step(s)
+        loss.backward()
         error = ((u_dot - want[: len(u_dot)]).norm() / want[: len(u_dot)].norm()).item() if len(u_dot) else 0.0
         if error > APART:
             sys.exit(f"compiled: {name} has another du/dt, by {error:.0e}")
-        seconds(s, step, module)
-        print(f"{name}: {time.perf_counter() - start:.0f} s for the first two steps", flush=True)
+        module.zero_grad()
+        del loss, u_dot
+        print(f"{name}: {time.perf_counter() - start:.0f} s for the first step", flush=True)
         took[name] = []
+    head = dict(device="cpu", core=core(), size=size, layers=layers, threads=torch.get_num_threads())
+    head |= dict(torch=torch.__version__, commit=revision())
     for i in range(rounds):
         for name, (step, module) in made.items():
             took[name].append(seconds(s, step, module))
-        print(f"round {i + 1} of {rounds}", flush=True)
+        yield dict(head=head | {"rounds": i + 1}, rows=rows_of(took))
+
+
+def rows_of(took: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """Ratios: of eager steps to eager flow matching, of compiled ones to compiled; of the released step to ours too."""
+    pairs = [(name, "fm, compiled" if "compiled" in name else "fm") for name in took]
+    pairs += [(name, name.replace("paper", "dual 1")) for name in took if name.startswith("paper")]
     rows = []
-    for name, times in took.items():
-        bases = ["fm, compiled" if "compiled" in name else "fm"]
-        if name.startswith("paper"):
-            bases.append(name.replace("paper", "dual 1"))
-        for base in bases:
-            ratios = sorted(a / b for a, b in zip(times, took[base], strict=True))
-            rows.append(dict(way=name, to=base, time=statistics.median(ratios), low=ratios[0], high=ratios[-1]))
-    ratios = sorted(a / b for a, b in zip(took["fm, compiled"], took["fm"], strict=True))
-    rows.append(dict(way="fm, compiled", to="fm", time=statistics.median(ratios), low=ratios[0], high=ratios[-1]))
-    head = dict(device="cpu", core=core(), size=size, rounds=rounds, threads=torch.get_num_threads())
-    return dict(head=head | dict(torch=torch.__version__, commit=revision()), rows=rows)
+    for name, base in [*pairs, ("fm, compiled", "fm")]:
+        ratios = sorted(a / b for a, b in zip(took[name], took[base], strict=True))
+        rows.append(dict(way=name, to=base, time=statistics.median(ratios), low=ratios[0], high=ratios[-1]))
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.compiled", description=__doc__)
     parser.add_argument("size", nargs="?", default="cpu", choices=SIZES)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--layers", type=int, default=0, help="of the model; default: the size's")
     options = parser.parse_args()
-    if options.rounds < 1:
-        parser.error(f"--rounds {options.rounds}; expected at least one")
-    record = measure(options.size, options.rounds)
+    if min(options.rounds, options.layers + 1) < 1:
+        parser.error(f"--rounds {options.rounds} --layers {options.layers}; expected at least 1 and 0")
+    file = OUT / "cpu" / f"compiled-{core()}.json"
+    for record in measure(options.size, options.layers, options.rounds):
+        print(f"round {record['head']['rounds']} of {options.rounds}", flush=True)
+        if options.size == "cpu":
+            file.write_text(json.dumps(record, indent=1) + "\n")
     for row in record["rows"]:
         print(f"{row['way']:20} {row['time']:.2f} ({row['low']:.2f} to {row['high']:.2f}) x {row['to']}")
-    if options.size == "cpu":
-        file = OUT / "cpu" / f"compiled-{core()}.json"
-        file.write_text(json.dumps(record, indent=1) + "\n")
-        print(f"record: {file}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 triton, numpy and pytest, and nothing installed (PYTHONPATH=kernels:.).
 
 Each part writes what it has as it goes: parity to profiles/<device>/parity.json, tune to the chip's file in
-kernels/emf_kernels/configs, kernels and ops to profiles/<device>/kernels.json and ops.json, step to
+kernels/emf_kernels/configs, kernels and ops to profiles/<device>/kernels.json and ops.json, graphs to
+profiles/<device>/graphs.json, step to
 profiles/<device>/step-*.json.
 """
 
@@ -24,7 +25,7 @@ import torch
 from bench.ops import OUT, device_name, revision
 
 # each with the share of the time after which it ends
-PARTS = {"parity": 0.3, "tune": 0.5, "kernels": 0.6, "ops": 0.75, "step": 1.0}
+PARTS = {"parity": 0.3, "tune": 0.5, "kernels": 0.6, "ops": 0.75, "graphs": 0.82, "step": 1.0}
 SWEEPS = {"step": ["sweep"]}
 TESTS = [f"tests/kernels/test_{name}.py" for name in ("ops", "kernels", "hazards", "transforms")]
 

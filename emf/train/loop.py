@@ -23,7 +23,7 @@ from emf.sample.sampling_settings import GUIDANCE
 from emf.train.batch import Batch, batches
 from emf.train.faster import quicken
 from emf.train.log import Log, memory_mib, speed
-from emf.train.objective import learning_rate, losses
+from emf.train.objective import descended, learning_rate, losses
 from emf.train.ranges import mark_network, span
 from emf.train.takeover import own_folder
 from emf.train.validation import validate
@@ -168,7 +168,7 @@ class Training:
             if micro == parts - 1:
                 told = engine.mean_later(sums, share, float(self.stop()))
             with span("backward"):  # and what DeepSpeed communicates in it
-                engine.backward(loss.mean() * (1 + 0 * means.sum()))
+                engine.backward(descended(loss, squared))
             with span("optimizer"):
                 stepped = engine.step(learning_rate(self.config, number), number)
         step.loss, step.error, step.share, asked = told()

@@ -30,6 +30,14 @@ def carried(b: int, n: int) -> int:
     return min(n, -(-b // quarter) * quarter)
 
 
+def descended(loss: Tensor, squared: Tensor) -> Tensor:
+    """What a micro-batch goes backward from, of its loss and mean squared error [n]: the loss's mean. Where one of the
+    two is not finite, every gradient is NaN, so that no optimizer applies it (a weight that has underflowed would give
+    gradients of zero)."""
+    mean = loss.mean()
+    return mean * (1 + 0 * (mean.detach() + squared.mean()))
+
+
 def losses(config: Config, network: Any, batch: Batch, progress: float) -> tuple[Tensor, Tensor]:
     """(loss, mean squared error), both [n], at a training progress in [0, 1]."""
     x, e, t, r, b, ids, mask, drop = batch

@@ -23,7 +23,7 @@ from emf.model.transformer import Transformer
 from emf.recipes import RECIPES
 from emf.train import faster
 from emf.train.faster import check_compile, check_graphs, compiled
-from emf.train.objective import carried
+from emf.train.objective import carried, descended
 from emf_kernels import meanflow
 
 
@@ -218,5 +218,45 @@ def test_a_loss_too_large_for_its_weight_is_never_applied() -> None:
     u = torch.full((1, 4), 1e30, requires_grad=True)
     loss, squared = meanflow(u, u.detach()[:0], torch.zeros(1, 4), torch.ones(1), torch.ones(1))
     assert not loss.isfinite().all() and not squared.isfinite().all()
-    (loss.mean() * (1 + 0 * (loss.detach().mean() + squared.mean()))).backward()
+    descended(loss, squared).backward()
     assert u.grad is not None and u.grad.isnan().all()
+
+
+def test_where_both_are_finite_the_gradient_is_the_means() -> None:
+    loss, squared = torch.tensor([0.3, 1e-30, 7.0], requires_grad=True), torch.tensor([1.0, 2.0, 1e30])
+    (got,) = torch.autograd.grad(descended(loss, squared), loss)
+    (want,) = torch.autograd.grad(loss.mean(), loss)
+    assert torch.equal(got, want) and descended(loss, squared).item() == loss.mean().item()
+
+
+def spoil(what: str) -> Any:
+    """In step 2 the error alone, or the gradient alone, is not finite."""
+    from emf.train import loop as module
+
+    losses = module.losses
+
+    def spoiled(config: Any, network: Any, batch: Any, progress: float) -> Any:
+        loss, error = losses(config, network, batch, progress)
+        if round(progress * config.steps) != 1:
+            return loss, error
+        return (loss, error / 0) if what == "error" else (loss + (loss * 0).sqrt(), error)
+
+    module.losses = spoiled
+
+
+def spoil_error() -> None:
+    spoil("error")
+
+
+def spoil_gradient() -> None:
+    spoil("gradient")
+
+
+def test_a_step_whose_error_alone_is_not_finite_moves_nothing(recipe: list[str], tmp_path: Path) -> None:
+    rows = []
+    for before in (spoil_error, spoil_gradient):
+        out = ["--out", str(tmp_path / before.__name__), "--run.skip", "1"]
+        result = train(tmp_path, *recipe, *out, before=before)
+        assert result.code == 0, result.text
+        rows.append(metrics(tmp_path / before.__name__))
+    assert rows[0] == rows[1] and [row["step"] for row in rows[0]] == [1, 3, 4, 5, 6]
