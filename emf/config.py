@@ -200,6 +200,12 @@ class Config:
             raise ValueError(
                 f"config: batch_size {self.batch_size} is no multiple of zero.accumulation {self.zero.accumulation}"
             )
+        sizes = self.transformer
+        if sizes.out_channels != sizes.in_channels:
+            raise ValueError(
+                f"config: transformer.out_channels {sizes.out_channels} is not transformer.in_channels "
+                f"{sizes.in_channels}; make them equal"
+            )
         if self.objective == "meanflow" and not self.transformer.dual_time:
             raise ValueError("config: objective meanflow needs transformer.dual_time True")
         if self.run.prompts and self.transformer.in_channels != 3 and self.data.vae is None:
@@ -211,6 +217,11 @@ class Config:
         """The small world's own sections."""
         if self.data.sources:
             raise ValueError("config: the small encoder knows the digits' words alone; choose a --condition.kind")
+        if self.transformer.in_channels != 3:
+            raise ValueError(
+                f"config: transformer.in_channels {self.transformer.in_channels} is not 3, which the digits' pictures "
+                "have"
+            )
         if self.world.size != self.transformer.sample_size:
             raise ValueError(
                 f"config: world.size {self.world.size} is not transformer.sample_size {self.transformer.sample_size}; "
@@ -221,6 +232,22 @@ class Config:
                 f"config: encoder.out_channels {self.encoder.out_channels} is not transformer.caption_channels "
                 f"{self.transformer.caption_channels}; make them equal"
             )
+
+    def check_given(self) -> None:
+        """Raises ValueError, one line for all of it, where a run of a pretrained text encoder was not told what no
+        recipe can know: its weights, its encoder, its images."""
+        kind, start = self.condition.kind, self.objective == "meanflow"
+        if kind == "small":
+            return
+        needs = {
+            "--init (the weights to adapt: a folder from emf convert)": start and self.init is None,
+            f"--condition.folder (the {kind} encoder)": self.condition.folder is None
+            and (kind != "blip3o" or (self.init is None and not start)),
+            "--data.sources (a folder from emf cache; or tars or folders of images with captions, which need --data.vae"
+            + (" and --data.ta-tok too)" if kind == "blip3o" else " too)"): not self.data.sources,
+        }
+        if lacks := [name for name, is_missing in needs.items() if is_missing]:
+            raise ValueError(f"config: {self.recipe} needs {', and '.join(lacks)}")
 
     @property
     def batches(self) -> Batches:

@@ -83,7 +83,7 @@ BATCH = 128
 
 
 def sana_1600m() -> Config:
-    """EMF: SANA-1.5 1.6B on a frozen BLIP3o-NEXT, with the released script's hyper-parameters; needs --init."""
+    """EMF: SANA-1.5 1.6B on a frozen BLIP3o-NEXT, as the released script has it; needs --init and --data.sources."""
     steps = 30 * SAMPLES // BATCH
     return Config(
         recipe="sana-1.5-1.6b",
@@ -100,14 +100,14 @@ def sana_1600m() -> Config:
 
 
 def sana_1600m_paper() -> Config:
-    """The same with what is told of the paper: learning rate 1e-5, 150 epochs."""
+    """The same with what is told of the paper, learning rate 1e-5, 150 epochs; needs --init and --data.sources."""
     config, steps = sana_1600m(), 150 * SAMPLES // BATCH
     optim = replace(config.optim, lr=1e-5, warmup=int(0.03 * steps))
     return replace(config, recipe="sana-1.5-1.6b-paper", steps=steps, optim=optim)
 
 
 def blip3o_next_3b() -> Config:
-    """The language model and connector of BLIP3o-NEXT tuned with the transformer, its own loss beside; needs --init."""
+    """BLIP3o-NEXT's language model and connector tuned too, with its own loss; needs --init and --data.sources."""
     config = sana_1600m()
     return replace(
         config,
@@ -120,7 +120,7 @@ def blip3o_next_3b() -> Config:
 
 
 def sana_gemma() -> Config:
-    """SANA-1.5 with its own Gemma-2, frozen (the paper's Table 5); needs --init and --condition.folder.
+    """SANA-1.5 with its own Gemma-2, frozen (Table 5); needs --init, --condition.folder and --data.sources.
 
     Table 5's rows: `--objective flow_matching --transformer.dual-time False --trained transformer.` fine-tunes the
     base on the same data; with `--trained transformer. encoder.` Gemma too. From the weights of either

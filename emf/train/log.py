@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from emf.config import Config
-from emf.files import append_rows, mend_rows, write_rows
+from emf.files import append_rows, mend_rows, write_rows, write_text
 from emf.train.plan import forward_flops, peak_flops
 
 
@@ -23,15 +23,11 @@ def memory_mib() -> float:
 
 
 class Log:
-    """metrics.jsonl, curve.jsonl and the progress display; rank 0 only. Rows past the step that a run resumes from
-    are dropped."""
+    """config.json, metrics.jsonl, curve.jsonl and the progress display; rank 0 only. Files are written from `begin`
+    on."""
 
     def __init__(self, out: Path, start: int, total: int) -> None:
-        self.out, self.console, self.total = out, Console(), total
-        for name in ("metrics.jsonl", "curve.jsonl"):
-            file = out / name
-            if file.exists():
-                write_rows(file, [row for row in mend_rows(file, ("step",)) if row["step"] <= start])
+        self.out, self.console, self.start, self.total = out, Console(), start, total
         columns = (
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -40,6 +36,14 @@ class Log:
         )
         self.progress = Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=self.console)
         self.task = self.progress.add_task("train", total=total, completed=start, note="")
+
+    def begin(self, config: str) -> None:
+        """Claim the folder with the run's config. Rows past the step that it resumes from are dropped."""
+        write_text(self.out / "config.json", config)
+        for name in ("metrics.jsonl", "curve.jsonl"):
+            file = self.out / name
+            if file.exists():
+                write_rows(file, [row for row in mend_rows(file, ("step",)) if row["step"] <= self.start])
 
     def metrics(self, row: dict[str, Any]) -> None:
         append_rows(self.out / "metrics.jsonl", [row])

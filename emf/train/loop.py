@@ -18,7 +18,6 @@ from emf.config import Config
 from emf.data.feed import Feed, feed
 from emf.errors import Diverged
 from emf.evaluate.digits_scorer import Scorer
-from emf.files import write_text
 from emf.sample.sampling_settings import GUIDANCE
 from emf.train.batch import Batch, batches
 from emf.train.faster import quicken
@@ -33,10 +32,13 @@ from emf.weights.start import resumed, started
 
 
 def train(config: Config, out: Path | str, resume: bool = False) -> None:
-    """Train in the folder `out`, or go on there. Raises ValueError on a config that does not fit, before anything is
-    written, and where another process trains there; Diverged where the loss, the gradient or the weights are not
-    finite. A KeyboardInterrupt says whether there is a checkpoint to go on from."""
+    """Train in the folder `out`, or go on there. Nothing is written before the first step is made, so that a run which
+    could not begin leaves the folder as it was.
+
+    Raises ValueError on a config that does not fit, and where another process trains there; Diverged where the loss,
+    the gradient or the weights are not finite. A KeyboardInterrupt says whether there is a checkpoint to go on from."""
     out = Path(out)
+    config.check_given()
     with process_group() as (rank, world), own_folder(out, config, resume, rank) as saved, advised(out):
         if rank == 0 and resume and not saved:
             print(f"{out} holds no checkpoint to continue from; the run starts at step 0", flush=True)
@@ -52,7 +54,6 @@ def train(config: Config, out: Path | str, resume: bool = False) -> None:
         scorer = Scorer.fit() if rank == 0 and config.run.eval_every and not config.data.sources else None
         log = None
         if rank == 0:
-            write_text(out / "config.json", configs.to_json(config))
             log = Log(out, start, config.steps)
             log.progress.start()
         try:
@@ -135,6 +136,8 @@ class Training:
         for number in range(start, config.steps):
             step = self.step(number, coming)
             self.count(step)
+            if self.log and number == start:
+                self.log.begin(configs.to_json(config))
             done = number + 1
             ends = done == config.steps or self.stopping
             if not step.fault and (done % config.run.log_every == 0 or ends):
