@@ -109,8 +109,9 @@ def call(self: InterpretedFunction, *args: Any, **kwargs: Any) -> Any:
 
 DOT, ATOMIC = InterpreterBuilder.create_dot, InterpreterBuilder.create_atomic_rmw
 REDUCE = ReduceScanOpInterface.apply
-WIDE = dict(binary_op=2, unary_op=1, ternary_op=3, create_fma=3, create_rsqrt=1, create_erf=1)
-METHODS = {name: arithmetic(name, count) for name, count in WIDE.items()} | dict(
+METHODS = dict(
+    binary_op=arithmetic("binary_op", 2),
+    create_fma=arithmetic("create_fma", 3),  # what has one argument, such as exp, Triton has in float32 alone
     cast_impl=cast,
     create_dot=dot,
     create_atomic_rmw=atomic,

@@ -50,7 +50,7 @@ def run(tensors: dict[str, Any], dots: dict[str, Tensor], fixed: dict[str, Any],
     return torch.stack([(o.primal if isinstance(o, Dual) else o).sum() for o in y]).sum()
 
 
-def captured(op: Op) -> dict[str, list[int]]:
+def captured(op: Op, dynamic: bool = False) -> dict[str, list[int]]:
     """Launches in forward and backward: of the compiled graphs, and of eager calls. Anything but one graph raises."""
     case = next((case for case in op.cases if case.b < case.shape["B"]), op.cases[0])
     args, dots, _ = make(op, case, torch.float32)
@@ -59,7 +59,8 @@ def captured(op: Op) -> dict[str, list[int]]:
     tensors = {k: v for k, v in args.items() if isinstance(v, Tensor)}
     GRAPHS.clear()
     torch._dynamo.reset()
-    compiled = torch.compile(run, fullgraph=True, backend=aot_autograd(fw_compiler=look, bw_compiler=look))
+    looked = aot_autograd(fw_compiler=look, bw_compiler=look)
+    compiled = torch.compile(run, fullgraph=True, backend=looked, dynamic=dynamic)
     with backend("triton"):
         torch.autograd.grad(compiled(tensors, dots, fixed, op), leaves, allow_unused=True)
         with caught() as forward:
@@ -110,4 +111,5 @@ if __name__ == "__main__":
         mock.patch("emf_kernels.launch.INTERPRETED", True),  # so that kernels are taken off a GPU
     ):
         found = {op.name: captured(op) for op in REGISTRY.values() if op.triton}
+        found["dynamic sizes"] = captured(REGISTRY["linear_attention"], dynamic=True)
         print(json.dumps(found | {"step": whole_step()}))

@@ -8,7 +8,7 @@ the first value for ever, and the interpreter does not show it. Here each variab
 what is carried then is compared with what the compiler carries.
 
 double: operations on float64, of kernels whose float arguments come in float64, as torch.compile hands them (eager
-calls hand float32); all that may be done with those is to round them.
+calls hand float32); all that may be done with those is to round them. time_embedding alone has phases in float64.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def main() -> None:
                 with configured("none"), mock.patch.object(launch, "INTERPRETED", False):
                     for one in launches(op, case):
                         found = front_end(one)
-                        lost, double, seen = lost + found[0], double + found[1], seen + 1
+                        meant = op.name == "time_embedding"
+                        lost, double, seen = lost + found[0], double + ([] if meant else found[1]), seen + 1
     print(json.dumps(dict(launches=seen, lost=lost, double=double)))
 
 

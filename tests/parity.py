@@ -37,6 +37,18 @@ def make(
     return args, {k: draw(args[k], dtype, generator)[: case.b] for k in case.live}, generator
 
 
+def spread(tensors: dict[str, Any], first: int = 0) -> dict[str, Any]:
+    """The same values, each tensor as the corner of a larger one of NaN (or True): its strides are its own, no two
+    tensors' are alike. Only the last dimension stays contiguous."""
+
+    def larger(x: Tensor, i: int) -> Tensor:
+        sizes = [n + 1 + (i % 3 if dim < x.ndim - 1 else i) for dim, n in enumerate(x.shape)]
+        around = torch.full(sizes, float("nan") if floating(x) else True, dtype=x.dtype, device=x.device)
+        return around[tuple(slice(n) for n in x.shape)].copy_(x)
+
+    return {k: larger(x, first + i) if isinstance(x, Tensor) else x for i, (k, x) in enumerate(tensors.items())}
+
+
 def require_grad(op: Op, args: dict[str, Any]) -> list[str]:
     """The names of the differentiable arguments, which now require grad."""
     names = [k for k, v in args.items() if floating(v) and v.numel()]
@@ -77,22 +89,43 @@ outside = by_func_jvp(lambda op: op)  # the op as a model that knows no Duals ca
 
 
 def gradients(args: dict[str, Any], names: list[str], y: list[Tensor], dy: list[Tensor]) -> Outcome:
+    """Zeros where an output does not depend on an argument."""
     used = [(o, w) for o, w in zip(y, dy, strict=True) if o.requires_grad]
-    grads = torch.autograd.grad([o for o, _ in used], [args[k] for k in names], [w for _, w in used], allow_unused=True)
-    return {k: g for k, g in zip(names, grads, strict=True) if g is not None}
+    grads = torch.autograd.grad(
+        [o for o, _ in used], [args[k] for k in names], [w for _, w in used], allow_unused=True, retain_graph=True
+    )
+    return {k: torch.zeros_like(args[k]) if g is None else g for k, g in zip(names, grads, strict=True)}
 
 
-def outcome(op: Op, case: Case, dtype: torch.dtype, run: Run, device: str = "cpu", exact: bool = False) -> Outcome:
-    """Everything that a run gives, by name: y0.., y0_dot.., d<argument>. exact: of the same inputs, in float64."""
+def outcome(
+    op: Op,
+    case: Case,
+    dtype: torch.dtype,
+    run: Run,
+    device: str = "cpu",
+    *,
+    exact: bool = False,
+    strided: bool = False,
+) -> Outcome:
+    """Everything that a run gives, by name: y0.., y0_dot.., d<argument>, and of several outputs d<argument>_of_y0..,
+    with one of them used alone. exact: of the same inputs, in float64. strided: of the same, spread in memory."""
     args, tangents, generator = make(op, case, dtype, device)
     if exact:
         args = {k: v.double() if floating(v) else v for k, v in args.items()}
         tangents = {k: d.double() for k, d in tangents.items()}
+    if strided:
+        args, tangents = spread(args), spread(tangents, len(args))
     names = require_grad(op, args)
     y, y_dot = run(op, case, args, tangents)
     dy = [draw(o, dtype, generator).to(o.dtype) for o in y]
+    if strided:
+        dy = list(spread(dict(enumerate(dy)), 2 * len(args)).values())
     result = {f"y{i}": o.detach() for i, o in enumerate(y)} | {f"y{i}_dot": o for i, o in enumerate(y_dot)}
-    return result | {f"d{k}": g for k, g in gradients(args, names, y, dy).items()}
+    result |= {f"d{k}": g for k, g in gradients(args, names, y, dy).items()}
+    for i, o in enumerate(y):
+        if o.requires_grad and sum(o.requires_grad for o in y) > 1:
+            result |= {f"d{k}_of_y{i}": g for k, g in gradients(args, names, [o], [dy[i]]).items()}
+    return result
 
 
 def finite(result: Outcome) -> bool:

@@ -38,7 +38,7 @@ def _jvp(fn: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, Any]:
         return fn(*full)
 
     y, y_dot, *_ = torch.func.jvp(
-        closed, tuple(_own(args[i].primal) for i in live), tuple(args[i].tangent for i in live)
+        closed, tuple(_own(args[i].primal) for i in live), tuple(_own(args[i].tangent) for i in live)
     )
     # The tangent's own graph (recorded because the primals require grad) ends here: nothing of it outlives this op.
     # On a GPU some of PyTorch's forward derivatives (of a norm in half precision) come in float32.
@@ -49,7 +49,8 @@ def _jvp(fn: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, Any]:
 
 def _own(x: Tensor) -> Tensor:
     """x as forward mode takes it: memory of which one element is several is copied (an expanded tensor), and under
-    torch.compile, where forward mode refuses views, everything; the compiler drops those copies."""
+    torch.compile, where forward mode refuses views, and tangents of sizes that are not fixed, everything; the compiler
+    drops those copies."""
     if torch.compiler.is_compiling():
         return x.clone()
     return x.contiguous() if 0 in x.stride() else x
@@ -190,8 +191,8 @@ def backend(name: Backend) -> Iterator[None]:
 class Op:
     """One differentiable function, given up to three times: its reference, its fused kernel, its lifted default.
 
-    reference: one to five lines of plain torch without casts: the definition, the oracle (in float64) and the CPU
-    implementation.
+    reference: a few lines of plain torch without casts but `widened`: the definition, the oracle (in float64) and the
+               CPU implementation. Autocast does not reach it.
     inputs:    (case, dtype, device, generator) -> dict of arguments by name, in the range that the model feeds.
     cases:     the named shapes.
     cost:      (case, itemsize) -> Cost of the dual at that case.
@@ -271,10 +272,13 @@ class Op:
             chosen, dual = self._recognised(args)
             if forward_ad._current_level >= 0:
                 self._refuse_tangents(args)
-        if chosen == "triton":
-            assert self.triton is not None
-            return self.triton(*args)
-        return self.dual(*args) if dual else self.reference(*args)
+        run = self.triton if chosen == "triton" else self.dual if dual else self.reference
+        assert run is not None
+        if not torch.is_autocast_enabled("cuda") and not torch.is_autocast_enabled("cpu"):
+            return run(*args)
+        lead = next(primal(a) for a in args if isinstance(a, (Dual, Tensor)))
+        with torch.autocast(lead.device.type, enabled=False):  # a kernel would not follow it: no op does
+            return run(*args)
 
     def _recognised(self, args: Sequence[Any]) -> tuple[Backend, bool]:
         """As _check, which is asked once for all calls of the same shapes, strides, dtypes, devices and constants."""

@@ -117,6 +117,12 @@ def norm_dot(x_dot, n, rstd, C):
 
 
 @triton.jit
+def relu(x):
+    """NaN stays NaN: a GPU's plain maximum would give 0."""
+    return tl.maximum(x, 0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def rounded(x, PRECISION: tl.constexpr):
     """x to the nearest number with the ten bits of tf32, to which the tensor cores truncate, a bias of -4e-4 a factor.
     What a product and a sum both see is rounded once, before both."""

@@ -92,14 +92,16 @@ def _arithmetic(x_ptr, y_ptr, z_ptr, N: tl.constexpr):
     tl.store(z_ptr + 5 * N + i, tl.where(x < y, x, y))
     tl.store(z_ptr + 6 * N + i, tl.abs(x))
     tl.store(z_ptr + 7 * N + i, x * 0.3 + 1)
+    tl.store(z_ptr + 8 * N + i, tl.fma(x, y, x))
 
 
 def test_arithmetic() -> None:
     x, y = numbers(BRAIN, 1), numbers(BRAIN, 2)
-    z = torch.empty(8, N, dtype=BRAIN)
+    z = torch.empty(9, N, dtype=BRAIN)
     _arithmetic[(1,)](x, y, z, N)
     constant = torch.tensor(0.3, dtype=BRAIN)  # as Triton has it: of the tensor's dtype
     want = [x + y, x - y, x * y, x / y, 0 - x, torch.where(x < y, x, y), x.abs(), x * constant + 1]
+    want += [(x.float() * y + x).to(BRAIN)]
     for got, wanted in zip(z, want, strict=True):
         same(got, wanted)
 

@@ -24,7 +24,10 @@ def findings() -> dict[str, dict[str, list[int]]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", [*(op.name for op in REGISTRY.values() if op.triton), "step"])
+NAMES = [*(op.name for op in REGISTRY.values() if op.triton), "dynamic sizes", "step"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_dual_in_training_is_one_graph(name: str, findings: dict[str, dict[str, list[int]]]) -> None:
     graphs, eager = findings[name]["graphs"], findings[name]["eager"]
     assert len(graphs) == 2 and graphs == eager and eager[0] > 0

@@ -12,12 +12,13 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from libraries import check_backward
 from parity import SEED, make, ours
 from places import ROOT
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from emf_kernels import REGISTRY, Dual, adaln, attention, backend, launch, linear_attention, rmsnorm
+from emf_kernels import REGISTRY, Dual, adaln, attention, backend, launch, linear_attention, rmsnorm, time_embedding
 from emf_kernels.function import function
 
 DEVICE = "cpu" if launch.INTERPRETED else "cuda"
@@ -65,10 +66,22 @@ def test_attention_of_rows_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> No
     assert all(torch.equal(a, b) for a, b in zip(got[0] + got[1], want[0] + want[1], strict=True))
 
 
+def test_times_at_a_scale_of_1000() -> None:
+    """A phase of hundreds of radians, of which float32 would leave 3e-5."""
+    t, r = torch.rand(2, 8, generator=torch.Generator().manual_seed(SEED), dtype=torch.float64).float().to(DEVICE)
+    with backend("triton"):
+        got = time_embedding(Dual(t, torch.ones_like(t)), r, 1000.0, 256)
+    f = lambda t: time_embedding.reference(t, r.double(), 1000.0, 256)  # noqa: E731
+    want = torch.func.jvp(f, (t.double(),), (torch.ones_like(t).double(),))
+    for y, value, tangent in zip(got, *want, strict=True):
+        torch.testing.assert_close(y.primal.double(), value, rtol=0, atol=1e-6)
+        torch.testing.assert_close(y.tangent.double(), tangent, rtol=0, atol=1e-3)  # of up to 1000
+
+
 def test_the_norm_of_queries_cancels() -> None:
     """Which the kernel leaves out: value, tangent and gradients are the same, eps and all."""
-    args, x_dot, generator = make(linear_attention, linear_attention.cases[1], torch.float64)
-    q, k, v, q_weight, k_weight, D = args.values()
+    args, x_dot, generator = make(linear_attention, linear_attention.cases[0], torch.float64)
+    q, k, v, q_weight, k_weight, D, _ = args.values()
     dots = tuple(torch.cat([d, torch.zeros_like(args[n][len(d) :])]) for n, d in x_dot.items())
     with_norm = lambda q, k, v, w: linear_attention.reference(q, k, v, w, k_weight, D)  # noqa: E731
     without = lambda q, k, v, w: linear_attention.reference(  # noqa: E731
@@ -120,6 +133,10 @@ def test_a_library_takes_what_attention_hands_it(monkeypatch: pytest.MonkeyPatch
             (q, k, k, None, q, torch.empty(2, 3, 64, device="cuda"), False, 112**-0.5), q
         )
     assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, k.shape)
+
+
+def test_which_library_attention_asks() -> None:
+    check_backward(kernel_file("attention"))
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="with devices of its own making")

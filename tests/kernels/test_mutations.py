@@ -6,17 +6,22 @@ import importlib.util
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 import pytest
 import torch
+from libraries import check_backward
 from parity import Outcome, compare, eager, ours, outcome
 from places import ROOT
 
 import emf_kernels
-from emf_kernels import REGISTRY, Case, Op, backend, launch
+from bench.interpreter import as_on_a_gpu
+from emf_kernels import REGISTRY, Case, backend, launch
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
@@ -26,6 +31,7 @@ pytestmark = [
 ]
 
 FOLDER = Path(emf_kernels.__file__).parent
+SHARED = ("tiles", "attention_library")  # what ops import
 RECORD = ROOT / "profiles" / "mutations.json"
 # None may write outside an output: the interpreter would do it, to the memory of this process.
 MUTATIONS = {
@@ -44,6 +50,14 @@ MUTATIONS = {
         ("dscale += dy * n", "dscale += dy"),
         ("min(chunk * ROWS + ROWS, N)", "min(chunk * ROWS + ROWS, N - 1)"),
         ("dscale.sum(1)", "dscale[:, 0]"),
+        ("x_dot_ptr + sample * x_dot_b + token * x_dot_n", "x_dot_ptr + sample * x_b + token * x_n"),
+        ("shift_dot_ptr + sample * shift_dot_b", "shift_dot_ptr + sample * shift_b"),
+        ("dy_ptr += sample * dy_b + c", "dy_ptr += sample * N * dy_n + c"),
+        ("(token + 1) * dy_n", "(token + 1) * C"),
+        ("(token + 1) * x_n", "(token + 1) * C"),
+        ("sample * scale_b + c, mask=inside, other=0).to(tl.float32)\n    dscale",
+         "sample * C + c, mask=inside, other=0).to(tl.float32)\n    dscale"),
+        ("/ C + tl.cast(eps, tl.float32))", "/ C + 1e-6)"),
     ],
     "attention": [
         ("s_dot = tl.dot(q, tl.trans(k_dot), s_dot, input_precision=PRECISION)", "s_dot = s_dot"),
@@ -78,6 +92,24 @@ MUTATIONS = {
         ("j[:, None] <= i[None, :]", "j[:, None] <= i[None, :] + 1"),
         ("// BLOCK_Q * BLOCK_Q", "// BLOCK_Q * BLOCK_Q + BLOCK_Q"),
         ("(b, B - b, [False] * 3)", "(b, B - b - 1, [False] * 3)"),
+        ("k_dot = _tile(k_dot_ptr, start, k_dot_n,", "k_dot = _tile(k_dot_ptr, start, k_n,"),
+        ("v_dot = _tile(v_dot_ptr, start, v_dot_n,", "v_dot = _tile(v_dot_ptr, start, v_n,"),
+        ("sample * q_dot_b + head * q_dot_h, top, q_dot_n", "sample * q_b + head * q_h, top, q_n"),
+        ("k_dot_ptr += sample * k_dot_b + head * k_dot_h", "k_dot_ptr += sample * k_b + head * k_h"),
+        ("v_dot_ptr += sample * v_dot_b + head * v_dot_h", "v_dot_ptr += sample * v_b + head * v_h"),
+        ("_tile(v_ptr, start, v_n, n, d, inside)\n    s =", "_tile(v_ptr, start, k_n, n, d, inside)\n    s ="),
+        ("_tile(v_ptr, start, v_n, n, d, inside)\n        s =", "_tile(v_ptr, start, k_n, n, d, inside)\n        s ="),
+        ("sample * do_b + head * do_h, top, do_n", "sample * do_b + head * do_h, top, q_n"),
+        ("_tile(do_ptr, start, do_n,", "_tile(do_ptr, start, q_n,"),
+        ("sample * v_b + head * v_h, left, v_n", "sample * v_b + head * v_h, left, k_n"),
+        ("\"tf32x3\" if x.dtype == torch.float32 else \"tf32\"", "\"tf32\""),
+        ("mask is None and (given := ", "(given := "),
+        ("q.dtype == torch.float32 or ", ""),
+        ("or q.shape[3] % 8 ", ""),
+        ("or torch.are_deterministic_algorithms_enabled()", ""),
+        ("0.0, causal, scale=scale", "0.0, False, scale=scale"),
+        ("0.0, causal, state, state", "0.0, False, state, state"),
+        ("do, q, k, v, o, lse, None, None", "do, q, v, k, o, lse, None, None"),
     ],
     "gated_residual": [
         ("x + gate * h, mask", "x + h, mask"),
@@ -92,10 +124,15 @@ MUTATIONS = {
         ("dgate.sum(1)", "dgate[:, 0]"),
         ("x.stride(1) if x.ndim == 3 else 0", "0"),
         ("return dy.clone(), None, dy.clone()", "return dy.clone(), None, -dy"),
+        ("sample * x_dot_b + token * x_dot_n", "sample * x_b + token * x_n"),
+        ("sample * h_dot_b + token * h_dot_n", "sample * h_b + token * h_n"),
+        ("gate_dot_ptr + sample * gate_dot_b", "gate_dot_ptr + sample * gate_b"),
+        ("sample * dy_b + token * dy_n", "(sample * N + token) * C"),
+        ("h_ptr + sample * h_b + token * h_n + c[None, :]", "h_ptr + (sample * N + token) * C + c[None, :]"),
     ],
     "gated_residual_adaln": [
         ("tl.load(rstd_ptr + token + 1, mask=more)", "tl.load(rstd_ptr + token, mask=more)"),
-        ("y = x + gate * h", "y = x + h"),
+        ("(x + gate * h)", "(x + h)"),
         ("y_dot += gate * h_dot", "y_dot += h_dot"),
         (".to(tl.float32) * h\n", ".to(tl.float32)\n"),
         ("norm_dot(y_dot, n, rstd, C) * (1 + scale)", "norm_dot(y_dot, n, rstd, C)"),
@@ -108,6 +145,18 @@ MUTATIONS = {
         ("dscale += dn * n", "dscale += dn"),
         ("min(chunk * ROWS + ROWS, N)", "min(chunk * ROWS + ROWS, N - 1)"),
         ("if gated else None, dh, dscale", "if gated else None, dx, dscale"),
+        ("x_dot_ptr + sample * x_dot_b + token * x_dot_n", "x_dot_ptr + sample * x_b + token * x_n"),
+        ("h_dot_ptr + sample * h_dot_b + token * h_dot_n", "h_dot_ptr + sample * h_b + token * h_n"),
+        ("gate_dot_ptr + sample * gate_dot_b", "gate_dot_ptr + sample * gate_b"),
+        ("scale_dot_ptr + sample * scale_dot_b", "scale_dot_ptr + sample * scale_b"),
+        ("dn_ptr += sample * dn_b + c", "dn_ptr += sample * N * dn_n + c"),
+        ("(token + 1) * dn_n", "(token + 1) * C"),
+        ("sample * dy_b + token * dy_n", "row * C"),
+        ("dgate += dx * tl.load(h_ptr + sample * h_b + token * h_n", "dgate += dx * tl.load(h_ptr + row * C"),
+        ("/ C + tl.cast(eps, tl.float32))", "/ C + 1e-6)"),
+        ("torch.zeros_like(y) if dn is None", "torch.ones_like(y) if dn is None"),
+        ("        if Y_USED:\n            dy +=", "        dy = dn\n        if Y_USED:\n            dy ="),
+        ("(x + gate * h).to(y_ptr.dtype.element_ty).to(tl.float32)", "x + gate * h"),
     ],
     "glumbconv": [
         ("s_dot = (sigmoid + s * (1 - sigmoid)) * x_dot[q]", "s_dot = sigmoid * x_dot[q]"),
@@ -128,10 +177,16 @@ MUTATIONS = {
         ("s_here, slope_here = s_below, slope_below", "s_here, slope_here = s_here, slope_below"),
         ("ds_rows[o] * slope_above[o]", "ds_rows[o] * slope_here[o]"),
         ("c_inside & (h + 2 < bottom)", "c_inside & (h + 2 < H)"),
+        ("x_dot_ptr, h + 1, left - 1, x_dot_h, x_dot_w,", "x_dot_ptr, h + 1, left - 1, x_dot_h, x_w,"),
+        ("x_dot_ptr + F, h + 1, left - 1, x_dot_h, x_dot_w,", "x_dot_ptr + F, h + 1, left - 1, x_h, x_dot_w,"),
+        ("x_dot_ptr += sample * x_dot_b", "x_dot_ptr += sample * x_b"),
+        ("dy_ptr, h - 1, left, dy_h, dy_w,", "dy_ptr, h - 1, left, W * F, F,"),
+        ("dy_ptr += sample * dy_b", "dy_ptr += sample * H * W * F"),
+        ("h + 2, left, x_h, x_w,", "h + 2, left, x_h, C,"),
     ],
     "linear_attention": [
         ("tl.store(mean_dot_ptr + row, rstd * rstd *", "tl.store(mean_dot_ptr + row, rstd *"),
-        ("tl.where(x > 0, x_dot, 0)", "x_dot"),
+        ("tl.where(x <= 0, 0, x_dot)", "x_dot"),
         ("S_dot = tl.dot(tl.trans(k_dot), v, S_dot, input_precision=PRECISION)", "S_dot = S_dot"),
         ("S_dot = tl.dot(tl.trans(k), v_dot, S_dot, input_precision=PRECISION)", "S_dot = S_dot"),
         ("s_dot += tl.sum(k_dot, 0)", "s_dot += 0"),
@@ -148,11 +203,25 @@ MUTATIONS = {
         ("(b, B - b, [False] * 3)", "(b, B - b - 1, [False] * 3)"),
         (" + dz[:, None] * s[None, :]", ""),
         ("input_precision=PRECISION), 1) * over", "input_precision=PRECISION), 1)"),
-        ("tl.where(q > 0, dq, 0)", "dq"),
+        ("tl.where(q <= 0, 0, dq)", "dq"),
         ("dq * weight[None, :], mask", "dq, mask"),
         ("dweight += tl.sum(dq * x, 0)", "dweight += tl.sum(dq, 0)"),
-        ("tl.where(k > 0, dk, 0)", "dk"),
+        ("tl.where(k <= 0, 0, dk)", "dk"),
         ("ds += tl.sum(q * dz[:, None], 0)", "ds += 0"),
+        ("x_dot_ptr + sample * x_dot_b + token * x_dot_n", "x_dot_ptr + sample * x_b + token * x_n"),
+        ("mean_dot_ptr, k_b, k_n, k_dot_b, k_dot_n", "mean_dot_ptr, k_b, k_n, k_b, k_n"),
+        ("q_ptr, q_b, q_n, q_dot_b, q_dot_n", "q_ptr, q_b, q_n, q_b, q_n"),
+        ("_tile(v_dot_ptr, v_dot_b, v_dot_n", "_tile(v_dot_ptr, v_b, v_n"),
+        ("_tile(v_ptr, v_b, v_n, sample, start, n, c, inside)\n        S",
+         "_tile(v_ptr, k_b, k_n, sample, start, n, c, inside)\n        S"),
+        ("_tile(v_ptr, v_b, v_n, sample, start, n, c, inside)\n        dk",
+         "_tile(v_ptr, k_b, k_n, sample, start, n, c, inside)\n        dk"),
+        ("_tile(do_ptr, do_b, do_n", "_tile(do_ptr, q_b, q_n"),
+        ("_tile(q_ptr, q_b, q_n", "_tile(q_ptr, N * C, C"),
+        ("+ tl.cast(eps, tl.float32))[:, None]", "+ 1e-15)[:, None]"),
+        ("1) + tl.cast(eps, tl.float32))\n", "1) + 1e-15)\n"),
+        ("NORM_EPS = 1e-5", "NORM_EPS = 2e-5"),
+        ("\"tf32x3\" if x.dtype == torch.float32 else \"tf32\"", "\"tf32\""),
     ],
     "meanflow": [
         ("v - gap * u_dot", "v - u_dot"),
@@ -162,6 +231,9 @@ MUTATIONS = {
         ("2 * w * dloss", "w * dloss"),
         ("sums.sum(1)", "sums[:, 0]"),
         ("return batch, *(0, 0)[len(middle) :], *middle", "return batch, 0, 0"),
+        ("sample * u_dot_b + offset(i, u_dot_c, u_dot_h,", "sample * u_b + offset(i, u_c, u_h,"),
+        ("v_ptr + sample * v_b + offset(i, v_c, v_h,", "v_ptr + sample * u_b + offset(i, u_c, u_h,"),
+        ("w = 1 / (total + c)", "w = 1 / (total + 1e-3)"),
     ],
     "path": [
         ("(1 - t) * x + t * e", "x + t * e"),
@@ -174,10 +246,14 @@ MUTATIONS = {
         ("tl.program_id(0) * BLOCK + tl.arange", "tl.arange"),
         ("(1 - s) * wide - dv", "(1 - s) * wide"),
         ("((e.double() - x.double()) * dz)", "dz"),
+        ("x_at = sample * x_dot_b + offset(i, x_dot_c, x_dot_h", "x_at = sample * x_b + offset(i, x_c, x_h"),
+        ("e_at = sample * e_dot_b", "e_at = sample * e_b"),
+        ("e_ptr + sample * e_b + offset(i, e_c, e_h,", "e_ptr + sample * x_b + offset(i, x_c, x_h,"),
+        ("torch.zeros_like(x) if d is None", "torch.ones_like(x) if d is None"),
     ],
     "rmsnorm": [
         ("tl.load(rstd_ptr + row + 1, mask=more)", "tl.load(rstd_ptr + row, mask=more)"),
-        ("1 / tl.sqrt(tl.sum(x * x) / C + eps)", "1 / tl.sqrt(tl.sum(x * x) / BLOCK + eps)"),
+        ("tl.sum(x * x) / C + tl.cast", "tl.sum(x * x) / BLOCK + tl.cast"),
         ("(rstd * rstd * tl.sum(x * x_dot) / C)", "(rstd * tl.sum(x * x_dot) / C)"),
         ("tl.sum(x * x_dot) / C)) * weight", "tl.sum(x * x_dot) / C))"),
         ("if sample < b:", "if sample < b - 1:"),
@@ -185,71 +261,97 @@ MUTATIONS = {
         ("dweight += dy * x * rstd", "dweight += dy * x"),
         ("min(chunk * ROWS + ROWS, rows)", "min(chunk * ROWS + ROWS, rows - 1)"),
         ("dweight.sum(0)", "dweight[0]"),
+        ("sample * x_dot_b + token * x_dot_n", "sample * x_b + token * x_n"),
+        ("begin // N * dy_b + begin % N * dy_n", "begin // N * x_b + begin % N * x_n"),
+        ("sample * dy_b + token * dy_n", "sample * x_b + token * x_n"),
+        ("begin // N * x_b + begin % N * x_n", "begin * x_n"),
+        ("sample * x_b + token * x_n + c, mask=inside & more", "(row + 1) * x_n + c, mask=inside & more"),
+        ("tl.load(rstd_ptr + begin)", "tl.load(rstd_ptr)"),
+        ("dweight_ptr + chunk * C", "dweight_ptr"),
+        ("/ C + tl.cast(eps, tl.float32))", "/ C + 1e-5)"),
     ],
     "time_embedding": [
         ("t - r, t_dot - r_dot", "t - r, t_dot"),
         ("-s_dot * f * sin", "s_dot * f * sin"),
         ("s_dot * f * cos", "s_dot * cos"),
-        ("f = scale * tl.exp(step * i)", "f = tl.exp(step * i)"),
+        ("tl.cast(scale, tl.float32) * tl.exp(", "tl.exp("),
         ("live = sample < b", "live = sample < b - 1"),
         ("d_sin * cos - d_cos * sin", "d_sin * cos"),
         ("(ds[0] + ds[1], -ds[1])", "(ds[0] + ds[1], ds[1])"),
         ("(ds[0] + ds[1], -ds[1])", "(ds[0], -ds[1])"),
+        ("torch.zeros_like(e) if de is None", "torch.ones_like(e) if de is None"),
+        ("f = scale * torch.exp(-math.log(1e4) / half", "f = torch.exp(-math.log(1e4) / half"),
     ],
 }  # fmt: skip
 
 
-def mutant(name: str, old: str, new: str, folder: Path) -> Op:
-    """The op of a changed copy of its file, or of tiles.py; the registry and the other ops keep the originals."""
-    files = {f"emf_kernels.ops.mutant_{name}": FOLDER / "ops" / f"{name}.py"}
-    if old not in files[f"emf_kernels.ops.mutant_{name}"].read_text():
-        files = {"emf_kernels.tiles": FOLDER / "tiles.py"} | files
+def mutant(name: str, old: str, new: str, folder: Path) -> ModuleType:
+    """A changed copy of an op's file, or of a file that it imports; the registry and the other ops keep the
+    originals."""
+    own, files = f"emf_kernels.ops.mutant_{name}", {}
+    if old not in (FOLDER / "ops" / f"{name}.py").read_text():
+        shared = {f"emf_kernels.{stem}": FOLDER / f"{stem}.py" for stem in SHARED}
+        files = {module: file for module, file in shared.items() if old in file.read_text()}
+    files |= {own: FOLDER / "ops" / f"{name}.py"}
     count = sum(file.read_text().count(old) for file in files.values())
-    assert count == 1, f"{old!r} stands {count} times in {name}.py and tiles.py"
-    with mock.patch.dict(REGISTRY), mock.patch.dict(sys.modules), launch.decorating():
+    assert count == 1, f"{old!r} stands {count} times in {', '.join(file.name for file in files.values())}"
+    with mock.patch.dict(REGISTRY), mock.patch.dict(sys.modules), ExitStack() as stack, launch.decorating():
         for module_name, file in files.items():
             copied = folder / f"mutant_{file.name}"
             copied.write_text(file.read_text().replace(old, new))
             spec = importlib.util.spec_from_file_location(module_name, copied)
             assert spec and spec.loader
             module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
+            if module_name != own:
+                stack.enter_context(mock.patch.object(emf_kernels, file.stem, module))
             spec.loader.exec_module(module)
-        return REGISTRY[name]
+        return module
 
 
 @cache
-def wanted(name: str) -> list[tuple[Case, Outcome, Outcome]]:
-    """Each case with what plain torch gives, in float32 and exactly."""
+def wanted(name: str, dtype: torch.dtype) -> list[tuple[Case, Outcome, Outcome]]:
+    """Each case with what plain torch gives, in this dtype and exactly."""
     op = REGISTRY[name]
     cases = [case for case in op.cases if "test" in case.tags]
-    run = lambda case, exact: outcome(op, case, torch.float32, eager, exact=exact)  # noqa: E731
+    run = lambda case, exact: outcome(op, case, dtype, eager, exact=exact)  # noqa: E731
     return [(case, run(case, False), run(case, True)) for case in cases]
 
 
-def parity(op: Op) -> None:
-    for case, plain, exact in wanted(op.name):
-        with backend("triton"):
-            got = outcome(op, case, torch.float32, ours)
-        try:
-            compare(got, plain, exact, torch.float32)
-        except AssertionError as error:
-            raise AssertionError(f"{case.name}: {error}") from None
+def parity(name: str, file: ModuleType) -> None:
+    """Of every case, with strides of each tensor's own; and what attention asks of PyTorch's kernels on a GPU."""
+    if name == "attention":
+        with named("libraries"):
+            check_backward(file)
+    for dtype in (torch.float32, torch.bfloat16):
+        for case, plain, exact in wanted(name, dtype):
+            with backend("triton"), as_on_a_gpu():
+                got = outcome(getattr(file, name), case, dtype, ours, strided=True)
+            with named(case.name):
+                compare(got, plain, exact, dtype)
+
+
+@contextmanager
+def named(where: str) -> Iterator[None]:
+    try:
+        yield
+    except AssertionError as error:
+        raise AssertionError(f"{where}: {error}") from None
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_an_unmutated_copy_passes(name: str, tmp_path: Path) -> None:
-    parity(mutant(name, "Primal:", "Primal: ", tmp_path))
+    parity(name, mutant(name, "Primal:", "Primal: ", tmp_path))
 
 
 @pytest.mark.parametrize(("name", "old", "new"), [(n, *m) for n, ms in MUTATIONS.items() for m in ms])
 def test_a_mutation_is_noticed(name: str, old: str, new: str, tmp_path: Path) -> None:
-    op = mutant(name, old, new, tmp_path)
+    file = mutant(name, old, new, tmp_path)
     with pytest.raises(AssertionError):
-        parity(op)
+        parity(name, file)
 
 
 def test_the_record_is_of_these_mutations() -> None:
-    """`PYTHONPATH=kernels .venv/bin/python tests/test_mutations.py` renews it."""
+    """`PYTHONPATH=.:kernels:tests .venv/bin/python tests/kernels/test_mutations.py` renews it."""
     rows = json.loads(RECORD.read_text())
     assert [(row["op"], row["line"], row["broken"]) for row in rows] == [
         (n, *m) for n, ms in MUTATIONS.items() for m in ms
@@ -267,10 +369,10 @@ def record() -> None:
             noticed = ""
             with tempfile.TemporaryDirectory() as folder:
                 try:
-                    parity(mutant(name, old, new, Path(folder)))
+                    parity(name, mutant(name, old, new, Path(folder)))
                 except AssertionError as error:
                     case, what, *_ = str(error).split(":")
-                    noticed = f"{case}: {what.strip().split()[0]}"
+                    noticed = f"{case}: {what.strip().split()[0].strip(',')}"
             rows.append(dict(op=name, line=old, broken=new, noticed_by=noticed))
             print(*rows[-1].values(), sep=" | ", flush=True)
     RECORD.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")

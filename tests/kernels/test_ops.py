@@ -171,8 +171,8 @@ def test_a_kernel_that_is_not_there_is_an_error() -> None:
 OLD = pytest.mark.skipif(torch.__version__ < "2.13", reason="torch 2.11 ends here in an internal error of its own")
 
 
-@pytest.mark.parametrize("b", [1, pytest.param(3, marks=OLD)])
-def test_a_chain_of_duals_compiles_to_one_graph(b: int) -> None:
+@pytest.mark.parametrize(("b", "dynamic"), [(1, False), pytest.param(3, False, marks=OLD), (1, True)])
+def test_a_chain_of_duals_compiles_to_one_graph(b: int, dynamic: bool) -> None:
     x, h, w = torch.randn(3, 5, 8), torch.randn(3, 5, 8), torch.randn(8, 8)
     scale, shift, x_dot = torch.randn(3, 8), torch.randn(3, 8), torch.randn(b, 5, 8)
 
@@ -186,7 +186,8 @@ def test_a_chain_of_duals_compiles_to_one_graph(b: int) -> None:
         return [y.primal.detach(), y.tangent, *torch.autograd.grad((y.primal * h).sum(), leaves)]
 
     with backend("reference"):
-        got, want = run(torch.compile(chain, fullgraph=True, backend="aot_eager")), run(chain)
+        compiled = torch.compile(chain, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        got, want = run(compiled), run(chain)
     for a, c in zip(got, want, strict=True):
         torch.testing.assert_close(a, c)
 

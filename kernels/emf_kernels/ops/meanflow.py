@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emf_kernels.dual import check
+from emf_kernels.dual import check, widened
 from emf_kernels.function import function
 from emf_kernels.op import Case, Cost, Op
 from emf_kernels.tiles import cdiv, elements, empty, offset, planes, size
@@ -29,10 +29,11 @@ from emf_kernels.tiles import cdiv, elements, empty, offset, planes, size
 def reference(
     u: Tensor, u_dot: Tensor, v: Tensor, t: Tensor, r: Tensor, p: float = 1.0, c: float = 1e-3
 ) -> tuple[Tensor, Tensor]:
-    b, gap = u_dot.shape[0], (t - r).reshape(-1, *[1] * (u.ndim - 1))
+    dtype, b, (u, u_dot, v, t, r) = u.dtype, u_dot.shape[0], map(widened, (u, u_dot, v, t, r))
+    gap = (t - r).reshape(-1, *[1] * (u.ndim - 1))
     u_tgt = torch.cat([v[:b] - gap[:b] * u_dot, v[b:]]).detach()
     total = (u - u_tgt).square().flatten(1).sum(1)
-    return total / (total.detach() + c) ** p, total.detach() / u[0].numel()
+    return (total / (total.detach() + c) ** p).to(dtype), (total.detach() / u[0].numel()).to(dtype)
 
 
 @triton.jit
@@ -115,7 +116,8 @@ def inputs(case: Case, dtype: torch.dtype, device: str, generator: torch.Generat
     normal = lambda n: torch.randn(n, s["C"], s["H"], s["W"], generator=generator, dtype=dtype).to(device)  # noqa: E731
     t = torch.randint(32, 65, (s["B"],), generator=generator).to(device, dtype) / 64
     r = torch.where(torch.arange(s["B"], device=device) < case.b, t / 2, t)
-    return dict(u=normal(s["B"]), u_dot=normal(case.b), v=normal(s["B"]), t=t, r=r, p=s.get("half_p", 2) / 2)
+    p, c = s.get("half_p", 2) / 2, s["tenth_c"] / 10 if "tenth_c" in s else 1e-3
+    return dict(u=normal(s["B"]), u_dot=normal(case.b), v=normal(s["B"]), t=t, r=r, p=p, c=c)
 
 
 def cost(case: Case, itemsize: int) -> Cost:
@@ -127,7 +129,7 @@ def cost(case: Case, itemsize: int) -> Cost:
 fused = function("meanflow", forward, backward, constant=1)
 CASES = [
     Case("full", dict(B=3, C=2, H=4, W=3), ()),
-    Case("ragged", dict(B=4, C=2, H=3, W=3, b=1), ()),
+    Case("ragged", dict(B=4, C=2, H=3, W=3, b=1, tenth_c=5), ()),
     Case("blocks", dict(B=2, C=3, H=5, W=70, b=1), ()),  # more than one block of elements
     Case("flow-matching", dict(B=3, C=2, H=3, W=3, b=0, half_p=1), ()),
     Case("unweighted", dict(B=3, C=2, H=3, W=3, half_p=0), ()),

@@ -37,7 +37,11 @@ def reference(t: Tensor, r: Tensor | None, scale: float = 1.0, dim: int = 256) -
 
 @triton.jit
 def _sinusoid(s, s_dot, f, e_ptr, e_dot_ptr, sample, i, half, live):
-    cos, sin = tl.cos(s * f), tl.sin(s * f)
+    # s and f, and so the phase, in float64 and within half a turn: at a scale of 1000 float32 would be off by 3e-5
+    phase = s * f
+    phase = (phase - 6.283185307179586 * tl.floor(phase / 6.283185307179586 + 0.5)).to(tl.float32)
+    cos, sin = tl.cos(phase), tl.sin(phase)
+    f = f.to(tl.float32)
     at, inside = sample * 2 * half + i, i < half
     tl.store(e_ptr + at, cos, mask=inside)
     tl.store(e_ptr + at + half, sin, mask=inside)
@@ -48,17 +52,17 @@ def _sinusoid(s, s_dot, f, e_ptr, e_dot_ptr, sample, i, half, live):
 @triton.jit
 def _fwd(
     t_ptr, r_ptr, t_dot_ptr, r_dot_ptr, end_ptr, interval_ptr, end_dot_ptr, interval_dot_ptr,
-    half, b, scale, step, TWO: tl.constexpr, T_LIVE: tl.constexpr, R_LIVE: tl.constexpr, BLOCK: tl.constexpr,
+    half, b, scale, TWO: tl.constexpr, T_LIVE: tl.constexpr, R_LIVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     sample, i = tl.program_id(0), tl.arange(0, BLOCK)
     live = sample < b
-    f = tl.cast(scale, tl.float32) * tl.exp(tl.cast(step, tl.float32) * i)
-    t, t_dot = tl.load(t_ptr + sample).to(tl.float32), 0.0
+    f = tl.cast(scale, tl.float32) * tl.exp(-9.210340371976184 * (i.to(tl.float64) / half))  # the logarithm of 10^4
+    t, t_dot = tl.load(t_ptr + sample).to(tl.float64), 0.0
     if T_LIVE:
         t_dot = tl.load(t_dot_ptr + sample, mask=live, other=0).to(tl.float32)
     _sinusoid(t, t_dot, f, end_ptr, end_dot_ptr, sample, i, half, live)
     if TWO:
-        r, r_dot = tl.load(r_ptr + sample).to(tl.float32), 0.0
+        r, r_dot = tl.load(r_ptr + sample).to(tl.float64), 0.0
         if R_LIVE:
             r_dot = tl.load(r_dot_ptr + sample, mask=live, other=0).to(tl.float32)
         _sinusoid(t - r, t_dot - r_dot, f, interval_ptr, interval_dot_ptr, sample, i, half, live)
@@ -68,19 +72,20 @@ def forward(values: Sequence[Any], dots: Sequence[Tensor | None], b: int) -> Any
     (t, r, scale, dim), (t_dot, r_dot), two = values, dots, values[1] is not None
     y, y_dot = ([empty(t, samples, dim) for _ in range(1 + two)] for samples in (len(t), b))
     _fwd[(len(t),)](
-        t, r, t_dot, r_dot, y[0], y[-1], y_dot[0], y_dot[-1], dim // 2, b, scale, -math.log(1e4) / (dim // 2),
+        t, r, t_dot, r_dot, y[0], y[-1], y_dot[0], y_dot[-1], dim // 2, b, scale,
         two, t_dot is not None, r_dot is not None, BLOCK=next_power_of_2(dim // 2), num_warps=1,
     )  # fmt: skip
     return tuple(y), tuple(y_dot), (scale, *y)
 
 
 def backward(saved: Sequence[Any], *grads: Tensor | None) -> Any:
-    # [B, dim] and never needed in training: plain torch
+    # [B, dim] and never needed in training: plain torch, in double as path's
     (scale, *y), ds = saved, []
     for e, de in zip(y, grads, strict=True):
-        (cos, sin), half = e.float().chunk(2, 1), e.shape[1] // 2
-        f = scale * torch.exp(-math.log(1e4) / half * torch.arange(half, device=e.device))
-        d_cos, d_sin = (torch.zeros_like(e) if de is None else de).float().chunk(2, 1)
+        (cos, sin), half = e.double().chunk(2, 1), e.shape[1] // 2
+        i = torch.arange(half, dtype=torch.float64, device=e.device)
+        f = scale * torch.exp(-math.log(1e4) / half * i)
+        d_cos, d_sin = (torch.zeros_like(e) if de is None else de).double().chunk(2, 1)
         ds.append(((d_sin * cos - d_cos * sin) * f).sum(1).to(e.dtype))
     return (ds[0] + ds[1], -ds[1]) if len(ds) == 2 else ds
 
@@ -112,8 +117,8 @@ fused = function("time_embedding", forward, backward, ("t", "r"))
 CASES = [
     Case("dual", dict(B=3, dim=16), ("t",)),
     Case("ragged", dict(B=3, dim=16, b=1), ("t",)),
-    Case("single", dict(B=3, dim=16, single=1, scale=10), ("t",)),
-    Case("both-live", dict(B=2, dim=16), ("t", "r")),
+    Case("single", dict(B=3, dim=16, single=1, scale=1000), ("t",)),
+    Case("both-live", dict(B=2, dim=16, scale=1000), ("t", "r")),
     Case("sana-1.6b", dict(B=16, dim=256), ("t",), frozenset({"bench"})),
 ]
 time_embedding = Op("time_embedding", reference, inputs, cost, accepts, CASES, batched=("t", "r"), triton=fused)
