@@ -260,3 +260,13 @@ def test_a_step_whose_error_alone_is_not_finite_moves_nothing(recipe: list[str],
         assert result.code == 0, result.text
         rows.append(metrics(tmp_path / before.__name__))
     assert rows[0] == rows[1] and [row["step"] for row in rows[0]] == [1, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(("gpu", "offload", "fused"), [(True, False, True), (True, True, False), (False, False, False)])
+def test_adamw_is_fused_on_a_gpu(gpu: bool, offload: bool, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from emf.train.zero import engine_config
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    zero = replace(small().zero, stage=2, offload=offload)
+    made = engine_config(small(zero=zero), 1)["optimizer"]["params"]
+    assert made["torch_adam"] and made["fused"] is fused
