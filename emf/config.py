@@ -80,7 +80,9 @@ class ZeroConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters in the transformer, trained in the place of its weights (peft's settings and names)."""
+    """Low-rank adapters in the transformer (peft's settings and names), trained in the place of its blocks' weights.
+    The two time embedders and the tables (scale_shift_table) are trained in full beside them: without embedders that
+    move no base becomes a flow map."""
 
     rank: int = 0
     """Rank of each adapter; 0: no adapters, the weights themselves are trained."""
@@ -160,7 +162,8 @@ class Config:
     freeze_encoder: bool = False
     """Do not train the text encoder."""
     trained: tuple[str, ...] = ()
-    """Beginnings of the names of the weights that are trained; none: all that the objective trains."""
+    """Beginnings of the names of the weights that are trained; none: all that the objective trains. With lora.rank they
+    name what is trained in full beside the adapters, of a block its table alone; none: embedders and tables."""
     seed: int = 0
     """Seed of everything random in a run: new weights, data, noise, times and dropped conditions."""
     steps: int = 1000
@@ -194,8 +197,6 @@ class Config:
             raise ValueError(f"config: seed {self.seed} must lie in [0, 2^31)")
         if not 0 <= self.drop < 1:
             raise ValueError(f"config: drop {self.drop} must lie in [0, 1)")
-        if self.lora.rank and self.trained:
-            raise ValueError(f"config: lora.rank {self.lora.rank}, trained {self.trained}; expected a rank, or weights")
         if self.batch_size % self.zero.accumulation:
             raise ValueError(
                 f"config: batch_size {self.batch_size} is no multiple of zero.accumulation {self.zero.accumulation}"

@@ -52,16 +52,26 @@ def export(
     base: Path | None = None,
     text: Path | None = None,
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    adapters: bool = False,
 ) -> None:
     """A run as a folder in diffusers' layout, for EMFPipeline.from_pretrained and `emf generate`.
 
     Args:
-        run: a run's folder, or one of its checkpoints; low-rank adapters are merged
+        run: a run's folder, or one of its checkpoints; low-rank adapters are merged, but with adapters
         out: the folder; must not exist
         base: a diffusers folder whose vae, text encoder and tokenizer go with it; default: that of the run's data
         text: a folder from emf convert whose language model goes with it; default: the run's condition
         dtype: number format that the transformer is written in
+        adapters: write low-rank adapters alone, as peft and diffusers read them, and what was trained in full beside
     """
+    if adapters:
+        from emf.weights.lora import export_adapters
+
+        if base or text:
+            raise ValueError("export: adapters go on a base that stays where it is; give neither --base nor --text")
+        export_adapters(run, out, dtype)
+        print(f"{out}: adapters; EMFPipeline.from_pretrained(base, adapters={str(out)!r})")
+        return
     from emf.weights.export import export as run_export
 
     config = run_export(run, out, base=base, text=text, dtype=dtype)

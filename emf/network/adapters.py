@@ -37,12 +37,17 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
         return y
 
 
+def peft_settings(config: LoraConfig) -> peft.LoraConfig:
+    """The adapters of a config, as peft has them."""
+    return peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets))
+
+
 def add_lora(transformer: Transformer, config: LoraConfig) -> None:
     """Put adapters in place; they have no effect until they are trained. Raises ValueError where a target names no
     linear layer."""
     names = [name for name, module in transformer.named_modules() if isinstance(module, Linear)]
     if idle := [t for t in config.targets if not any(n == t or n.endswith(f".{t}") for n in names)]:
         raise ValueError(f"config: lora.targets {idle[0]} names no linear layer; one is {names[-1]}")
-    settings = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets))
+    settings = peft_settings(config)
     settings._register_custom_module({Linear: LoraLinear})
     peft.inject_adapter_in_model(settings, transformer)

@@ -11,13 +11,14 @@ from torch import nn
 from emf.config import Config, LoraConfig
 from emf.model.text_to_image import TextToImage
 from emf.model.transformer import Transformer
+from emf.recipes import EMF_TRAINS
 
 
 def build(config: Config) -> TextToImage:
     """The network of a config, float32 on the CPU, its transformer at random weights.
 
     MeanFlow trains all but the pretrained time embedding and, with freeze_encoder, the encoder; config.trained names
-    less; config.lora trains adapters alone.
+    less; with config.lora adapters are trained in the place of the blocks' weights, see choose_trained.
     """
     network = assemble(config, Transformer(config.transformer))
     adapt(network, config)
@@ -33,7 +34,8 @@ def assemble(config: Config, transformer: Transformer) -> TextToImage:
 
 
 def adapt(network: TextToImage, config: Config) -> None:
-    """Low-rank adapters in place, where the config asks for some; from then on they alone are trained."""
+    """Low-rank adapters in place, where the config asks for some; from then on they are trained, and what
+    choose_trained leaves beside them."""
     if config.lora.rank:
         from emf.network.adapters import add_lora
 
@@ -70,20 +72,31 @@ def _trains(config: Config, part: str) -> bool:
 
 
 def choose_trained(network: TextToImage, config: Config) -> None:
-    """Mark what the config trains by requires_grad. Raises ValueError where config.trained names no weight."""
-    if config.lora.rank:
+    """Mark what the config trains by requires_grad.
+
+    Adapters are trained in the place of the blocks' weights. What else config.trained names is trained in full, and
+    where it names nothing what EMF trains: a base whose time embedders stay copies cannot become a flow map. Raises
+    ValueError where config.trained names no weight, or none that is trained in full beside adapters.
+    """
+    lora, trained = config.lora.rank > 0, config.trained
+    names = [n for n, _ in network.named_parameters() if not (lora and _left_to_adapters(n))]
+    if idle := [start for start in trained if not any(name.startswith(start) for name in names)]:
+        beside = " beside adapters" if lora else ""
+        raise ValueError(f"config: no weight's name begins with {idle[0]} (trained{beside}); the first is {names[0]}")
+    if lora or trained:
+        full = {name for name in names if name.startswith(trained or EMF_TRAINS)}
         for name, p in network.named_parameters():
-            p.requires_grad_(".lora_" in name)
-        return
-    if config.trained:
-        names = [name for name, _ in network.named_parameters()]
-        if idle := [start for start in config.trained if not any(name.startswith(start) for name in names)]:
-            raise ValueError(f"config: no weight's name begins with {idle[0]} (trained); the first is {names[0]}")
-        for name, p in network.named_parameters():
-            p.requires_grad_(name.startswith(config.trained))
+            p.requires_grad_(name in full or ".lora_" in name)
     elif config.condition.kind != "small" or config.freeze_encoder:
         network.encoder.requires_grad_(False)
     unused = ["time_embed"] if config.objective == "meanflow" else ["time_embed_t", "time_embed_r"]
     for name in unused:
         if hasattr(network.transformer, name):
             getattr(network.transformer, name).requires_grad_(False)
+
+
+def _left_to_adapters(name: str) -> bool:
+    """Whether a weight is not trained itself where there are adapters: one that has an adapter, and of a block all but
+    its table, which is no layer and can have none."""
+    block = name.startswith("transformer.transformer_blocks.") and not name.endswith(".scale_shift_table")
+    return block or ".base_layer." in name

@@ -26,6 +26,7 @@ from emf.sample.sampling_settings import GUIDANCE_PIPELINE
 from emf.weights.export import PARTS, write_export
 from emf.weights.folders import load_exported_transformer
 from emf.weights.layouts import DUAL, TEXT
+from emf.weights.lora import put_on, read_adapters
 
 Conditioning = Callable[[list[str]], tuple[Tensor, Tensor, Tensor | None]]
 """Prompts -> (states [B, M, caption channels], the null condition's states of that shape, mask [B, M] or None)."""
@@ -47,14 +48,20 @@ class EMFTransformer(ModelMixin, ConfigMixin):
         return velocity
 
     @classmethod
-    def from_export(cls, folder: Path, dtype: torch.dtype = torch.float32) -> EMFTransformer:
-        """The transformer folder that `emf export` wrote, with both time embedders. Raises ValueError where it is
-        another."""
-        if not (folder / DUAL).is_file():
+    def from_export(
+        cls, folder: Path, dtype: torch.dtype = torch.float32, adapters: Path | None = None
+    ) -> EMFTransformer:
+        """The transformer folder that `emf export` wrote, with both time embedders, or one of diffusers' with adapters
+        that bring them. Raises ValueError where it is another."""
+        if adapters is None and not (folder / DUAL).is_file():
             raise ValueError(
                 f"pipeline: {folder} has no {DUAL}; expected the transformer of a folder from `emf export`"
             )
         network = load_exported_transformer(folder, dtype)
+        if adapters is not None:
+            put_on(network, read_adapters(adapters), adapters)
+            if not network.config.dual_time:
+                raise ValueError(f"pipeline: neither {folder} nor {adapters} has the two time embedders of EMF")
         with torch.device("meta"):
             model = cls(asdict(network.config))
         model.network = network
@@ -89,19 +96,30 @@ class EMFPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[Any], **kwargs: Any) -> Any:
-        """A folder from `emf export`; kwargs are DiffusionPipeline.from_pretrained's (torch_dtype, vae=None, ...), and
-        conditioning (see Conditioning). Raises ValueError where it is another."""
-        folder = Path(pretrained_model_name_or_path)
+        """A folder from `emf export`; kwargs are DiffusionPipeline.from_pretrained's (torch_dtype, vae=None, ...),
+        conditioning (see Conditioning), and adapters: a folder from `emf export --adapters True`, which is merged into
+        the transformer; the base may then be SANA as it was published. Raises ValueError where it is another."""
+        folder, adapters = Path(pretrained_model_name_or_path), kwargs.pop("adapters", None)
         kwargs.setdefault("transformer", None)
         if kwargs["transformer"] is None:
             dtype = kwargs.get("torch_dtype") or kwargs.get("dtype") or torch.float32
             if not isinstance(dtype, torch.dtype):
                 raise ValueError(f"pipeline: torch_dtype {dtype!r}; expected one dtype for all parts")
-            kwargs["transformer"] = EMFTransformer.from_export(folder / "transformer", dtype)
+            kwargs["transformer"] = EMFTransformer.from_export(
+                folder / "transformer", dtype, adapters and Path(adapters)
+            )
+        elif adapters is not None:
+            raise ValueError("pipeline: adapters go with the folder's transformer; give no other, or load_lora_weights")
         if "variant" not in kwargs:  # of parts that were published as one alone; diffusers knows which parts those are
             found = (variant(folder / part) for part in PARTS if kwargs.get(part, part) is not None)
             kwargs["variant"] = next((name for name in found if name), None)
         return super().from_pretrained(str(folder), **kwargs)
+
+    def load_lora_weights(self, folder: str | os.PathLike[Any]) -> None:
+        """Merge adapters into the transformer, from a folder in peft's or diffusers' form, and put what was trained in
+        full beside them in the place of its own. Raises ValueError, and leaves all as it was, where they belong to
+        another transformer."""
+        put_on(self.transformer.network, read_adapters(Path(folder)), Path(folder))
 
     def save_pretrained(self, save_directory: str | os.PathLike[Any], *_: Any, **__: Any) -> None:
         """Export the transformer, the other parts as they lie in the folder that this was loaded from."""

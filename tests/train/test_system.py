@@ -192,6 +192,50 @@ def test_the_language_model_tuned_with_the_transformer(world: World, tmp_path: P
     assert torch.equal(kept[name], weights[name])
 
 
+@pytest.mark.usefixtures("few_tokens")
+def test_low_rank_adapters_on_the_3b(world: World, tmp_path: Path) -> None:
+    """In bfloat16 and sharded as the recipe is, too. Their folder on the base makes what the run makes; the recipe that
+    tunes its language model tunes it beside them."""
+    flags = ["--lora.rank", "2", "--steps", "2"]
+    recipe = [*world.recipe, *world.images, *flags]
+    result = train(tmp_path, *recipe, "--out", str(tmp_path / "run"))
+    assert result.code == 0, result.text
+    half = ["--zero.stage", "2", "--zero.dtype", "bfloat16", "--zero.accumulation", "2"]
+    result = train(tmp_path, *recipe, *half, "--out", str(tmp_path / "half"), ranks=2)
+    assert result.code == 0, result.text
+    first = [metrics(tmp_path / name)[0]["error"] for name in ("run", "half")]
+    assert first[1] == pytest.approx(first[0], rel=0.02)  # bfloat16 of the same weights
+
+    export(tmp_path / "run", tmp_path / "whole", dtype="float32")
+    generate(CAPTIONS, tmp_path / "run", tmp_path / "a", steps=2)
+    generate(CAPTIONS, tmp_path / "whole", tmp_path / "b", steps=2)
+    assert_same_pictures(tmp_path / "a", tmp_path / "b")
+
+    from emf.sample.emf_pipeline import EMFPipeline
+
+    export(tmp_path / "run", tmp_path / "lora", dtype="float32", adapters=True)
+    shutil.copytree(world.folder / "sana", tmp_path / "published" / "transformer")
+    index = {"_class_name": "SanaPipeline", "transformer": ["diffusers", "SanaTransformer2DModel"]}
+    (tmp_path / "published" / "model_index.json").write_text(json.dumps(index))
+    small: Any = EMFPipeline.from_pretrained(tmp_path / "published", adapters=tmp_path / "lora")
+    trained, (z, t, c) = load_run(tmp_path / "run")[1], sana.inputs()
+    want = trained.transformer(z, t, t / 2, c)
+    torch.testing.assert_close(small.transformer(z, t, t / 2, c), want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="give neither --base nor --text"):
+        export(tmp_path / "run", tmp_path / "no", base=world.vae, adapters=True)
+
+    tuned = ["blip3o-next-3b", *recipe[1:], "--zero.stage", "3"]
+    result = train(tmp_path, *tuned, "--out", str(tmp_path / "tuned"), ranks=2)
+    assert result.code == 0, result.text
+    weights = load_file(tmp_path / "tuned/checkpoints/step_0000002/model.safetensors")
+    start = load_file(world.base / "language_model/model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert not torch.equal(weights[f"encoder.language_model.{name}"], start[name])
+    assert weights["transformer.transformer_blocks.1.attn2.to_k.lora_B.default.weight"].norm() > 0
+    with pytest.raises(ValueError, match="trained its text encoder too"):
+        export(tmp_path / "tuned", tmp_path / "no", adapters=True)
+
+
 @pytest.mark.parametrize("tuned", [False, True])
 def test_another_text_encoder(world: World, tuned: bool, tmp_path: Path) -> None:
     """The recipe of Gemma, with T5 in its place: flow matching first, then MeanFlow from its weights."""

@@ -122,29 +122,39 @@ def test_monitors_and_grids(recipe: list[str], tmp_path: Path) -> None:
 
 
 def test_low_rank_adapters(recipe: list[str], base: Path, tmp_path: Path) -> None:
-    """They alone are trained, by the same numbers at any stage, and merge into plain weights."""
+    """They, the two time embedders and the tables are trained, by the same numbers at any stage, also after a kill, and
+    merge into plain weights."""
+    from emf.recipes import from_file
     from emf.weights.export import merged
     from emf.weights.folders import load_run
+    from emf.weights.start import started
 
-    for stage, ranks in ((0, 1), (3, 2)):
-        flags = ["--lora.rank", "2", "--zero.stage", str(stage), "--lora.targets", "to_q", "to_v", "to_out.0"]
-        result = train(tmp_path, *recipe, "--out", str(tmp_path / f"run{stage}"), *flags, ranks=ranks)
-        assert result.code == 0, result.text
-    one, two = (metrics(tmp_path / name) for name in ("run0", "run3"))
-    assert [row["error"] for row in one] == pytest.approx([row["error"] for row in two], rel=1e-4)
-    start, end = load_file(base), averaged(tmp_path / "run0")
+    recipe = [*recipe, "--lora.rank", "2", "--lora.targets", "to_q", "to_v", "to_out.0", "--zero.stage"]
+    killed = [*recipe, "1", "--out", str(tmp_path / "run1")]
+    assert train(tmp_path, *killed, before=kill_in_second_save).code == -signal.SIGKILL
+    for stage, ranks in ((0, 1), (1, 1), (2, 2), (3, 2)):
+        out = ["--out", str(tmp_path / f"run{stage}"), "--resume", str(stage == 1)]
+        result = train(tmp_path, *recipe, str(stage), *out, ranks=ranks)
+        assert result.code == 0 and ("step 3/6" in result.text) == (stage != 1), result.text
+    one, *more = ([row["error"] for row in metrics(tmp_path / f"run{stage}")] for stage in range(4))
+    for other in more:
+        assert other == pytest.approx(one, rel=1e-4)
+    start = started(from_file(tmp_path / "run0/config.json")).state_dict()
+    end = averaged(tmp_path / "run0")
     adapters = {k for k in end if ".lora_" in k}
     assert len(adapters) == 2 * 6 and all(end[k].norm() > 0 for k in adapters)
-    same = {k.replace(".base_layer.", "."): v for k, v in end.items() if k not in adapters}
-    assert all(torch.equal(same[k], v) for k, v in start.items())
+    full = ("transformer.time_embed_t.", "transformer.time_embed_r.")
+    for name, value in end.items():
+        moved = name.startswith(full) or name.endswith("scale_shift_table") or name in adapters
+        assert torch.equal(value, start[name]) != moved, name
     _, network = load_run(tmp_path / "run0")
     z, t, c = torch.randn(2, 3, 18, 18), torch.tensor([0.3, 0.9]), torch.randn(2, 4, 32)
     want = network.transformer(z, t, t / 2, c)
-    plain = type(network.transformer)(network.transformer.config)
-    plain.load_state_dict(merged(network.transformer))
-    assert torch.allclose(plain(z, t, t / 2, c), want, atol=1e-5)
-    moved = plain.state_dict()["transformer_blocks.0.attn1.to_q.weight"]
-    assert not torch.equal(moved, start["transformer.transformer_blocks.0.attn1.to_q.weight"])
+    whole = type(network.transformer)(network.transformer.config)
+    whole.load_state_dict(merged(network.transformer))
+    assert torch.allclose(whole(z, t, t / 2, c), want, atol=1e-5)
+    changed = whole.state_dict()["transformer_blocks.0.attn1.to_q.weight"]
+    assert not torch.equal(changed, load_file(base)["transformer.transformer_blocks.0.attn1.to_q.weight"])
 
 
 def test_config_json_runs_again(straight: Path, tmp_path: Path) -> None:
