@@ -102,8 +102,8 @@ class ConditionConfig:
     kind: Literal["small", "blip3o", "gemma", "clip", "t5"] = "small"
     """Text encoder. small: that of the digits, trained here (see the encoder section); the others are pretrained."""
     folder: Path | None = None
-    """blip3o: a folder from emf convert or emf export, by default that of `init`; for the others an encoder's or a
-    diffusers pipeline's."""
+    """blip3o: a folder from emf convert or emf export; for the others an encoder's or a diffusers pipeline's. By
+    default that of `init`, where it has one."""
     scale: Literal[1, 2, 3] = 1
     """BLIP3o-NEXT: image tokens pooled s x s into one; 729, 169 or 81 of them."""
     window: Literal["inference", "released"] = "inference"
@@ -153,8 +153,8 @@ class Config:
     recipe: str
     objective: Literal["flow_matching", "meanflow"] = "meanflow"
     init: Path | None = None
-    """Weights to start from: model.safetensors of a checkpoint, a folder from emf convert, or the name of weights in
-    emf/assets; none: random."""
+    """Weights to start from: a folder from emf convert or emf export, a run, one of its checkpoints, a file of weights,
+    or the name of weights in emf/assets; none: random."""
     embedder_init: Literal["duplicate", "preserve"] = "duplicate"
     """MeanFlow's two time embedders from the pretrained one: `duplicate` copies it into both (the paper); `preserve`
     keeps the pretrained function at r = t: the end-time branch is fitted to it at the new time scale, the interval

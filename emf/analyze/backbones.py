@@ -20,6 +20,7 @@ from emf.sample.sampler import Sampler, to_uint8
 from emf.sample.sampling_settings import SMALL_AT_ONCE, Settings
 from emf.show.progress import track
 from emf.weights.checkpoints import newest
+from emf.weights.converted import is_base
 from emf.weights.folders import load_run
 
 Picture = Callable[[str, int, int], Image.Image]
@@ -97,7 +98,7 @@ class Backbones:
 
 def draws_digits(folder: Path) -> bool:
     """Whether a backbone draws the digits' world. Raises ValueError where it is a run of another objective."""
-    if (folder / "model_index.json").is_file():
+    if (folder / "model_index.json").is_file() or is_base(folder):
         return False
     tree = read(newest(folder) / "config.json")
     check_flow_matching(folder, tree.get("objective"))

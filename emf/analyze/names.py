@@ -62,14 +62,13 @@ class EncoderName:
 
     def stamp(self) -> str:
         """A digest that changes with the encoder's files."""
-        from emf.weights.checkpoints import newest
+        from emf.weights.folders import weights_folder
 
-        run = self.kind == "run" and not (self.folder / "model_index.json").is_file()
-        return f"{self.kind} {folder_stamp(newest(self.folder) if run else self.folder)}"
+        return f"{self.kind} {folder_stamp(weights_folder(self.folder) if self.kind == 'run' else self.folder)}"
 
 
 def is_run(folder: Path) -> bool:
-    """A run's folder, one of its checkpoints, or an export."""
+    """A run's folder, one of its checkpoints, an export, or a folder from emf convert."""
     from emf.weights.checkpoints import FOLDER
 
     if (folder / FOLDER).is_dir() or (folder / "model_index.json").is_file():
@@ -78,7 +77,7 @@ def is_run(folder: Path) -> bool:
         tree = read_json(folder / "config.json")
     except ValueError:
         return False
-    return isinstance(tree, dict) and "objective" in tree
+    return isinstance(tree, dict) and ("objective" in tree or {"source", "transformer"} <= tree.keys())
 
 
 def folder_stamp(folder: Path) -> str:

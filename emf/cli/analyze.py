@@ -93,7 +93,7 @@ def steps(
     how near each comes to the same backbone's image of most steps. Goes on where it was stopped.
 
     Args:
-        runs: two or more flow-matching runs or exports
+        runs: two or more flow-matching runs, exports or folders from emf convert
         out: folder for results.json, results.md, steps.png, samples.png and images/
         prompts: what to draw where the runs are not of the digits: a folder of texts, a jsonl file, or a text file
         dino: folder or Hub name of a DINO, for the similarity; none: PSNR alone

@@ -29,7 +29,7 @@ def generate(
 
     Args:
         captions: for example "a red seven" "two blue threes"
-        run: a run's folder, one of its checkpoints, or a folder from emf export
+        run: a run's folder, one of its checkpoints, or a folder from emf export or emf convert
         out: folder for the PNG files; files of the same name are not overwritten
         prompts: a text file of further captions, one a line
         steps: how many steps to sample in; each costs two network evaluations, or one where the run was trained at

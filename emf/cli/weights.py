@@ -57,7 +57,8 @@ def export(
     """A run as a folder in diffusers' layout, for EMFPipeline.from_pretrained and `emf generate`.
 
     Args:
-        run: a run's folder, or one of its checkpoints; low-rank adapters are merged, but with adapters
+        run: a run's folder, one of its checkpoints, or a folder from emf convert; low-rank adapters are merged, but
+            with adapters
         out: the folder; must not exist
         base: a diffusers folder whose vae, text encoder and tokenizer go with it; default: that of the run's data
         text: a folder from emf convert whose language model goes with it; default: the run's condition

@@ -12,7 +12,8 @@ class Drawing:
     """Images from a checkpoint first, instead of a folder of images."""
 
     checkpoint: Path | None = None
-    """What to draw the images with: a run's folder, one of its checkpoints, or an export."""
+    """What to draw the images with: a run's folder, one of its checkpoints, an export, or a folder from emf
+    convert."""
     steps: str = "1,2,4,8"
     """Numbers of steps to draw with, separated by commas; with a folder of images the number that the table says."""
     flow_matching: bool = False

@@ -53,8 +53,8 @@ def write_report(run: Path) -> Path:
         f"{name}: EMF-MeanFlow",
         _header(name, config, metrics, scores),
         _key_figures(scores),
-        _samples(run),
-        _score_section(run, scores),
+        _samples(run, config),
+        _score_section(run, scores, config),
         _curve_section(run, curve, scores, config),
         _training_section(metrics, config),
         _trust(scores),
@@ -169,10 +169,24 @@ def _steps(n: int) -> str:
     return f"{n} step" + ("s" if n > 1 else "")
 
 
-def _samples(run: Path) -> Html:
+def _draws_digits(config: dict[str, Any]) -> bool:
+    condition = config.get("condition")
+    return not isinstance(condition, dict) or condition.get("kind", "small") == "small"
+
+
+def _unscored(what: str, run: Path, config: dict[str, Any]) -> Html:
+    """What is not there, and the command that scores the run: the digits' own, or a benchmark's on what it draws."""
+    if _draws_digits(config):
+        return page.missing(what, f"emf evaluate digits {run}")
+    how = " --flow-matching" if config.get("objective") == "flow_matching" else ""
+    command = f"emf evaluate geneval --prompts evaluation_metadata.jsonl --checkpoint {run}{how} --out DIR"
+    return Html(f'<p class="missing">This run draws no digits: {page.code(command)} draws and scores it, in DIR.</p>')
+
+
+def _samples(run: Path, config: dict[str, Any]) -> Html:
     title = Html("<h2>Samples</h2>")
     if not (run / "samples.png").is_file():
-        return Html(title + page.missing("samples.png", f"emf evaluate digits {run}"))
+        return Html(title + _unscored("samples.png", run, config))
     alt = "Grid of sampled images: one caption a row, one sampler and number of steps a column"
     said = page.note(
         "One caption a row, one sampler a column (FM: flow matching; then the number of steps); the same noise along a "
@@ -181,11 +195,11 @@ def _samples(run: Path) -> Html:
     return Html(title + said + page.wide(page.picture((run / "samples.png").read_bytes(), alt)))
 
 
-def _score_section(run: Path, scores: dict[str, Any] | None) -> Html:
+def _score_section(run: Path, scores: dict[str, Any] | None, config: dict[str, Any]) -> Html:
     """Overall score by number of steps, and the table by task."""
     title = Html("<h2>Scores</h2>")
     if not scores:
-        return Html(title + page.missing("scores.json", f"emf evaluate digits {run}"))
+        return Html(title + _unscored("scores.json", run, config))
     fm, few = _overall(scores, "fm"), _overall(scores, "emf")
     lines = {"EMF": (few, EMF, "o", "-", 6)} if few else {}
     lines["flow matching"] = (fm, FM, "s", "--", -14)
@@ -223,6 +237,8 @@ def _curve_section(
 ) -> Html:
     """Few-step score during training: the paper's Figure 4 in small."""
     title = Html("<h2>Score during training</h2>")
+    if not _draws_digits(config):  # which alone are scored while they are trained
+        return Html()
     if not curve:
         command = f"emf train {run / 'config.json'} --out DIR --run.eval-every 100"
         return Html(title + page.missing("curve.jsonl", command))

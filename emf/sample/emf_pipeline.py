@@ -23,8 +23,8 @@ from emf.model.state import variant
 from emf.model.transformer import Transformer
 from emf.sample.sampler import check_finite, latents_of
 from emf.sample.sampling_settings import GUIDANCE_PIPELINE
+from emf.weights.diffusers_folder import load_exported_transformer
 from emf.weights.export import PARTS, write_export
-from emf.weights.folders import load_exported_transformer
 from emf.weights.layouts import DUAL, TEXT
 from emf.weights.lora import put_on, read_adapters
 

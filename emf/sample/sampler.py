@@ -29,8 +29,8 @@ from emf.model.autoencoder import Latent, load_dcae
 from emf.model.text_to_image import TextToImage
 from emf.sample.image_tokens import tokenize
 from emf.sample.sampling_settings import GUIDANCE, GUIDANCE_PRETRAINED, Settings
-from emf.weights.checkpoints import WEIGHTS, newest
-from emf.weights.folders import load
+from emf.weights.checkpoints import WEIGHTS
+from emf.weights.folders import load, weights_folder
 
 SMALL = 64  # pixels along a side below which a picture is enlarged for the eye
 TOKENS_APART = 2**40  # is added to an image's seed for its image tokens, which must not follow its noise
@@ -119,10 +119,10 @@ class Sampler:
         device: str | None = None,
         flow_matching: bool = False,
     ) -> Sampler:
-        """run: a run, one of its checkpoints, or an export. vae: a diffusers folder with the autoencoder; None: that of
-        the run's data, or of the export. dtype: None is float32 on a CPU, bfloat16 on a GPU. flow_matching: sample the
-        instantaneous velocity by Euler's method (`average` of Settings). Raises ValueError on what does not fit, and
-        NotFinite on weights that hold NaN or inf."""
+        """run: a run, one of its checkpoints, an export, or a folder from emf convert. vae: a diffusers folder with
+        the autoencoder; None: that of the run's data, or of the export. dtype: None is float32 on a CPU, bfloat16 on a
+        GPU. flow_matching: sample the instantaneous velocity by Euler's method (`average` of Settings). Raises
+        ValueError on what does not fit, and NotFinite on weights that hold NaN or inf."""
         place = find_device(device)
         run = Path(run)
         config, network = load(run)
@@ -133,7 +133,8 @@ class Sampler:
         if folder is None and channels != 3:
             raise ValueError(f"generate: {run} gives latents of {channels} channels; name their autoencoder with --vae")
         autoencoder = None if folder is None else load_dcae(folder, device=place)
-        source = run if (run / "model_index.json").is_file() else newest(run) / WEIGHTS
+        place_of = weights_folder(run)
+        source = place_of / WEIGHTS if (place_of / WEIGHTS).is_file() else place_of
         how = Settings(average=not flow_matching)
         sampler = cls(config, network, autoencoder, how, weights_stamp(run), source=source)
         if fault := sampler.fault():
@@ -239,8 +240,9 @@ class Sampler:
 
 
 def weights_stamp(run: Path) -> str:
-    """A digest of a run's newest weights, or an export's: of names, sizes, and both ends of each file."""
-    folder = run if (run / "model_index.json").is_file() else newest(run)
+    """A digest of a run's newest weights, an export's or a converted folder's: of names, sizes, and both ends of each
+    file."""
+    folder = weights_folder(run)
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*.safetensors")):
         size = file.stat().st_size

@@ -28,7 +28,7 @@ from emf.train.takeover import own_folder
 from emf.train.validation import validate
 from emf.train.zero import Engine, process_group
 from emf.weights.checkpoints import checkpoints
-from emf.weights.start import resumed, started
+from emf.weights.start import resumed, started, with_encoder
 
 
 def train(config: Config, out: Path | str, resume: bool = False) -> None:
@@ -37,7 +37,7 @@ def train(config: Config, out: Path | str, resume: bool = False) -> None:
 
     Raises ValueError on a config that does not fit, and where another process trains there; Diverged where the loss,
     the gradient or the weights are not finite. A KeyboardInterrupt says whether there is a checkpoint to go on from."""
-    out = Path(out)
+    out, config = Path(out), with_encoder(config)
     config.check_given()
     with process_group() as (rank, world), own_folder(out, config, resume, rank) as saved, advised(out):
         if rank == 0 and resume and not saved:

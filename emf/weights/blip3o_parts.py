@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ class Part:
     names: dict[str, str]
     """Name in the part -> name in the source."""
     shapes: dict[str, tuple[int, ...]]
-    """Name in the part -> shape, of everything that it should have. Empty: whatever the source has is taken."""
+    """Name in the part -> shape, of everything that it should have."""
 
 
 def read_config(folder: Path, keys: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
@@ -82,8 +82,7 @@ def read_config(folder: Path, keys: Mapping[str, Any]) -> tuple[dict[str, Any], 
 
 
 def parts(keys: Mapping[str, Any], config: dict[str, Any], caption_channels: int, where: Path) -> list[Part]:
-    """The AR part, the connector and, where they are there, the VAE and TA-Tok. Raises ValueError where the Qwen3
-    config makes no model."""
+    """The AR part and the connector. Raises ValueError where the Qwen3 config makes no model."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     try:
@@ -103,14 +102,16 @@ def parts(keys: Mapping[str, Any], config: dict[str, Any], caption_channels: int
         "linear_2.bias": (caption_channels,),
         "norm.weight": (caption_channels,),
     }
-    found = [
+    return [
         Part("language_model/model", {k: k for k in language}, language),
         Part("connector", {ours: CONNECTOR + k for k, ours in OURS.items()}, connector),
     ]
-    for prefix, path in ((VAE, "vae/diffusion_pytorch_model"), (TA_TOK, "ta_tok/model")):
-        if names := {k.removeprefix(prefix): k for k in keys if k.startswith(prefix)}:
-            found.append(Part(path, names, {}))
-    return found
+
+
+def beside(keys: Iterable[str]) -> list[str]:
+    """The names of an autoencoder's and an image tokenizer's weights: a checkpoint does not say their sizes, so nothing
+    could read them."""
+    return [k for k in keys if k.startswith((VAE, TA_TOK))]
 
 
 def write_language_files(source: Path, out: Path, config: dict[str, Any], dtype: str | None) -> None:

@@ -2,8 +2,9 @@
 
 The folder holds config.json (the sizes of the transformer, and where it came from) and transformer.safetensors, which
 has both of EMF's time embedders. Of BLIP3o-NEXT it holds language_model/ (a Qwen3 folder as transformers reads it),
-connector.safetensors and, where the source has them, vae/ and ta_tok/; config.json then has the Qwen3 config, the
-special token ids and the sizes of the connector too.
+connector.safetensors; config.json then has the Qwen3 config, the special token ids and the sizes of the connector too.
+Its autoencoder and image tokenizer are left out: they are read from SANA's folder and from TA-Tok's own file, which say
+their sizes.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from emf.model.transformer import Transformer
 from emf.show.progress import count_bytes
 from emf.weights import blip3o_parts, tensors
 from emf.weights.branches import BRANCHES, time_branches
+from emf.weights.converted import TRAINED
 from emf.weights.layouts import SANA, UNUSED, Layout, Piece, detect, infer, read_config
 from emf.weights.tensors import Item, Weights
 
@@ -97,6 +99,8 @@ def convert(
     unused = {"lm_head.weight"} if about.get("language_model", {}).get("tie_word_embeddings") else set()
     unused |= set(UNUSED) if layout.original else set()
     patterns = tuple(allow_missing), tuple(allow_extra), tuple(allow_misshaped)
+    beside = blip3o_parts.beside(weights.entries) if layout.prefix == SANA else []
+    unused |= set(beside)
     about["missing"] = left_out = _check(weights, parts, unused, patterns, source)
     plan = {path: _items(weights, wanted, left_out.get(path, []), dtype) for path, wanted in parts.items()}
     total = sum(item.bytes for items in plan.values() for item in items)
@@ -106,7 +110,11 @@ def convert(
         if "language_model" in about:
             blip3o_parts.write_language_files(folder, unfinished / "language_model", about["language_model"], dtype)
         (unfinished / "config.json").write_text(json.dumps(about, indent=2) + "\n")
-    return f"{source}: {kind}, {len(weights.entries)} tensors, {weights.bytes / 1e9:.2f} GB"
+    said = f"{source}: {kind}, {len(weights.entries)} tensors, {weights.bytes / 1e9:.2f} GB"
+    if beside:
+        said += f"; without the {len(beside)} of its autoencoder and image tokenizer"
+        said += ", which --data.vae and --data.ta-tok name"
+    return said
 
 
 def _files(folder: Path) -> list[Path]:
@@ -147,7 +155,7 @@ def _transformer(
             computed = partial(make, branch[-1], leaf) if embedder_init == "preserve" else None
             wanted.append(Wanted(name, layout.find(f"time_embed.{leaf}"), shape, computed))
     kind = "BLIP3o-NEXT" if layout.prefix else "original SANA" if layout.original else "diffusers SANA"
-    return wanted, kind + (" with EMF's time embedders" if released else "")
+    return wanted, kind + (TRAINED if released else "")
 
 
 def _check(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,12 @@ import torch
 
 from emf.model.sizes import TransformerConfig
 from emf.model.transformer import Transformer
+from emf.weights.checkpoints import WEIGHTS, checkpoints
 from emf.weights.layouts import read_settings
 from emf.weights.tensors import Weights
+
+TRAINED = " with EMF's time embedders"
+"""How a layout in words ends where the source had them."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,30 @@ class Converted:
     """Special token ids by name."""
     connector: dict[str, int]
     """Sizes of the connector."""
+    source: dict[str, Any]
+    """Where it came from: the path, the layout in words, how the two time embedders were made."""
+
+    @property
+    def made(self) -> str | None:
+        """How EMF's two time embedders were made of the pretrained one; None where the source had them, trained."""
+        if str(self.source.get("layout")).endswith(TRAINED):
+            return None
+        return str(self.source.get("embedder_init", "duplicate"))
+
+    def without_made(self, network: Transformer) -> Transformer:
+        """The transformer as the source had it: without time embedders that were made to be trained."""
+        if self.made is not None:
+            del network.time_embed_t, network.time_embed_r
+            network.config = replace(network.config, dual_time=False)
+        return network
+
+
+def is_base(folder: Path) -> bool:
+    """Whether a folder is one that `emf convert` wrote. Raises ValueError where its config.json is broken."""
+    file = folder / "config.json"
+    if not file.is_file() or (folder / WEIGHTS).is_file() or checkpoints(folder):
+        return False
+    return {"source", "transformer"} <= read_settings(file).keys()
 
 
 def read_converted(folder: Path) -> Converted:
@@ -40,7 +68,7 @@ def read_converted(folder: Path) -> Converted:
     if unknown := sorted(sizes.keys() - known):
         raise ValueError(f"checkpoint: {path}: transformer.{unknown[0]} is not known; convert it with this version")
     further = {key: tree.get(key, {}) for key in ("language_model", "tokens", "connector")}
-    return Converted(folder, TransformerConfig(**sizes), tree.get("missing", {}), **further)
+    return Converted(folder, TransformerConfig(**sizes), tree.get("missing", {}), **further, source=tree["source"])
 
 
 def load_converted(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Transformer, Converted]:

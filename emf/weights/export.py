@@ -26,7 +26,7 @@ from emf.show.progress import count_bytes
 from emf.weights import tensors
 from emf.weights.branches import BRANCHES
 from emf.weights.checkpoints import WEIGHTS, newest
-from emf.weights.folders import load_run
+from emf.weights.folders import load
 from emf.weights.layouts import DUAL, TEXT, read_settings, to_diffusers
 
 WHO = "weights: "  # how errors about the folder begin
@@ -44,8 +44,8 @@ def export(
     text: Path | None = None,
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
 ) -> Config:
-    """A run, or one of its checkpoints, as the folder `out` in diffusers' layout; see write_export. Low-rank adapters
-    are merged. Returns the run's config.
+    """A run, one of its checkpoints or a folder from emf convert as the folder `out` in diffusers' layout; see
+    write_export. Low-rank adapters are merged. Returns the run's config.
 
     base: a diffusers folder whose vae, text encoder and tokenizer go with it; None: that of the run's data
     text: a folder from emf convert whose language model goes with it; None: the run's condition
@@ -55,7 +55,7 @@ def export(
     """
     run, out = Path(run), Path(out)
     refuse_existing(out, WHO)
-    config, network = load_run(run)
+    config, network = load(run)
     if text is None and config.condition.kind == "blip3o":
         text = config.condition.folder or config.init
     state = {k: v.to(getattr(torch, dtype)) for k, v in merged(network.transformer).items()}

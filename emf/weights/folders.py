@@ -1,30 +1,39 @@
-"""A network with the config that made it, from a folder on disk: a run's, one of its checkpoints, or an export."""
+"""A network with the config that made it, from a folder on disk: a run's, one of its checkpoints, an export, or what
+`emf convert` wrote."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from emf.config import ConditionConfig, Config
 from emf.data.batches import DataConfig
 from emf.model.text_to_image import TextToImage
-from emf.model.transformer import Transformer
 from emf.network.build import encoder
 from emf.recipes import from_file
 from emf.weights.checkpoints import SETTINGS, newest
-from emf.weights.layouts import DUAL, read_config, read_settings
+from emf.weights.converted import is_base, load_converted
+from emf.weights.diffusers_folder import load_exported_transformer
+from emf.weights.layouts import read_settings
 from emf.weights.start import resumed
-from emf.weights.tensors import Weights, find, load_weights, read_metadata
+
+KINDS = {"Gemma2Model": "gemma", "Gemma2ForCausalLM": "gemma", "CLIPTextModel": "clip", "T5EncoderModel": "t5"}
+"""Kinds of text encoders by transformers' classes."""
 
 
 def load(folder: Path | str) -> tuple[Config, TextToImage]:
-    """(config, network) of a run, a checkpoint or an export, on the CPU, in eval mode. Raises ValueError where the
-    folder is none of them, or a part is missing or broken."""
+    """(config, network) of a run, a checkpoint, an export or a converted folder, on the CPU, in eval mode. Raises
+    ValueError where the folder is none of them, or a part is missing or broken."""
     folder = Path(folder)
-    return load_export(folder) if (folder / "model_index.json").is_file() else load_run(folder)
+    if (folder / "model_index.json").is_file():
+        return load_export(folder)
+    return load_base(folder) if is_base(folder) else load_run(folder)
+
+
+def weights_folder(folder: Path) -> Path:
+    """Where the weights of a network lie: an export's and a converted folder's in it, else those of the newest
+    checkpoint. Raises ValueError where there are none."""
+    return folder if (folder / "model_index.json").is_file() or is_base(folder) else newest(folder)
 
 
 def load_run(run: Path) -> tuple[Config, TextToImage]:
@@ -37,11 +46,7 @@ def load_run(run: Path) -> tuple[Config, TextToImage]:
 def load_export(folder: Path) -> tuple[Config, TextToImage]:
     """(config, network) of a folder in diffusers' layout with text parts: emf export's, or of a published SANA
     pipeline, which has no time embedders of EMF's. Raises ValueError where a part is missing."""
-    index = read_settings(folder / "model_index.json")
-    kinds = {"Gemma2Model": "gemma", "Gemma2ForCausalLM": "gemma", "CLIPTextModel": "clip", "T5EncoderModel": "t5"}
-    named = (index.get("text_encoder") or [None, None])[1]
-    how = {"kind": "blip3o" if (folder / "language_model").is_dir() else kinds.get(named)}
-    how |= index.get("_condition", {})
+    how = text_parts(folder)
     if how["kind"] in (None, "small"):
         raise ValueError(f"{folder} holds no text parts known here; export with --text, or from a base that has some")
     transformer = load_exported_transformer(folder / "transformer")
@@ -55,24 +60,39 @@ def load_export(folder: Path) -> tuple[Config, TextToImage]:
     return config, TextToImage(encoder(config), transformer).eval()
 
 
-def load_exported_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
-    """The transformer folder that `emf export` wrote, with both time embedders where it has them. Raises ValueError
-    where it is another."""
-    dual, config = folder / DUAL, read_config(folder / "config.json")
-    names = find(folder)
-    if not names:
-        raise ValueError(f"weights: {folder} holds none; expected diffusion_pytorch_model.safetensors")
-    if dual.is_file():
-        said = read_metadata(dual)
-        try:
-            scales: dict[str, Any] = {k: float(said[k]) for k in ("time_scale", "base_time_scale")}
-        except (KeyError, ValueError):
-            raise ValueError(f"{dual} does not say its time_scale and base_time_scale; export again") from None
-        config = replace(config, dual_time=True, **scales)
-        names.append(dual)
-    weights = Weights(names)
-    with torch.device("meta"):
-        network = Transformer(config)
-    network = network.to_empty(device="cpu").to(dtype)
-    load_weights(network, {k: weights.read(k) for k in weights.entries}, str(folder))
-    return network.eval()
+def text_parts(folder: Path) -> dict[str, Any]:
+    """The settings of the condition that a folder in diffusers' layout has; its `kind` is None where there is none."""
+    index = read_settings(folder / "model_index.json")
+    named = (index.get("text_encoder") or [None, None])[1]
+    how = {"kind": "blip3o" if (folder / "language_model").is_dir() else KINDS.get(named)}
+    return how | index.get("_condition", {})
+
+
+def load_base(folder: Path) -> tuple[Config, TextToImage]:
+    """(config, network) of a folder from `emf convert`: the published model as it was, without time embedders that were
+    made to be trained. A SANA's text encoder and autoencoder are those of the folder that it was made of.
+
+    Raises ValueError where that holds none any more, or a part is missing."""
+    transformer, converted = load_converted(folder)
+    transformer = converted.without_made(transformer)
+    origin = Path(str(converted.source.get("path", "")))
+    origin = origin.parent if (origin.parent / "model_index.json").is_file() else origin
+    if converted.language_model:
+        condition = ConditionConfig("blip3o", folder)
+    else:
+        there = (origin / "model_index.json").is_file()
+        kind = text_parts(origin)["kind"] if there else None
+        if kind is None:
+            raise ValueError(
+                f"{folder} holds no text encoder, and neither does {origin}, of which it was made; convert it of the "
+                "whole diffusers folder, with text_encoder and tokenizer"
+            )
+        condition = ConditionConfig(kind, origin)
+    config = Config(
+        recipe="converted",
+        objective="meanflow" if transformer.config.dual_time else "flow_matching",
+        transformer=transformer.config,
+        condition=condition,
+        data=DataConfig(vae=origin if (origin / "vae" / "config.json").is_file() else None),
+    )
+    return config, TextToImage(encoder(config), transformer).eval()

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from emf.config import Config
+from emf.model.sizes import TransformerConfig
 from emf.model.text_to_image import TextToImage
 from emf.model.transformer import Transformer
 from emf.network.build import adapt, assemble, build
+from emf.recipes import from_file
 from emf.weights import checkpoints
 from emf.weights.branches import add_time_branches
-from emf.weights.checkpoints import saved_names
-from emf.weights.converted import load_converted
+from emf.weights.checkpoints import SETTINGS, WEIGHTS, newest, saved_names
+from emf.weights.converted import is_base, load_converted
+from emf.weights.diffusers_folder import load_exported_transformer
 from emf.weights.tensors import load_weights, read_weights
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -33,11 +36,11 @@ def started(config: Config) -> TextToImage:
         if config.objective == "meanflow" and config.condition.kind != "small":
             raise ValueError("config: init names no weights to adapt; give --init, a folder from emf convert")
         return build(config)
-    if source.is_dir() and (source / "config.json").is_file():
+    if is_base(source):
         network = assemble(config, _converted(config, source))
     else:
         network = assemble(config, Transformer(config.transformer))
-        state = read_init(source)
+        state = _read_folder(source, config) if source.is_dir() else read_init(source)
         if config.transformer.dual_time:
             state = add_time_branches(state, config.transformer, config.embedder_init)
         _take(network, config, state, source)
@@ -51,6 +54,40 @@ def resumed(config: Config, checkpoint: Path) -> TextToImage:
     network = build(config)
     _take(network, config, checkpoints.read(checkpoint), checkpoint)
     return network
+
+
+def with_encoder(config: Config) -> Config:
+    """The config with the folder of the pretrained text encoder, where the run or export that config.init names has it:
+    a run does not hold what it did not train."""
+    source, c = config.init, config.condition
+    if source is None or c.kind == "small" or c.folder is not None or not source.is_dir() or is_base(source):
+        return config
+    folder: Path | None = source
+    if not (source / "model_index.json").is_file():
+        theirs = from_file(newest(source) / SETTINGS)
+        folder = (theirs.condition.folder or theirs.init) if theirs.condition.kind == c.kind else None
+    return replace(config, condition=replace(c, folder=folder))
+
+
+def _read_folder(source: Path, config: Config) -> dict[str, Tensor]:
+    """The weights of a run, a checkpoint or an export that a run starts from, in float32. Raises ValueError where the
+    folder is none of them, has adapters, or other sizes than the config's."""
+    if (source / "model_index.json").is_file():
+        transformer = load_exported_transformer(source / "transformer")
+        _check_sizes(source, transformer.config, config)
+        return {f"transformer.{k}": v for k, v in transformer.state_dict().items()}
+    if not (source / WEIGHTS).is_file() and not checkpoints.checkpoints(source):
+        raise ValueError(
+            f"weights: {source} is neither a run with a checkpoint, nor from emf convert or emf export; give one of "
+            "these, or a file of weights"
+        )
+    theirs = from_file(newest(source) / SETTINGS)
+    if theirs.lora.rank:
+        raise ValueError(
+            f"config: init {source} has adapters beside its weights; emf export merges them: give its folder"
+        )
+    _check_sizes(source, theirs.transformer, config)
+    return read_weights(newest(source) / WEIGHTS)
 
 
 def read_init(source: Path) -> dict[str, Tensor]:
@@ -70,11 +107,22 @@ def _take(network: TextToImage, config: Config, state: dict[str, Tensor], source
 def _converted(config: Config, folder: Path) -> Transformer:
     """The transformer of a folder from emf convert. Raises ValueError where it is not the config's."""
     network, converted = load_converted(folder)
-    there, here = asdict(converted.transformer), asdict(config.transformer)
-    if differ := [k for k in here if here[k] != there[k] and k not in FREE]:
-        names = ", ".join(f"--transformer.{k.replace('_', '-')} {there[k]}" for k in differ)
-        raise ValueError(f"config: init {folder} is of other sizes than the recipe's; say {names}")
+    _check_sizes(folder, converted.transformer, config)
     if not config.transformer.dual_time:  # the branches are made anew from what will have been trained
         del network.time_embed_t, network.time_embed_r
+    elif converted.made not in (None, config.embedder_init):
+        raise ValueError(
+            f"config: embedder_init {config.embedder_init}, but those of init {folder} were made by {converted.made}; "
+            f"say --embedder-init {converted.made}, or convert with --embedder-init {config.embedder_init}"
+        )
     network.config = config.transformer
     return network
+
+
+def _check_sizes(source: Path, theirs: TransformerConfig, config: Config) -> None:
+    """Raises ValueError where weights are of other sizes than the config's, or of other time scales."""
+    there, here = asdict(theirs), asdict(config.transformer)
+    free = FREE if theirs.dual_time and config.transformer.dual_time else (*FREE, "time_scale")
+    if differ := [k for k in here if here[k] != there[k] and k not in free]:
+        names = ", ".join(f"--transformer.{k.replace('_', '-')} {there[k]}" for k in differ)
+        raise ValueError(f"config: init {source} is of other sizes than the recipe's; say {names}")

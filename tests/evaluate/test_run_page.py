@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from emf.config import Config, to_json
 from emf.data.digits import TAGS
 from emf.evaluate.run_page import write_report
-from emf.recipes import digits, digits_base
+from emf.recipes import RECIPES, digits, digits_base
 from emf.show.sheet import captioned, write_sheet
 
 FM = {1: 0.12, 4: 0.48, 30: 0.72}
@@ -119,6 +120,16 @@ def test_says_what_is_missing_and_what_makes_it(tmp_path: Path) -> None:
     assert len(Page(text).images) == 6
     for file in ("scores.json", "samples.png"):
         assert f"{file} is missing; <code>emf evaluate digits {run}</code>" in text
+
+
+@pytest.mark.parametrize(("objective", "how"), [("meanflow", ""), ("flow_matching", " --flow-matching")])
+def test_a_run_of_a_large_model_is_sent_to_a_benchmark(tmp_path: Path, objective: Any, how: str) -> None:
+    """What it advises is a command that such a run can take: the digits' scorer is for the digits' runs."""
+    config = replace(RECIPES["sana-1.5-1.6b"](), steps=20, objective=objective)
+    run = fake_run(tmp_path / "large", config)
+    text = write_report(run).read_text()
+    command = f"emf evaluate geneval --prompts evaluation_metadata.jsonl --checkpoint {run}{how} --out DIR"
+    assert command in text and "emf evaluate digits" not in text and "eval-every" not in text
 
 
 @pytest.mark.parametrize(("captions", "cautioned"), [(6, True), (299, True), (300, False), (None, False)])

@@ -184,8 +184,7 @@ def test_the_language_model_tuned_with_the_transformer(world: World, tmp_path: P
     _, network = load(tmp_path / "out")
     assert torch.equal(network.state_dict()[name], weights[name])
     # frozen again, from those weights: they stay in the checkpoints
-    tuned = tmp_path / "one/checkpoints/step_0000002/model.safetensors"
-    flags = ["--init", str(tuned), "--condition.folder", str(world.base), "--out", str(tmp_path / "again")]
+    flags = ["--init", str(tmp_path / "one"), "--out", str(tmp_path / "again")]  # a run, which knows its encoder
     again = train(tmp_path, *world.recipe, *world.images, *flags, "--steps", "2")
     assert again.code == 0, again.text
     kept = load_file(tmp_path / "again/checkpoints/step_0000002/model.safetensors")
@@ -280,7 +279,7 @@ def test_what_does_not_fit_is_one_line(world: World, tmp_path: Path) -> None:
     out = ["--out", str(tmp_path / "run")]
     missing = [a for a in world.recipe if a not in ("--init", str(world.base))]
     cases: dict[str, list[str]] = {
-        "init names no weights": [*missing, *world.images],
+        "needs --init": [*missing, *world.images],
         "say --transformer.num-layers 2": [*world.recipe, *world.images, "--transformer.num-layers", "3"],
         "no such source": [*world.recipe, *world.images, "--data.sources", str(tmp_path / "no such source")],
         "give --data.ta-tok or a cache": [*world.recipe, *world.images[:2]],

@@ -20,8 +20,8 @@ from emf.model.autoencoder import load_dcae
 from emf.model.state import variant
 from emf.weights.convert import convert
 from emf.weights.converted import load_converted
+from emf.weights.diffusers_folder import load_exported_transformer
 from emf.weights.export import write_export
-from emf.weights.folders import load_exported_transformer
 from emf.weights.tensors import find
 
 SHARDED = pytest.mark.parametrize("size", ["10GB", "8KB"], ids=["one file", "shards"])
