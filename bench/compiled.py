@@ -51,29 +51,29 @@ class Compiled(Released):
             s.wrap = before
 
 
-def ways(s: Setting) -> dict[str, tuple[Step, Any]]:
-    """By name: the step, and the module whose gradients it leaves."""
+def ways(s: Setting, released: bool) -> dict[str, tuple[Step, Any]]:
+    """By name: the step, and the module whose gradients it leaves; released: the compiled released step too."""
     net, made = with_compiled_blocks(s.net), dict[str, tuple[Step, Any]]()
     for end, module in (("", s.net), (", compiled", net)):
         made[f"fm{end}"] = fm(lambda _, module=module: module), module  # type: ignore[misc]
         for share in SHARES:
             made[f"dual {share:g}{end}"] = dual(share, lambda _, module=module: module), module  # type: ignore[misc]
-    for name, kind in (("paper", Released), ("paper, compiled", Compiled)):
+    for name, kind in (("paper", Released), ("paper, compiled", Compiled))[: 1 + released]:
         try:
-            released = kind(s)
+            theirs = kind(s)
         except ImportError as error:
             print(f"{name}: diffusers is not installed ({error})", flush=True)
             continue
-        made[name] = released, released.net
+        made[name] = theirs, theirs.net
     return made
 
 
-def measure(size: str, layers: int, rounds: int) -> Iterator[dict[str, Any]]:
-    """The record after each round; layers: instead of the size's, where that is not 0."""
+def measure(size: str, layers: int, rounds: int, released: bool) -> Iterator[dict[str, Any]]:
+    """The record after each round; layers: instead of the size's, where that is not 0; released: as for ways."""
     chosen = SIZES[size]
     layers = layers or chosen.transformer.num_layers
     s = Setting(replace(chosen, transformer=replace(chosen.transformer, num_layers=layers)), torch.float32)
-    made, took = ways(s), dict[str, list[float]]()
+    made, took = ways(s, released), dict[str, list[float]]()
     want = made["dual 1"][0](s)[1].detach()
     for name, (step, module) in made.items():
         start = time.perf_counter()
@@ -110,11 +110,12 @@ def main() -> None:
     parser.add_argument("size", nargs="?", default="cpu", choices=SIZES)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--layers", type=int, default=0, help="of the model; default: the size's")
+    parser.add_argument("--ours", action="store_true", help="without the compiled released step")
     options = parser.parse_args()
     if min(options.rounds, options.layers + 1) < 1:
         parser.error(f"--rounds {options.rounds} --layers {options.layers}; expected at least 1 and 0")
     file = OUT / "cpu" / f"compiled-{core()}.json"
-    for record in measure(options.size, options.layers, options.rounds):
+    for record in measure(options.size, options.layers, options.rounds, not options.ours):
         print(f"round {record['head']['rounds']} of {options.rounds}", flush=True)
         if options.size == "cpu":
             file.write_text(json.dumps(record, indent=1) + "\n")
