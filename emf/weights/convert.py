@@ -106,7 +106,8 @@ def convert(
     total = sum(item.bytes for items in plan.values() for item in items)
     with whole_folder(out, WHO) as unfinished, count_bytes("convert", total) as advance:
         for path, items in plan.items():
-            tensors.write((unfinished / path).parent, Path(path).name, items, advance, int(shard_gb * 1e9))
+            most = total if path == "connector" else int(shard_gb * 1e9)  # which is read as one file
+            tensors.write((unfinished / path).parent, Path(path).name, items, advance, most)
         if "language_model" in about:
             blip3o_parts.write_language_files(folder, unfinished / "language_model", about["language_model"], dtype)
         (unfinished / "config.json").write_text(json.dumps(about, indent=2) + "\n")

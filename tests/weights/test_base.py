@@ -107,7 +107,8 @@ def test_a_blip3o_base_has_its_own_text_parts(tmp_path: Path, released: bool) ->
     tokenizer = byte_tokenizer(special + [f"<I{i}>" for i in range(50)], pad_token="<pad>", eos_token="<|im_end|>")
     sana.blip3o(tmp_path / "a", model, tied=True, extras=True, more=more, tokenizer=tokenizer)
     model.save_config(tmp_path / "sana")
-    convert(tmp_path / "a", tmp_path / "start", config=tmp_path / "sana" / "config.json")
+    convert(tmp_path / "a", tmp_path / "start", config=tmp_path / "sana" / "config.json", shard_gb=1e-5)
+    assert len(list((tmp_path / "start").rglob("*-of-*.safetensors"))) > 20  # and read below, the connector whole
     config, network = load(tmp_path / "start")
     assert config.condition == ConditionConfig("blip3o", tmp_path / "start")
     assert config.objective == ("meanflow" if released else "flow_matching")

@@ -14,10 +14,16 @@ from emf.config import Config
 from emf.files import read_object
 
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}
-OWN_KEYS = {  # fields of the config, from which the micro-batch is derived: no DeepSpeed JSON may say otherwise
+OWN_KEYS = {  # what the config alone decides: said in a DeepSpeed JSON it would be overruled, or have no effect
     "train_batch_size": "--batch-size",
     "train_micro_batch_size_per_gpu": "--batch-size and --zero.accumulation",
     "gradient_accumulation_steps": "--zero.accumulation",
+    "optimizer.params.lr": "--optim.lr",  # the loop sets it at every step
+    "scheduler": "--optim.warmup and --optim.decay",
+    "activation_checkpointing": "--transformer.checkpointing",
+    "dataloader_drop_last": "--data.sources, of which every batch is full",
+    "data_efficiency": "--data.sources and their weights",
+    "curriculum_learning": "--data.sources and their weights",
 }
 
 
@@ -75,13 +81,19 @@ def check_own_json(path: Path, own: Any) -> None:
     """Raises ValueError on a DeepSpeed JSON that DeepSpeed, or the training loop, would not follow."""
     if not isinstance(own, dict):
         raise ValueError(f"config: zero.json {path} holds {type(own).__name__}; expected an object")
-    if taken := [key for key in OWN_KEYS if key in own]:
+    if taken := [key for key in OWN_KEYS if _holds(own, key)]:
         raise ValueError(f"config: zero.json {path} sets {taken[0]}; use {OWN_KEYS[taken[0]]} instead")
     known = {value for value in vars(deepspeed.runtime.constants).values() if isinstance(value, str)}
     known |= {"zero_optimization", "activation_checkpointing", "comms_logger", "flops_profiler"}
     for key in own.keys() - known:  # DeepSpeed takes any key, and ignores what it does not know
         if close := difflib.get_close_matches(key, known, n=1, cutoff=0.8):
             raise ValueError(f"config: zero.json {path} sets {key}; did you mean {close[0]}?")
+
+
+def _holds(tree: Any, key: str) -> bool:
+    """Whether a tree has a key, the keys of its levels put together by points."""
+    first, _, rest = key.partition(".")
+    return isinstance(tree, dict) and first in tree and (not rest or _holds(tree[first], rest))
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
