@@ -41,8 +41,8 @@ check: $(VENV)/installed-test ## check formatting, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-static: $(VENV)/installed-test ## compile every kernel ahead of time, without a GPU: profiles/static/<arch>.json
-	env -u TRITON_INTERPRET $(BIN)/python -m bench.static
+static: $(VENV)/installed-test ## compile every kernel for six chips and predict its time, without a GPU; CHECK=1: hold the record
+	env -u TRITON_INTERPRET $(BIN)/python -m bench.gate $(if $(CHECK),--check)
 
 bench: $(VENV)/installed-test ## what a training step costs by every way to its tangent; BASE=rev: this tree beside a commit
 ifdef BASE

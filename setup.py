@@ -10,7 +10,7 @@ EVAL = [
     *("sentencepiece", "transformers", "tyro"),
 ]
 TRAIN = [*EVAL, "deepspeed", "nvtx", "peft"]
-TEST = [*TRAIN, "hypothesis", "mypy", "pytest", "pytest-benchmark", "pytest-xdist", "ruff", "webdataset"]
+TEST = [*TRAIN, "hypothesis", "mypy", "numba", "pytest", "pytest-benchmark", "pytest-xdist", "ruff", "webdataset"]
 
 setup(
     name="emf-meanflow",

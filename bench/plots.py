@@ -69,6 +69,32 @@ def memory(axes: Axes, record: dict[str, Any]) -> None:
     axes.set(xlabel="% of the step's time", ylabel="MiB", ylim=(min(0, line[:, 1].min() / 2**20), None))
 
 
+def floors(axes: Axes, rows: list[dict[str, Any]], clocks: dict[tuple[str, ...], float]) -> None:
+    """A bar a launch: its simulated time, against its bound (named by the unit) and its byte floor. clocks: measured
+    microseconds by (op, case, kernel, launch), a second bar where there are any."""
+    where = np.arange(len(rows))
+    thick = 0.38 if clocks else 0.7
+    predicted = [r["simulated_us"] for r in rows]
+    axes.barh(where - thick / 2 * bool(clocks), predicted, thick, color=EMF, alpha=0.45, label="simulated (predicted)")
+    if clocks:
+        times = [clocks.get((r["op"], r["case"], r["kernel"], r["launch"]), np.nan) for r in rows]
+        axes.barh(where + thick / 2, times, thick, color=FM, label="measured")
+    bounds = [max(r["bounds_us"].values()) for r in rows]
+    marks = dict(linestyle="none", markersize=11, markeredgewidth=2)
+    axes.plot(bounds, where, marker="|", color=EMF, label="bound by the unit named (predicted)", **marks)
+    axes.plot([r["floor_us"] for r in rows], where, marker="|", color=INK, label="its bytes, each once", **marks)
+    for i, r in enumerate(rows):
+        most = max(predicted[i], bounds[i], *([times[i]] if clocks and times[i] > 0 else []))
+        axes.annotate(r["binding"], (most, i), (4, 0), textcoords="offset points", va="center", fontsize=7.5)
+    names = [f"{r['op']} {r['kernel'][1:]}, {r['case'].removeprefix('sana-1.6b-')}, {r['launch']}" for r in rows]
+    axes.set_yticks(where, [name.replace(", sana-1.6b", "") for name in names], fontsize=7.5)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.grid(axis="y", visible=False)
+    axes.set(xlabel="microseconds", xscale="log")
+    axes.margins(x=0.12)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2, fontsize=8)
+
+
 def ratios(key: str, label: str, low: str = "", high: str = "", log: bool = False) -> Callable[..., None]:
     """Bars of a step record's rows: ratio to plain flow matching, or error; with the range where one was measured."""
 

@@ -8,20 +8,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from matplotlib.axes import Axes
-
-from bench import plots
+from bench import clocks, plots
+from bench.chips import CHIPS, TRUST
 from bench.ops import OUT
 from bench.step import CAPABILITIES, table
 from emf.files import read_json, write_text
 from emf.show import page
 from emf.show.page import Html, code, note, words
-from emf.show.plot import EMF, FM, GREY, plot
+from emf.show.plot import plot
 
 BENCHMARKS = OUT.parent / "docs" / "benchmarks.md"
 NO_GPU = Html(f"No GPU has run this yet: no time here is a GPU's; {code('make gpu')} fills those parts.")
-ARCHES = ("sm_80", "sm_90", "sm_100")
 
 
 def from_markdown(text: str) -> Html:
@@ -142,36 +139,60 @@ def ops_section(file: Path) -> Html:
     return Html(f"<h2>{words(f'Every op alone, {file.parent.name}')}</h2>{made}")
 
 
+def trust(found: dict[str, list[dict[str, Any]]]) -> Html:
+    """What was published beside what is predicted, and our own clocks beside the simulated times."""
+    rows = [
+        [r["what"], f"{r['published']:g} {r['unit']}", f"{r['predicted']:g} {r['unit']}", f"{r['ratio']:.2f}"]
+        for r in read_json(clocks.FILE)["rows"]
+        if r["ratio"] is not None
+    ]
+    for device, measured in found.items():
+        s = clocks.summary(measured)
+        ratio = f"{s['median']:.2f} ({s['least']:.2f} to {s['most']:.2f})"
+        rows.append([f"our own {s['launches']} launches on {device}", "the orange bars", "the blue bars", ratio])
+    return page.table(["Trust", "published or measured", "predicted", "its time over the predicted"], rows)
+
+
 def static_section() -> Html:
-    """What the compiler makes of every kernel."""
-    found = {arch: read_json(OUT / "static" / f"{arch}.json") for arch in ARCHES}
-
-    def draw(axes: Axes) -> None:
-        colors = dict(zip(ARCHES, (GREY, EMF, FM), strict=True))
-        names = list(dict.fromkeys(f"{r['op']} {r['kernel'][1:]}" for r in found["sm_90"]))
-        for shift, arch in zip((-0.22, 0, 0.22), ARCHES, strict=True):
-            at = [(r["registers"], names.index(f"{r['op']} {r['kernel'][1:]}") + shift) for r in found[arch]]
-            axes.scatter(*np.array(at).T, s=14, color=colors[arch], label=arch, linewidths=0)
-        axes.axvline(255, color=GREY, linewidth=0.8)
-        axes.set_yticks(range(len(names)), names, fontsize=8)
-        axes.invert_yaxis()
-        axes.set(xlabel="registers a thread (255: the most there are)")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.1), ncols=3)
-
+    """What the compiler makes of every kernel, and what binds it."""
+    found = {arch: read_json(OUT / "static" / f"{arch}.json") for arch in CHIPS}
+    measured = clocks.measured()
+    figures = {}
+    for arch in TRUST:
+        rows = [r for r in found[arch] if r["simulated_us"] and r["op"] != "time_embedding"]
+        rows = list({clocks.place(r): r for r in rows}.values())
+        device = next((name for name in measured if clocks.arch_of(name) == arch), "")
+        times = {clocks.place(r): r["us"] for r in measured.get(device, [])}
+        slow = max(rows, key=lambda r: r["simulated_us"] / max(max(r["bounds_us"].values()), r["floor_us"]))
+        alt = (
+            f"{CHIPS[arch].name}: {len(rows)} launches; furthest from its bound is {slow['op']} {slow['kernel']} "
+            f"{slow['launch']}, simulated {slow['simulated_us']:.0f} us, bound by {slow['binding']}"
+        )
+        title = f"{CHIPS[arch].name} ({arch}): every launch against its floor"
+        said = f"bfloat16, B 4; {TRUST[arch]}" + f"; measured on {device}" * bool(device)
+        draw = partial(plots.floors, rows=rows, clocks=times)
+        figures[arch] = plot(title, said, alt, draw, (7.4, 1.2 + (0.26 if times else 0.2) * len(rows)))
     spills = {a: sum(r["spill_bytes"] > 0 and r["op"] != "time_embedding" for r in rows) for a, rows in found.items()}
-    said = "; ".join(f"{arch}: {len(rows)} kernels, {spills[arch]} spill" for arch, rows in found.items())
-    figure = plot("Registers of every kernel", "a dot a case, value alone and with tangents", said, draw, (6.4, 5.6))
-    keys = ("registers", "spill_bytes", "shared_bytes", "hgmma", "hmma", "ldg128", "ldg")
-    rows = [[r["op"], r["kernel"], r["case"], arch, *(str(r[k]) for k in keys)] for arch in ARCHES for r in found[arch]]
-    heads = ["op", "kernel", "case", "arch", *(k.replace("_", " ") for k in keys)]
+    said = "; ".join(f"{arch}: {len(rows)} launches, {spills[arch]} spill" for arch, rows in found.items())
+    keys = ["registers", "spill_bytes", "shared_bytes", "hgmma", "hmma", "ldg128", "ldg", "occupancy", "waves"]
+    keys += ["binding", "floor_us", "simulated_us"]
+    table_rows = [
+        [r["op"], r["kernel"], r["case"], r["launch"], arch]
+        + [f"{max(r['bounds_us'].values()):.1f}", *("" if r[k] is None else str(r[k]) for k in keys)]
+        for arch, rows in found.items()
+        for r in rows
+    ]
+    heads = ["op", "kernel", "case", "launch", "arch", "bound us", *(k.replace("_", " ") for k in keys)]
     told = Html(
-        f"Compiled ahead of time, without a GPU ({code('make static')}). {words(said)}; the sinusoid's range reduction "
-        "keeps a stack of its own."
+        f"Compiled ahead of time, without a GPU ({code('make static')}): every time here is predicted from the machine "
+        "code, unless it is called measured. A launch cannot be faster than the blue mark, whose unit is named, nor "
+        "move its bytes faster than the black one, which covers the blue one where memory binds. What a bar has beyond "
+        "both is latency that nothing hides. "
+        f"{words(said)}; the sinusoid's range reduction keeps a stack of its own."
     )
-    every = page.folded(f"All {len(rows)}", page.table(heads, rows))
-    return Html(
-        f"<h2>What the compiler makes of every kernel</h2>{note(told)}{page.figures([figure])}{every}",
-    )
+    every = page.folded(f"All {len(table_rows)}", page.table(heads, table_rows))
+    shown = page.wide(figures.pop("sm_90")) + page.folded("A100 and B200", Html("".join(figures.values())))
+    return Html(f"<h2>What binds every kernel, predicted</h2>{note(told)}{trust(measured)}{shown}{every}")
 
 
 def precision_section() -> Html:

@@ -21,9 +21,10 @@ os.environ["TRITON_INTERPRET"] = "0"  # decided when emf_kernels is first import
 
 import torch
 
+from bench.chips import CHIPS
 from bench.kernels import device_us
 from bench.ops import DEVICE, GPU, outputs, require_grad
-from bench.static import ARCHS, SHARED, bench_cases, configured, launches, measure
+from bench.static import ARCHS, bench_cases, configured, launches, measure
 from emf_kernels import Case, Dual, Op, launch
 
 Config = dict[str, int]
@@ -64,7 +65,9 @@ def by_figures(asking: list[tuple[Op, Case]], arch: str, key: launch.Key, config
         if candidate is config:
             wide = min(row["ldg128"] for row in rows)
         loads = min(row["ldg128"] for row in rows) > 0 or not wide
-        if loads and all(not row["spill_bytes"] and row["shared_bytes"] <= SHARED[arch] * 1024 for row in rows):
+        if loads and all(
+            not row["spill_bytes"] and row["shared_bytes"] <= 1024 * CHIPS[arch].shared_kib for row in rows
+        ):
             return candidate
         new = [c for c in neighbours(candidate) if c not in seen]
         queue, seen = queue + new, seen + new

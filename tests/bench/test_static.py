@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels (bench/static.py): as recorded, and within what a Hopper has."""
+"""What the compiler makes of the kernels (bench/static.py): as recorded, and within what each chip has."""
 
 from __future__ import annotations
 
@@ -13,20 +13,28 @@ import torch
 from places import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bench.bounds import UNITS
+from bench.chips import CHIPS, TRUST
 from emf_kernels import REGISTRY, launch
 
-KEYS = {"op", "kernel", "case", "arch", "registers", "spill_bytes", "shared_bytes", "hgmma", "hmma", "ldg128", "config"}
+KEYS = {"op", "kernel", "case", "arch", "launch", "registers", "spill_bytes", "shared_bytes", "hgmma", "hmma"}
+KEYS |= {"ldg128", "config", "calls", "bounds_us", "binding", "floor_us", "simulated_us", "occupancy", "waves"}
+KEYS |= {"instructions"}
 
 
 def record(arch: str) -> list[dict[str, Any]]:
     return json.loads((ROOT / "profiles" / "static" / f"{arch}.json").read_text())
 
 
-@pytest.fixture(scope="module", params=["sm_80", "sm_90", "sm_100"])
-def compiled(request: pytest.FixtureRequest) -> tuple[str, list[dict[str, Any]]]:
-    """(architecture, every kernel, compiled for it now)."""
-    command = f"import json; from bench.static import rows; print(json.dumps(list(rows('{request.param}'))))"
-    return request.param, json.loads(python(command))
+@pytest.fixture(scope="module")
+def launched() -> dict[str, list[dict[str, Any]]]:
+    """Every launch of the bench cases by architecture, with its configuration; nothing is compiled."""
+    command = (
+        "import json; from bench.static import ARCHS, bench_cases, config, named\n"
+        "every = lambda arch: [n | {'config': config(one)} for c in bench_cases([]) for n, one in named(arch, *c)]\n"
+        "print(json.dumps({arch: every(arch) for arch in ARCHS}))"
+    )
+    return json.loads(python(command))
 
 
 def asked() -> list[tuple[str, str, dict[str, int]]]:
@@ -41,44 +49,69 @@ def asked() -> list[tuple[str, str, dict[str, int]]]:
 
 def python(command: str) -> str:
     """What a process prints in which kernels are compiled: they are interpreted in this one."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def name(row: dict[str, Any]) -> tuple[str, str, str]:
-    return row["op"], row["kernel"], row["case"]
+def name(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[k] for k in ("op", "kernel", "case", "arch", "launch", "calls"))
 
 
-def test_records_are_of_the_kernels_that_there_are(compiled: tuple[str, list[dict[str, Any]]]) -> None:
+def spoken(row: dict[str, Any]) -> str:
+    return " ".join(map(str, name(row)))
+
+
+@pytest.mark.parametrize("arch", CHIPS)
+def test_records_are_of_the_kernels_that_there_are(arch: str, launched: dict[str, list[dict[str, Any]]]) -> None:
     """`make static` renews them."""
-    arch, now = compiled
     rows = record(arch)
-    assert all(row.keys() >= KEYS and row["arch"] == arch for row in rows)
-    assert [(name(row), row["config"]) for row in rows] == [(name(row), row["config"]) for row in now]
+    assert all(row.keys() >= KEYS for row in rows)
+    assert [(name(row), row["config"]) for row in rows] == [(name(row), row["config"]) for row in launched[arch]]
     assert {row["op"] for row in rows} == {op.name for op in REGISTRY.values() if op.triton}
 
 
-def test_what_the_compiler_makes_of_them(compiled: tuple[str, list[dict[str, Any]]]) -> None:
-    arch, now = compiled
-    for row in now:
-        # the stack of a sinusoid is the range reduction of large arguments, not a spill
-        assert row["spill_bytes"] == 0 or row["op"] == "time_embedding", row
-        assert row["shared_bytes"] <= (163 if arch == "sm_80" else 227) * 1024, row  # what a block may have
+def swept(row: dict[str, Any]) -> bool:
+    """Whether a launch's configuration was found by a GPU's clock."""
+    rows = json.loads((launch.CONFIGS / f"{row['arch']}.json").read_text())
+    mine = [r for r in rows if r["kernel"] == f"{row['op']}.{row['kernel']}" and r["found"] == "sweep"]
+    return any(r["config"].items() <= row["config"].items() for r in mine)
+
+
+@pytest.mark.parametrize("arch", CHIPS)
+def test_what_the_compiler_makes_of_them(arch: str) -> None:
+    for row in record(arch):
+        # the stack of a sinusoid is the range reduction of large arguments, not a spill; and where a GPU's clock found
+        # a configuration that spills to be the fastest of its neighbours, the clock is right
+        assert row["spill_bytes"] == 0 or row["op"] == "time_embedding" or swept(row), spoken(row)
+        assert row["shared_bytes"] <= CHIPS[arch].shared_kib * 1024, spoken(row)  # what a block may have
         if row["op"] == "attention" and arch == "sm_90":
-            assert row["hgmma"] and not row["hmma"], row
+            assert row["hgmma"] and not row["hmma"], spoken(row)
         elif row["op"] == "glumbconv":
-            assert not row["shared_bytes"], row  # two channels a thread: a warp loads whole lines
+            assert not row["shared_bytes"], spoken(row)  # two channels a thread: a warp loads whole lines
         elif row["op"] not in ("time_embedding", "linear_attention"):
-            assert row["ldg128"], row
+            assert row["ldg128"], spoken(row)
+
+
+@pytest.mark.parametrize("arch", CHIPS)
+def test_every_launch_has_its_bounds(arch: str) -> None:
+    """The largest of them binds, and nothing is simulated to be faster."""
+    units = [unit for unit in UNITS if unit != "L2" or CHIPS[arch].l2]
+    for row in record(arch):
+        bounds = row["bounds_us"]
+        assert list(bounds) == units and bounds[row["binding"]] == max(bounds.values()), spoken(row)
+        assert (row["simulated_us"] is not None) == (arch in TRUST), spoken(row)
+        assert row["simulated_us"] is None or row["simulated_us"] >= 0.99 * max(bounds.values()), spoken(row)
+        assert 0 < row["occupancy"] <= CHIPS[arch].warps and row["waves"] >= 0, spoken(row)
+        assert row["floor_us"] == bounds["DRAM"] and sum(row["instructions"].values()) > 0, spoken(row)
 
 
 def test_configurations_answer_what_the_bench_cases_ask() -> None:
     """`make tune` renews them: a row for each kernel and shape class, with the parameters that the kernel has."""
     want = {(kernel, shape): default.keys() for kernel, shape, default in asked()}
-    assert {file.stem for file in launch.CONFIGS.glob("*.json")} >= {"sm_80", "sm_90", "sm_100"}
+    assert {file.stem for file in launch.CONFIGS.glob("*.json")} >= CHIPS.keys()
     for file in launch.CONFIGS.glob("*.json"):
         rows = json.loads(file.read_text())
         found = {launch.key("", row["kernel"], row["shape"])[1:]: row["config"].keys() for row in rows}
