@@ -43,7 +43,10 @@ from emf_kernels import REGISTRY, Case, Dual, Op, backend, launch
 ARCHS = tuple(CHIPS)
 OUT = Path(__file__).parent.parent / "profiles" / "static"
 TOOL = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.bool: "*i1"}
+POINTERS = {
+    **{torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"},
+    **{torch.bool: "*i1", torch.int32: "*i32"},
+}
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 Rows = dict[launch.Key, dict[str, int]]
 

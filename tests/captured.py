@@ -50,9 +50,10 @@ def run(tensors: dict[str, Any], dots: dict[str, Tensor], fixed: dict[str, Any],
     return torch.stack([(o.primal if isinstance(o, Dual) else o).sum() for o in y]).sum()
 
 
-def captured(op: Op, dynamic: bool = False) -> dict[str, list[int]]:
-    """Launches in forward and backward: of the compiled graphs, and of eager calls. Anything but one graph raises."""
-    case = next((case for case in op.cases if case.b < case.shape["B"]), op.cases[0])
+def captured(op: Op, name: str = "", dynamic: bool = False) -> dict[str, list[int]]:
+    """Launches in forward and backward: of the compiled graphs, and of eager calls. Anything but one graph raises.
+    name: of a case; else one is taken that is split, where there is one."""
+    case = next((c for c in op.cases if (c.name == name if name else c.b < c.shape["B"])), op.cases[0])
     args, dots, _ = make(op, case, torch.float32)
     leaves = [args[k] for k in require_grad(op, args)]
     fixed = {k: v for k, v in args.items() if not isinstance(v, Tensor)}
@@ -111,5 +112,7 @@ if __name__ == "__main__":
         mock.patch("emf_kernels.launch.INTERPRETED", True),  # so that kernels are taken off a GPU
     ):
         found = {op.name: captured(op) for op in REGISTRY.values() if op.triton}
+        for name in ("bias", "block-mask", "packed"):  # attention, whose launches are others then
+            found[name] = captured(REGISTRY["attention"], name)
         found["dynamic sizes"] = captured(REGISTRY["linear_attention"], dynamic=True)
         print(json.dumps(found | {"step": whole_step()}))

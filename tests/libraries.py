@@ -69,7 +69,7 @@ def check_backward(file: Any) -> None:
             CALLS.clear()
             torch.use_deterministic_algorithms(deterministic)
             with mock.patch("emf_kernels.launch._attention_library", lambda *_, library=library: library):
-                grads = file.backward((q, k, v, mask, o, lse, causal, 0.3), do)
+                grads = file.backward((q, k, v, mask, o, lse, causal, 0.3, None, None, None, None, False), do)
             torch.use_deterministic_algorithms(False)
             assert [g.shape for g in grads] == [q.shape, k.shape, v.shape], told
             if not library or dtype not in HALF or D % 8 or masked or deterministic:

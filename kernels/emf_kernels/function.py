@@ -154,6 +154,15 @@ def transforming() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
+def requires_grad(x: Tensor) -> bool:
+    """Whether a gradient of x may be asked for, by any of the transforms that it is wrapped in."""
+    while not x.requires_grad:
+        if torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return False
+        x = torch._C._functorch.get_unwrapped(x)
+    return True
+
+
 class _Note:
     """What Transformed's forward tells its setup_context: how many outputs there are, and what is saved: positions
     among the arguments and outputs."""

@@ -61,7 +61,7 @@ def lift(reference: Callable[..., Any], batched: Sequence[str] = ()) -> Callable
 
     reference: tensors -> tensor or tuple of tensors, each [B, ...].
     batched: names of the arguments whose first dimension is the batch; a plain Tensor among them is a constant per
-             sample. Duals always are.
+             sample, or has one entry for all samples. Duals always are.
     The result takes Duals where the reference takes tensors, and returns Duals. The batch is split (dual on the first b
     samples, plain on the rest), so no value is computed twice.
     """
@@ -82,7 +82,7 @@ def lift(reference: Callable[..., Any], batched: Sequence[str] = ()) -> Callable
             # split, not two slices: its backward is one concatenation instead of two zero-filled buffers and a sum
             halves = [
                 torch.split(primal(a), [b, total - b])
-                if isinstance(a, Dual) or (i in batch and isinstance(a, Tensor))
+                if isinstance(a, Dual) or (i in batch and isinstance(a, Tensor) and a.shape[0] == total)
                 else (a, a)
                 for i, a in enumerate(args)
             ]

@@ -56,11 +56,12 @@ def wide(*tensors: Tensor | None) -> bool:
 
 
 def fitting(
-    op: str, default: dict[str, int], q: Tensor, queries: int, keys: int, stays: str = "BLOCK_Q"
+    op: str, default: dict[str, int], q: Tensor, queries: int, keys: int, stays: str = "BLOCK_Q", *, pairs: int = 0
 ) -> dict[str, int]:
     """The tiles halved until they fit into a program's shared memory, which GPUs for desktops have half as much of.
 
     queries, keys: how many tensors a kernel holds a tile of; stays: of those named, one tile, of the others num_stages.
+    pairs: bytes that it holds of each pair of a query and a key, num_stages times.
     """
     default, row = dict(default), max(16, next_power_of_2(q.shape[3])) * q.element_size()
     row = row if q.element_size() == 2 else 2 * row  # the parts of which the three products are made
@@ -68,7 +69,8 @@ def fitting(
 
     def needed() -> int:
         stages = {name: 1 if name == stays else default["num_stages"] for name in held}
-        return sum(stages[name] * held[name] * default[name] for name in held) * row
+        both = pairs * default["num_stages"] * default["BLOCK_Q"] * default["BLOCK_K"] if pairs else 0
+        return sum(stages[name] * held[name] * default[name] for name in held) * row + both
 
     while needed() > most:
         name = max(held, key=lambda name: (default[name] > 16, held[name] * default[name]))

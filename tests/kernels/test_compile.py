@@ -24,7 +24,7 @@ def findings() -> dict[str, dict[str, list[int]]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-NAMES = [*(op.name for op in REGISTRY.values() if op.triton), "dynamic sizes", "step"]
+NAMES = [*(op.name for op in REGISTRY.values() if op.triton), "bias", "block-mask", "packed", "dynamic sizes", "step"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -122,16 +122,26 @@ def test_linear_attention_where_products_truncate(monkeypatch: pytest.MonkeyPatc
     assert relative_error(got.tangent, o_dot) < 1e-3
 
 
+@pytest.mark.parametrize(("heads", "causal"), [(3, False), (1, False), (3, "lower right")])
 @pytest.mark.parametrize("library", ["cudnn", "flash"])
-def test_a_library_takes_what_attention_hands_it(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+def test_a_library_takes_what_attention_hands_it(
+    monkeypatch: pytest.MonkeyPatch, library: str, heads: int, causal: bool | str
+) -> None:
     """Arguments and shapes only, on tensors without data; a GPU's parity tests judge the numbers."""
     monkeypatch.setattr(launch, "_attention_library", lambda index, cudnn: library)
     monkeypatch.setattr(kernel_file("attention"), "_bwd_q", None)  # of which ours is made
+    monkeypatch.setattr(launch, "configuration", lambda kernel, x, default, **shape: default)
+    monkeypatch.setattr(launch, "shared_memory", lambda x: 227 * 1024)
     with FakeTensorMode():
-        q, k = (torch.empty(2, n, 3, 112, dtype=torch.bfloat16, device="cuda") for n in (64, 40))
-        dq, dk, dv = kernel_file("attention").backward(
-            (q, k, k, None, q, torch.empty(2, 3, 64, device="cuda"), False, 112**-0.5), q
-        )
+        q, k = (torch.empty(2, n, h, 112, dtype=torch.bfloat16, device="cuda") for n, h in ((64, 3), (40, heads)))
+        lse = torch.empty(2, 3, 64, device="cuda")
+        saved = (q, k, k, None, q, lse, causal, 112**-0.5, None, None, None, None, False)
+        dq, dk, dv = kernel_file("attention").backward(saved, q)
+        mask = torch.empty(2, 40, dtype=torch.bool, device="cuda")
+        bias, cu = torch.empty(1, 1, 64, 40, device="cuda"), torch.empty(2, 3, dtype=torch.int32, device="cuda")
+        for ours in ({6: True}, {3: mask}, {8: bias}, {10: cu, 11: cu}):  # what it has not got
+            with pytest.raises(TypeError, match="NoneType"):
+                kernel_file("attention").backward([ours.get(i, a) for i, a in enumerate(saved)], q)
     assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, k.shape)
 
 
@@ -189,6 +199,9 @@ def test_attention_takes_smaller_tiles_where_shared_memory_is_small(
     small = file.config(q, 512, (True, True, True), False)
     row = D * q.element_size() * (1 if dtype == torch.float16 else 2)
     assert (2 * small["BLOCK_Q"] + 4 * small["num_stages"] * small["BLOCK_K"]) * row <= 99 * 1024
+    biased = file.config(q, 512, (True, False, False), 2)
+    pairs = biased["num_stages"] * biased["BLOCK_Q"] * biased["BLOCK_K"] * (q.element_size() + 1)
+    assert (2 * biased["BLOCK_Q"] + 2 * biased["num_stages"] * biased["BLOCK_K"]) * row + pairs <= 99 * 1024
     assert small["BLOCK_Q"] * small["BLOCK_K"] <= large["BLOCK_Q"] * large["BLOCK_K"]
 
 
