@@ -131,7 +131,8 @@ def operand(text: str) -> Operand:
     if body in FLOATS:
         return Operand("I", FLOATS[body], **signs)
     if re.fullmatch(r"-?\d[\d.e+-]*", body):
-        return Operand("I", int(np.float32(body).view(np.uint32)), **signs)
+        with np.errstate(over="ignore"):  # of an instruction on float64, whose numbers are not computed here
+            return Operand("I", int(np.float32(body).view(np.uint32)), **signs)
     return Operand("S" if body.startswith("SR") else "X", **signs)
 
 

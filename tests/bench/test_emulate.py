@@ -101,6 +101,7 @@ def test_threads_that_part_meet_again() -> None:
         ("SEL R2, R1, 0x9, !PT", (9, 0)),
         ("VIMNMX R2, R0, R1, PT", (0xFFFFFFFF, 0)),
         ("IMNMX.U32 R2, R0, R1, PT", (7, 0)),
+        ("VIADDMNMX R2, R0, -R1, 0xfffffff0, !PT", (0xFFFFFFF8, 0)),
         ("IABS R2, R0", (1, 0)),
         ("IADD3 R2, -R1, 0x3, RZ", (0xFFFFFFFC, 0)),
         ("HFMA2.MMA R2, -RZ, RZ, 0, 5.9604644775390625e-08", (1, 0)),
