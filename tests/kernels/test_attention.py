@@ -71,7 +71,7 @@ def test_each_cell_of_the_table(one: str, other: str) -> None:
             compare(outcome(attention, case, torch.float32, ours, DEVICE), plain, exact, torch.float32)
     elif cell == "no":
         for name in ("reference", "triton"):
-            with backend(name), pytest.raises(ValueError, match="^attention: cu_seqlens_q and cu_seqlens_k with"):
+            with backend(name), pytest.raises(ValueError, match="^attention: cu_seqlens_q and cu_seqlens_k beside"):
                 attention(**make(attention, case, torch.float32, DEVICE)[0])
 
 
@@ -101,7 +101,7 @@ CU = torch.tensor([[0, 3, 5], [0, 1, 5]], dtype=torch.int32)
         (dict(bias=torch.ones(1, 1, 1, 7)), r"bias is \(1, 1, 1, 7\); expected \(1, 1, 5, 7\)"),
         (dict(bias=torch.ones(5, 7)), r"bias is \(5, 7\); expected \(2, 4, 5, 7\)"),
         (dict(bias=Dual(torch.ones(2, 1, 5, 7), torch.ones(2, 1, 5, 7))), "bias takes no tangent"),
-        (dict(cu_seqlens_q=CU), "cu_seqlens_q with a mask or bias, or alone; expected both, and neither"),
+        (dict(cu_seqlens_q=CU), "cu_seqlens_q alone; expected cu_seqlens_q and cu_seqlens_k, without a mask or bias"),
         (
             dict(cu_seqlens_q=CU.long(), cu_seqlens_k=CU.long()),
             "cu_seqlens_q is torch.int64 on cpu; expected torch.int32",
@@ -292,3 +292,22 @@ def test_what_sdpa_refuses() -> None:
     ):
         with pytest.raises(ValueError, match=f"^scaled_dot_product_attention: .*{message}"):
             sdpa(**(dict(query=q, key=k, value=k) | wrong))
+
+
+@pytest.mark.parametrize("causal", [False, True, "lower right"])
+def test_a_place_beyond_the_row_is_its_end(causal: Any) -> None:
+    args, x_dot, _ = make(
+        attention, Case("", dict(B=2, Nq=30, Nk=25, H=1, D=16, packed=1, b=1), tuple("qkv")), torch.float32
+    )
+    beyond = {k: torch.tensor([[0, 5, 99], [3, 10, 20]], dtype=torch.int32) for k in ("cu_seqlens_q", "cu_seqlens_k")}
+    ends = {"cu_seqlens_q": 30, "cu_seqlens_k": 25}
+    within = {k: torch.tensor([[0, 5, n], [3, 10, 20]], dtype=torch.int32) for k, n in ends.items()}
+    wanted: Any = None
+    for name in ("reference", "triton"):
+        for places in (within, beyond):
+            with backend(name):
+                duals = {k: Dual(args[k], x_dot[k]) for k in "qkv"}
+                o = attention(**duals, causal=causal, **places)
+            wanted = o if wanted is None else wanted
+            torch.testing.assert_close(o.primal, wanted.primal, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(o.tangent, wanted.tangent, rtol=1e-4, atol=1e-4)

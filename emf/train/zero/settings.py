@@ -24,6 +24,8 @@ OWN_KEYS = {  # what the config alone decides: said in a DeepSpeed JSON it would
     "dataloader_drop_last": "--data.sources, of which every batch is full",
     "data_efficiency": "--data.sources and their weights",
     "curriculum_learning": "--data.sources and their weights",
+    "zero_optimization.compute_grad_norm": "the default, which finds a step that is not finite,",
+    "bf16.check_grad_overflow": "the default, which finds a step that is not finite,",
 }
 
 

@@ -100,7 +100,7 @@ def sequences(cu: Tensor, N: int) -> tuple[Tensor, Tensor, Tensor]:
     at = torch.arange(N, dtype=cu.dtype, device=cu.device).expand(len(cu), N).contiguous()
     of = torch.searchsorted(cu.contiguous(), at, right=True)
     inside = (of > 0) & (of < cu.shape[1])
-    begin, end = cu.gather(1, (of - 1).clamp(0)), cu.gather(1, of.clamp(max=cu.shape[1] - 1))
+    begin, end = cu.gather(1, (of - 1).clamp(0)), cu.gather(1, of.clamp(max=cu.shape[1] - 1)).clamp(max=N)
     return torch.where(inside, of, -1), at - begin, end - begin
 
 
@@ -186,7 +186,7 @@ def forward(values: Sequence[Any], dots: Sequence[Tensor | None], b: int) -> Any
     for first, count, live in ((0, b, [d is not None for d in dots]), (b, B - b, [False] * 3)):
         if count:
             constants = config(q, Nk, live, 2 if by_pair else mask is not None and block is None, block)
-            edge = what in ("keys", "dense") or causal or places or Nk % constants["BLOCK_K"] > 0
+            edge = what in ("keys", "dense") or causal or places or Nk % (block or constants["BLOCK_K"]) > 0
             _fwd[(tiles(Nq, constants["BLOCK_Q"], places), H, count)](
                 q, k, v, given, bias, read_only(cu_q), read_only(cu_k), *dots, o, o_dot, lse,
                 *strides(q, 3), *strides(k, 3), *strides(v, 3), *shared(given, 0), *shared(bias),
@@ -301,7 +301,8 @@ def accepts(
         name: cu for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)) if cu is not None
     }
     if given and (len(given) < 2 or mask is not None or bias is not None):
-        raise ValueError(f"attention: {' and '.join(given)} with a mask or bias, or alone; expected both, and neither")
+        what = f"{' and '.join(given)} {'beside a mask or bias' if len(given) == 2 else 'alone'}"
+        raise ValueError(f"attention: {what}; expected cu_seqlens_q and cu_seqlens_k, without a mask or bias")
     sizes = {tuple(cu.shape) for cu in given.values()}
     for name, cu in given.items():
         if cu.dtype != torch.int32 or cu.device != q.device:

@@ -33,6 +33,7 @@ CASES = [
     Case("bias-key-mask", dict(B=3, Nq=9, Nk=21, H=1, D=16, biased=1, bias_b=3, masked=1), ("q", "k")),
     Case("bias-dense-mask-causal", dict(B=2, Nq=9, Nk=21, H=2, G=1, D=16, biased=2, masked=2, causal=1), ("q",)),
     Case("block-mask", dict(B=2, Nq=50, Nk=100, H=1, D=16, masked=48, mask_b=2, b=1), QKV),
+    Case("block-mask-past-the-keys", dict(B=2, Nq=50, Nk=64, H=1, D=16, masked=48, mask_b=2, b=1), QKV),
     Case(
         "block-mask-bias-causal",
         dict(B=1, Nq=37, Nk=37, H=2, G=1, D=16, masked=16, mask_h=2, biased=1, bias_h=2, causal=1),
