@@ -92,7 +92,9 @@ class LoraConfig:
     """Ends of the names of the linear layers that get an adapter."""
 
     def __post_init__(self) -> None:
-        at_least("lora", self, rank=0)
+        at_least("lora", self, rank=0, alpha=1)
+        if self.rank and not self.targets:
+            raise ValueError("config: lora.targets names no layer; expected ends of names, as to_q")
 
 
 @dataclass(frozen=True)

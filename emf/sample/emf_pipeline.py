@@ -97,7 +97,7 @@ class EMFPipeline(DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[Any], **kwargs: Any) -> Any:
         """A folder from `emf export`; kwargs are DiffusionPipeline.from_pretrained's (torch_dtype, vae=None, ...),
-        conditioning (see Conditioning), and adapters: a folder from `emf export --adapters True`, which is merged into
+        conditioning (see Conditioning), and adapters: a folder from `emf export --adapters`, which is merged into
         the transformer; the base may then be SANA as it was published. Raises ValueError where it is another."""
         folder, adapters = Path(pretrained_model_name_or_path), kwargs.pop("adapters", None)
         kwargs.setdefault("transformer", None)

@@ -156,6 +156,10 @@ def put_on(transformer: Transformer, adapters: Adapters, source: Path | str) -> 
     if unfit := [name for name, shape in wanted.items() if there.get(name) != shape]:
         has = f"{there[unfit[0]]} there" if unfit[0] in there else "not there"
         raise ValueError(f"lora: {source} is of another transformer: {unfit[0]} is {wanted[unfit[0]]}, and {has}")
+    # tables are trained in every block or in none, so a block without one is a block that the adapters do not know
+    tables = {name for name in there if name.startswith("transformer_blocks.") and name.endswith("scale_shift_table")}
+    if (known := tables & full.keys()) and known != tables:
+        raise ValueError(f"lora: {source} is of another transformer: of {len(known)} blocks, and {len(tables)} there")
     transformer.config = config
     for branch, module in added.items():
         transformer.add_module(branch, module.train(transformer.training))

@@ -39,3 +39,20 @@ def test_what_is_the_optimizers_own_is_taken(tmp_path: Path) -> None:
     made = engine_config(with_json(tmp_path, tree), 1)
     params = made["optimizer"]["params"]
     assert (params["eps"], params["lr"], made["gradient_clipping"]) == (1e-6, digits().optim.lr, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"optimizer": None}, "optimizer to None; expected an object"),
+        ({"optimizer": "AdamW"}, "optimizer to 'AdamW'; expected an object"),
+        ({"optimizer": {"params": 5}}, "optimizer.params to 5; expected an object"),
+        ({"zero_optimization": True}, "zero_optimization to True; expected an object"),
+        ({"bf16": True}, "bf16 to True; expected an object"),
+        ({"gradient_clipping": "high"}, "gradient_clipping to 'high'; expected a number"),
+    ],
+)
+def test_a_value_of_another_kind_is_one_line(tree: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as told:
+        engine_config(with_json(tmp_path, tree), 1)
+    assert str(told.value) == f"config: zero.json {tmp_path}/own.json sets {message}"

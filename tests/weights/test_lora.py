@@ -193,6 +193,10 @@ def test_what_does_not_fit_is_one_line(trained: tuple[Path, TextToImage], tmp_pa
 
     with pytest.raises(ValueError, match="lora exists"):
         export_adapters(run, folder)
+    layers = network.transformer.config.num_layers
+    deeper = Transformer(replace(network.transformer.config, num_layers=layers + 1, dual_time=False))
+    with pytest.raises(ValueError, match=f"of {layers} blocks, and {layers + 1} there"):
+        put_on(deeper, read_adapters(folder), folder)
     with_factors({name: None}, "has one factor of transformer_blocks.0.attn1.to_q")
     with_factors({name: factors[name][:2].contiguous()}, r"adapters of ranks \[2, 3\]")
     with_factors({name: factors[name][:, :5].contiguous()}, r"to_q.weight is \(32, 5\), and \(32, 32\) there")

@@ -70,6 +70,7 @@ def engine_config(config: Config, world: int, out: Path | None = None) -> dict[s
     if config.zero.json is not None:
         own = read_object(config.zero.json, "config: zero.json")
         check_own_json(config.zero.json, own)
+        _check_kinds(config.zero.json, derived, own)
         derived = _merge(derived, own)
     automatic = [name for name, value in _leaves(derived) if value == "auto"]
     if automatic:
@@ -90,6 +91,18 @@ def check_own_json(path: Path, own: Any) -> None:
     for key in own.keys() - known:  # DeepSpeed takes any key, and ignores what it does not know
         if close := difflib.get_close_matches(key, known, n=1, cutoff=0.8):
             raise ValueError(f"config: zero.json {path} sets {key}; did you mean {close[0]}?")
+
+
+def _check_kinds(path: Path, ours: dict[str, Any], own: dict[str, Any], at: str = "") -> None:
+    """Raises ValueError where an object or a number of ours is replaced by something else."""
+    for name in ours.keys() & own.keys():
+        mine, theirs = ours[name], own[name]
+        number = isinstance(mine, (int, float)) and not isinstance(mine, bool)
+        if isinstance(mine, dict) and isinstance(theirs, dict):
+            _check_kinds(path, mine, theirs, f"{at}{name}.")
+        elif isinstance(mine, dict) or (number and theirs != "auto" and type(theirs) not in (int, float)):
+            expected = "a number" if number else "an object"
+            raise ValueError(f"config: zero.json {path} sets {at}{name} to {theirs!r}; expected {expected}")
 
 
 def _holds(tree: Any, key: str) -> bool:
