@@ -89,13 +89,14 @@ def test_a_checkpoint_holds_what_its_folder_does_not(run: Path, world: World) ->
 
 
 def test_a_cache_trains_as_its_images(run: Path, world: World, tmp_path: Path) -> None:
-    """Bitwise on one rank; on two, sharded, as far as sums go."""
+    """As far as sums go: a cache encodes its images in batches of another size, which round otherwise on some CPUs."""
     archive, tokens = str(world.folder / "data.tar"), world.folder / "ta_tok.pth"
     cache((archive,), world.vae, tmp_path / "cache", tokens, 3, 32, dtype="float32")
     cached = [*world.recipe, "--data.sources", str(tmp_path / "cache")]
     result = train(tmp_path, *cached, "--out", str(tmp_path / "one"))
     assert result.code == 0, result.text
-    assert metrics(tmp_path / "one") == metrics(run)
+    for got, want in zip(metrics(tmp_path / "one"), metrics(run), strict=True):
+        assert got == pytest.approx(want, rel=1e-5)
     for stage in ("2", "3"):
         two = tmp_path / f"two{stage}"
         result = train(tmp_path, *cached, "--out", str(two), "--zero.stage", stage, ranks=2)
