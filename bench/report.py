@@ -18,7 +18,7 @@ from emf.show.page import Html, code, note, words
 from emf.show.plot import plot
 
 BENCHMARKS = OUT.parent / "docs" / "benchmarks.md"
-NO_GPU = Html(f"No GPU has run this yet: no time here is a GPU's; {code('make gpu')} fills those parts.")
+NO_GPU = Html(f"No whole step has been timed on a GPU yet; {code('make gpu')} fills those parts.")
 
 
 def from_markdown(text: str) -> Html:
