@@ -27,7 +27,7 @@ from bench.ops import OUT, device_name, revision
 # each with the share of the time after which it ends
 PARTS = {"parity": 0.3, "tune": 0.5, "kernels": 0.6, "ops": 0.75, "graphs": 0.82, "step": 1.0}
 SWEEPS = {"step": ["sweep"]}
-TESTS = [f"tests/kernels/test_{name}.py" for name in ("ops", "kernels", "hazards", "transforms")]
+TESTS = [f"tests/kernels/test_{name}.py" for name in ("ops", "kernels", "attention", "hazards", "transforms")]
 
 
 def parity(seconds: float) -> bool:
@@ -44,7 +44,7 @@ def parity(seconds: float) -> bool:
     assert child.stdout is not None
     for line in child.stdout:
         lines.append(line)
-        if ran := re.search(r"(PASSED|FAILED|ERROR|SKIPPED) \S+::(test_\w+)(?:\[(\w+))?", line):
+        if ran := re.search(r"^\[gw\d+\].*? (PASSED|FAILED|ERROR|SKIPPED) \S+::(test_\w+)(?:\[(\w+))?", line):
             counts[ran[3] or ran[2]][ran[1].lower()] += 1
     watch.cancel()
     child.wait()

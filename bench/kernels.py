@@ -1,7 +1,7 @@
 """What each kernel takes on a GPU, by the device's own clock: writes profiles/<device>/kernels.json.
 
 Every op at its bench cases, in bfloat16: a plain call, a call with tangents, and the backward of one, by the kernels
-and by the lift of the reference (eager PyTorch); attention also by PyTorch's flash attention, which has no tangent.
+and by the lift of the reference (eager PyTorch); attention also by PyTorch's fused attention, which has no tangent.
 The profiler reads each launch's own duration, so neither Python nor the launches themselves are in it; the L2 cache is
 flushed before each call. Needs torch and triton only (PYTHONPATH=kernels:.).
 """
@@ -62,8 +62,8 @@ def parts(op: Op, case: Case) -> dict[str, Call]:
     return found
 
 
-def flash(case: Case) -> dict[str, Call]:
-    """PyTorch's flash attention of the same shape."""
+def fused(case: Case) -> dict[str, Call]:
+    """PyTorch's fused attention of the same shape."""
     op = REGISTRY["attention"]
     args = op.inputs(case, torch.bfloat16, "cuda", torch.Generator().manual_seed(0))
     q, k, v = (args[name].transpose(1, 2).detach().requires_grad_() for name in "qkv")
@@ -85,7 +85,7 @@ def measure(op: Op, case: Case) -> list[dict[str, Any]]:
 
         ways[name] = ours
     if op.name == "attention" and not case.shape.get("masked"):
-        ways["PyTorch's flash attention"] = lambda: flash(case)
+        ways["PyTorch's fused attention"] = lambda: fused(case)
     for provider, make in ways.items():
         title = dict(op=op.name, case=case.name, provider=provider)
         try:
@@ -136,8 +136,9 @@ def main() -> None:
                         print(" ", op.name, case.name, row["launch"], row["kernel"], row["us"], row["launches"])
             for (launch, provider), us in sums.items():
                 print(op.name, case.name, launch, provider, f"{us:.1f} us", flush=True)
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(dict(head=head, rows=rows), indent=1) + "\n")
+            if not options.ops:  # a part would take the place of the whole record
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_text(json.dumps(dict(head=head, rows=rows), indent=1) + "\n")
 
 
 if __name__ == "__main__":
