@@ -7,8 +7,8 @@ PIP_INSTALL := $(BIN)/python -m pip install -c constraints.txt
 # two ranks of one core each are faster than one rank of two (profiles/LOG.md); a run resumes with the ranks it had
 RANKS ?= 2
 LAUNCH := $(BIN)/deepspeed --num_accelerators $(RANKS) --module emf.train
-DEMO_TRAIN := $(LAUNCH) digits --out runs/demo --resume True
-BASE_TRAIN := $(LAUNCH) digits-base --out runs/base --resume True
+DEMO_TRAIN := $(LAUNCH) digits --out runs/demo --resume
+BASE_TRAIN := $(LAUNCH) digits-base --out runs/base --resume
 
 .PHONY: help demo base paper test check static bench profile report tune gpu
 .DELETE_ON_ERROR:

@@ -1,4 +1,4 @@
-"""A training step with its blocks compiled (`--compile True`) against the eager one, by a clock, on a CPU:
+"""A training step with its blocks compiled (`--compile`) against the eager one, by a clock, on a CPU:
 profiles/cpu/compiled-<kind of core>.json.
 
 Ours at several shares, flow matching, and the released step, which is compiled whole: forward, and torch.func.jvp. All

@@ -11,7 +11,7 @@ there are), the optimizer, and the data.
 
     fm              ours, flow matching: forward and backward
     dual 1, 0.5     ours: value and tangent in one pass, for all samples or the share that carries one
-    dual 1, compiled    the same with its blocks compiled, as `--compile True` has them
+    dual 1, compiled    the same with its blocks compiled, as `--compile` has them
     diffusers fm    flow matching on diffusers' SanaTransformer2DModel
     practice        diffusers' model: torch.func.jvp without a graph, then a second forward that has one
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from emf.files.writing import not_written
 
 
 class Diverged(RuntimeError):
     """A run's loss, gradient or weights are NaN or inf."""
+
+
+class Unlaunched(ValueError):
+    """The processes of a run were not started together, or do not find each other: each says so for itself."""
 
 
 class Torn(ValueError):
@@ -34,19 +40,25 @@ def report_errors() -> Iterator[None]:
     """A ValueError is the user's: its line is printed, and the exit code is 2. A diverged run ends with 3, what is
     interrupted with 130 and the KeyboardInterrupt's line, "interrupted" where it has none."""
     try:
-        yield
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # here, where somebody can still say that it fails
     except (ValueError, Diverged) as error:
-        if os.environ.get("RANK", "0") == "0":  # every rank sees the same
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, Unlaunched):  # of the rest every rank sees the same
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, ValueError) else 3) from None
     except BrokenPipeError:  # whoever read the output has enough, as in `emf generate ... | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence()
         raise SystemExit(141) from None
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, MemoryError) as error:
         if isinstance(error, OSError) and error.filename is not None:
             line = f"{error.filename}: {error.strerror}"
         elif reason := not_written(error):
             line = f"a file cannot be written: {reason}"
+            _silence()
+        elif needed := _no_memory(error):
+            line = f"the memory is full ({needed}); compute less at once, or take another --device"
         else:
             raise
         print(f"error: {line}", file=sys.stderr)
@@ -54,3 +66,40 @@ def report_errors() -> Iterator[None]:
     except KeyboardInterrupt as error:
         print(str(error) or "interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+@contextmanager
+def cleaned_up() -> Iterator[None]:
+    """SIGTERM ends the block by SystemExit(143), so that half a file and processes that were started do not stay. Not
+    for ranks, which may wait for each other where Python hears no signal. Where somebody else listens for it, and
+    outside the main thread, nothing changes."""
+    before = signal.getsignal(signal.SIGTERM)
+    if before is not signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    main = os.getpid()
+
+    def end(number: int, frame: object) -> None:
+        if os.getpid() != main:  # a process that was forked from here, and has nothing of its own to clean up
+            os._exit(143)
+        raise SystemExit(143)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _silence() -> None:
+    """What was not written to stdout yet goes nowhere: the end of the process would try again, and say so."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _no_memory(error: BaseException) -> str:
+    """What there was no memory for, where that is what an error says; known by its name and text, without torch."""
+    first = next(iter(str(error).splitlines()), "")
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in first:
+        return first.rpartition("CPUAllocator: ")[2].partition(". Error code")[0] or "MemoryError"
+    return ""

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from emf import config as configs
-from emf.arguments import one_line, to_arguments
+from emf.arguments import parse, to_arguments
 from emf.config import ConditionConfig, Config, OptimConfig, RunConfig, ZeroConfig
 from emf.flow_config import FlowConfig
 from emf.model.sizes import TransformerConfig
@@ -122,7 +122,7 @@ def blip3o_next_3b() -> Config:
 def sana_gemma() -> Config:
     """SANA-1.5 with its own Gemma-2, frozen (Table 5); needs --init, --condition.folder and --data.sources.
 
-    Table 5's rows: `--objective flow_matching --transformer.dual-time False --trained transformer.` fine-tunes the
+    Table 5's rows: `--objective flow_matching --transformer.no-dual-time --trained transformer.` fine-tunes the
     base on the same data; with `--trained transformer. encoder.` Gemma too. From the weights of either
     (--init .../model.safetensors) this recipe then adapts to MeanFlow, Gemma frozen.
     """
@@ -147,12 +147,8 @@ def from_file(path: Path) -> Config:
     if tree.get("recipe") not in RECIPES:
         raise ValueError(f"config: {path}: recipe is {tree.get('recipe')!r}; expected one of {', '.join(RECIPES)}")
     default = RECIPES[tree["recipe"]]()
-    import tyro  # not needed by who takes a recipe from Python
-
-    # as arguments, so that the one parser checks names, types and values
-    style = (tyro.conf.FlagConversionOff,)
-    try:
-        arguments = to_arguments(tree)
-        return one_line(tyro.cli, Config, args=arguments, default=default, prog="emf train RECIPE", config=style)
+    try:  # as arguments, so that the one parser checks names, types and values
+        config: Config = parse(Config, to_arguments(tree), "emf train RECIPE", default=default)
+        return config
     except ValueError as error:
         raise ValueError(f"config: {path}: {error}") from None

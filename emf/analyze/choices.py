@@ -116,8 +116,8 @@ class Computing:
 
     dtype: DType = "float32"
     """Number format that the text encoder computes in."""
-    device: str = "cpu"
-    """Where the text encoder is run: cpu or cuda."""
+    device: str = "auto"
+    """Where the text encoder is run: cpu, cuda, cuda:1; auto: the GPU where there is one."""
     batch: int = 32
     """How many captions, prompts or images are computed at once."""
 

@@ -27,8 +27,9 @@ class Row:
 
 
 def check_out(out: Path, own: Sequence[str]) -> None:
-    """Raises ValueError where `out` is a file, or holds one of our names without our settings."""
+    """Raises ValueError where `out` is a file, cannot be written, or holds one of our names without our settings."""
     files.check_folder(out, (*own, RESULTS, TABLE), **HOW)
+    files.check_writable(out / RESULTS, HOW["who"])
 
 
 def claim(out: Path, settings: dict[str, Any], growing: str, own: Sequence[str]) -> None:

@@ -87,7 +87,7 @@ def steps(
     dino: str | None = None,
     vae: Path | None = None,
     dtype: DType = "float32",
-    device: str = "cpu",
+    device: str = "auto",
 ) -> None:
     """Flow-matching backbones with the same prompts and noise at few steps. Digits are scored; of other images it says
     how near each comes to the same backbone's image of most steps. Goes on where it was stopped.
@@ -99,7 +99,7 @@ def steps(
         dino: folder or Hub name of a DINO, for the similarity; none: PSNR alone
         vae: a diffusers folder with the autoencoder; default: that of the run's data, or of the export
         dtype: number format that the backbones compute in
-        device: where to compute, cpu or cuda
+        device: where to compute: cpu, cuda, cuda:1; auto: the GPU where there is one
     """
     from emf.analyze.names import parse_runs
     from emf.analyze.steps import run_steps

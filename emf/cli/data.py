@@ -44,7 +44,7 @@ def cache(
     part: int = 0,
     parts: int = 1,
     listings: Path | None = None,
-    device: str = "cpu",
+    device: str = "auto",
 ) -> None:
     """Encode image-text data once: latents, and image tokens for BLIP3o-NEXT. Called again it goes on.
 
@@ -62,7 +62,7 @@ def cache(
         part: number of this process, from 0, where several share the work
         parts: how many processes share the work, each called with its own --part
         listings: a file that keeps what is in the tars, so that the next start need not read them
-        device: where to compute, cpu or cuda
+        device: where to compute: cpu, cuda, cuda:1; auto: the GPU where there is one
     """
     from emf.conditioning.ta_tok import load_ta_tok
     from emf.data.cache import write_cache
@@ -70,9 +70,11 @@ def cache(
     from emf.data.images import Images
     from emf.data.sources import parse_source
     from emf.device import device as find_device
+    from emf.files import check_writable
     from emf.model.autoencoder import load_dcae
 
     place = find_device(device)
+    check_writable(out, "cache: ")
     autoencoder = load_dcae(vae, device=place)
     further: dict[str, Any] = {}
     if ta_tok is not None:

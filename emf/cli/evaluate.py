@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,7 +41,7 @@ def geneval(
     detections: Path | None = None,
     detector: str = "facebook/mask2former-swin-small-coco-instance",
     clip: str = "openai/clip-vit-large-patch14",
-    device: str = "cpu",
+    device: str = "auto",
     name: str = "",
 ) -> None:
     """GenEval's rules on a folder of images in its own layout, or on images drawn from --checkpoint first; goes on
@@ -54,17 +54,19 @@ def geneval(
         detections: a jsonl of recorded detections, instead of a detector
         detector: folder or Hub name of a Mask2Former
         clip: folder or Hub name of a CLIP, for colours
-        device: where to compute, cpu or cuda
+        device: where to compute: cpu, cuda, cuda:1; auto: the GPU where there is one
         name: what the table calls the model that is scored
     """
-    from emf.evaluate.geneval import run_geneval
+    from emf.evaluate.detector import CLASSES
+    from emf.evaluate.geneval import GenEval, run_geneval
     from emf.evaluate.pictures import geneval_items
 
-    def score(folder: Path, here: Path, name: str, steps: int | None) -> Any:
-        networks: Any = dict(detector=detector, clip=clip, detections=detections, device=device)
-        return run_geneval(folder, here, **networks, name=name, steps=steps)
-
-    _run(images, out, draw, score, device=device, name=name, items=lambda: geneval_items(prompts))
+    _check(images, out, draw, device, ["prompts"] * (prompts is not None))
+    how: Any = dict(detector=detector, clip=clip, detections=detections, device=device)
+    if images is not None:
+        return _show([run_geneval(images, out, **how, name=name, steps=draw.step)], out)
+    items = geneval_items(prompts, () if draw.images_only else CLASSES)
+    _draw(items, out, draw, lambda: GenEval.load(**how), device=device, name=name)
 
 
 def dpg(
@@ -79,7 +81,7 @@ def dpg(
     resolution: int | None = None,
     skip_first_row: bool = True,
     last_crop_categories: bool = True,
-    device: str = "cpu",
+    device: str = "auto",
     name: str = "",
 ) -> None:
     """DPG-Bench on a folder of 2 x 2 grids, or on grids drawn from --checkpoint first; goes on where it was stopped.
@@ -94,22 +96,23 @@ def dpg(
         resolution: pixels along a side of one of the four; default: half of the grid's
         skip_first_row: leave out the first row of the questions, as the official script does
         last_crop_categories: score categories from the last crop's answers alone, as the official tables do
-        device: where to compute, cpu or cuda
+        device: where to compute: cpu, cuda, cuda:1; auto: the GPU where there is one
         name: what the table calls the model that is scored
     """
-    from emf.evaluate.dpg import Quirks, run_dpg
+    from emf.evaluate.dpg import DPG, Quirks, run_dpg
     from emf.evaluate.pictures import dpg_items
 
-    quirks = Quirks(skip_first_row, last_crop_categories)
+    _check(images, out, draw, device, ["prompts"] * (prompts is not None))
     if questions is None and not draw.images_only:
         raise ValueError("DPG-Bench: it is scored by --questions, dpg_bench.csv of its repository")
-
-    def score(folder: Path, here: Path, name: str, steps: int | None) -> Any:
-        assert questions is not None
-        how: Any = dict(vqa=vqa, answers=answers, quirks=quirks, resolution=resolution, device=device)
-        return run_dpg(folder, here, questions, **how, name=name, steps=steps)
-
-    _run(images, out, draw, score, device=device, name=name, items=lambda: dpg_items(prompts))
+    if resolution is not None and images is None:
+        raise ValueError("DPG-Bench: --resolution is of a folder of images; what is drawn has the checkpoint's own")
+    how: Any = dict(vqa=vqa, answers=answers, quirks=Quirks(skip_first_row, last_crop_categories), device=device)
+    how |= dict(resolution=resolution)
+    asked = questions or Path()
+    if images is not None:
+        return _show([run_dpg(images, out, asked, **how, name=name, steps=draw.step)], out)
+    _draw(dpg_items(prompts), out, draw, lambda: DPG.load(asked, **how), device=device, name=name)
 
 
 def hps(
@@ -121,7 +124,7 @@ def hps(
     draw: Draw = NOTHING,
     tokenizer: str = "openai/clip-vit-large-patch14",
     half: bool = False,
-    device: str = "cpu",
+    device: str = "auto",
     name: str = "",
 ) -> None:
     """HPSv2.1 on a folder of images by style, or on images drawn from --checkpoint first; goes on where it was stopped.
@@ -133,59 +136,61 @@ def hps(
         weights: HPS_v2.1_compressed.pt, to score by
         tokenizer: folder or Hub name of a CLIP tokenizer
         half: compute in float16, as the official script on a GPU
-        device: where to compute, cpu or cuda
+        device: where to compute: cpu, cuda, cuda:1; auto: the GPU where there is one
         name: what the table calls the model that is scored
     """
-    from emf.evaluate.hps import check_styles, check_weights, run_hps
+    from emf.evaluate.hps import HPS, check_styles, check_weights, run_hps
     from emf.evaluate.pictures import hps_items, hps_prompts
 
+    _check(images, out, draw, device)
     if weights is None and not draw.images_only:
         raise ValueError("HPSv2.1: it is scored by --weights, HPS_v2.1_compressed.pt of xswu/HPSv2 on the Hub")
     if draw.limit is not None and not draw.images_only:
         raise ValueError("HPSv2.1: it is scored on all prompts; --limit needs --images-only")
-    _check_source(images, draw)
     if images is not None:  # the user's own files, before the prompts are looked for on the Hub
         check_styles(images)
     if weights is not None:
         check_weights(weights)
-    texts = hps_prompts(prompts)
-
-    def score(folder: Path, here: Path, name: str, steps: int | None) -> Any:
-        assert weights is not None
-        return run_hps(
-            folder, here, texts, weights, tokenizer=tokenizer, half=half, device=device, name=name, steps=steps
-        )
-
-    _run(images, out, draw, score, device=device, name=name, items=lambda: hps_items(texts))
+    texts, file = hps_prompts(prompts), weights or Path()
+    how: Any = dict(tokenizer=tokenizer, half=half, device=device)
+    if images is not None:
+        return _show([run_hps(images, out, texts, file, **how, name=name, steps=draw.step)], out)
+    _draw(hps_items(texts), out, draw, lambda: HPS.load(texts, file, **how), device=device, name=name)
 
 
-def _check_source(images: Path | None, drawing: Drawing) -> None:
-    """Raises ValueError where it is not said, or said twice, which images are to be scored."""
+def _check(images: Path | None, out: Path, drawing: Drawing, device: str, further: Sequence[str] = ()) -> None:
+    """Raises ValueError where it is not said, or said twice, which images are to be scored; where there is no such
+    device; and where results cannot be written. Asked before anything is read. further: see Drawing.refuse."""
+    from emf.device import device as find_device
+    from emf.files import check_writable
+
     if (images is None) == (drawing.checkpoint is None):
         raise ValueError("evaluate: give a folder of images, or --checkpoint to draw them from")
+    if images is not None:
+        drawing.refuse(further)
+    find_device(device)
+    check_writable(out / "results.json")
 
 
-def _run(
-    images: Path | None,
+def _draw(
+    items: tuple[Any, dict[str, str]],
     out: Path,
     drawing: Drawing,
-    score: Callable[[Path, Path, str, int | None], Any],
+    load: Callable[[], Any],
     *,
     device: str,
     name: str,
-    items: Callable[[], tuple[Any, dict[str, str]]],
 ) -> None:
-    """Score a folder of images, or draw them first."""
-    _check_source(images, drawing)
-    if images is not None:
-        counts = drawing.counts
-        results = [score(images, out, name, counts[0] if len(counts) == 1 else None)]
-    else:
-        from emf.evaluate.pictures import draw_and_score
+    """Draw images, then score them by the benchmark that `load` gives, unless images are all that is asked for."""
+    from emf.evaluate.pictures import draw_and_score
 
-        assert drawing.checkpoint is not None
-        called = name or drawing.checkpoint.resolve().name
-        results = draw_and_score(*items(), out, drawing, device=device, score=score, name=called)
+    assert drawing.checkpoint is not None
+    called = name or drawing.checkpoint.resolve().name
+    _show(draw_and_score(*items, out, drawing, device=device, load=load, name=called), out)
+
+
+def _show(results: Sequence[Any], out: Path) -> None:
+    """The overall scores on the terminal."""
     for r in results:
         told = "" if r.steps is None else f", steps {r.steps}"
         print(f"{r.label}{told}: {r.overall:.4g} over {r.images} images")

@@ -23,14 +23,15 @@ def generate(
     vae: Path | None = None,
     batch: int = 4,
     dtype: Literal["float32", "bfloat16"] | None = None,
-    device: str | None = None,
+    device: str = "auto",
 ) -> None:
     """Captions to images with a trained run or an exported folder.
 
     Args:
         captions: for example "a red seven" "two blue threes"
         run: a run's folder, one of its checkpoints, or a folder from emf export or emf convert
-        out: folder for the PNG files; files of the same name are not overwritten
+        out: folder for the PNG files, whose names say their captions, and manifest.jsonl, which lists them with their
+            settings; nothing in it is overwritten
         prompts: a text file of further captions, one a line
         steps: how many steps to sample in; each costs two network evaluations, or one where the run was trained at
             this guidance
@@ -41,12 +42,13 @@ def generate(
         vae: a diffusers folder with the autoencoder; default: that of the run's data, or of the export
         batch: how many images are computed at once
         dtype: number format that the transformer computes in; default: float32 on a CPU, bfloat16 on a GPU
-        device: where to compute, cpu or cuda; default: the GPU where there is one
+        device: where to compute: cpu, cuda, cuda:1; auto: the GPU where there is one
     """
     from dataclasses import replace
 
     from emf.files import read_lines
-    from emf.sample.sampler import Sampler, write_images
+    from emf.sample.picture_files import check_pictures_folder, write_images
+    from emf.sample.sampler import Sampler
     from emf.sample.sampling_settings import Settings
 
     if n < 1:
@@ -60,14 +62,15 @@ def generate(
             if prompts is None
             else f"generate: {prompts} holds no caption; expected one a line"
         )
+    check_pictures_folder(out)
     sampler = Sampler.load(run, vae, dtype, device, flow_matching)
     guidance = sampler.guidance if guidance is None else guidance
     how = replace(sampler.settings, steps=steps, guidance=guidance, seed=seed, batch=batch)
     told = dict(steps=steps, guidance=guidance, seed=seed, run=str(run), flow_matching=flow_matching)
     for first in range(0, len(every), batch):
         here = every[first : first + batch]
-        images = sampler.images(here, how, numbers=range(first, first + len(here)))
-        for path in write_images(images, here, out, told):
+        numbers = range(first, first + len(here))
+        for path in write_images(sampler.images(here, how, numbers=numbers), here, out, told, numbers):
             print(path, flush=True)
     each = ", ".join(f"{stage} {took / len(every) * 1e3:.0f} ms" for stage, took in sampler.seconds.items())
     print(f"{len(every)} images; each: {each}", file=sys.stderr)  # stdout is the files' names alone

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
 
-from emf.arguments import NEEDS_EXTRA, one_line
-from emf.errors import report_errors
+from emf.arguments import NEEDS_EXTRA, one_line, options_of, spelled
+from emf.errors import cleaned_up, report_errors
 
 try:
     import tyro
@@ -87,6 +87,8 @@ def main() -> None:
         return train(arguments[1:])
     if arguments and arguments[0] in GROUPS:
         prog, chosen, arguments = f"emf {arguments[0]}", GROUPS[arguments[0]], arguments[1:]
-    with report_errors():
+    with report_errors(), cleaned_up():
+        if arguments and (command := chosen.get(arguments[0])):
+            arguments = [arguments[0], *spelled(arguments[1:], options_of(command))]
         later = {name: _deferred(command) for name, command in chosen.items()}
         one_line(tyro.extras.subcommand_cli_from_dict, later, args=arguments or ["--help"], prog=prog)()

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,15 +22,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from emf.data.drops import Dropped, Drops
 from emf.data.images import Images, Sample, fetch
 from emf.data.shards import Shard, is_whole, shard_file, write_shard
 from emf.files import SETTINGS, check_claim, claim, read_object
+from emf.show.progress import bars
 
 Encode = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
 """Images [B, 3, size, size] in [-1, 1] -> latents [B, C, h, w], or (mean, std) of a posterior, of that shape each."""
@@ -172,9 +170,8 @@ def write_cache(
     captions = int(sum(index.caption[:, 2].sum() for index in images.indices) * remaining / total)
     check_room(out, remaining, each, captions, len(todo), len(whole))
     claim(out, settings, **how, writer=part)
-    every, console, begun = places(images.counts), Console(), time.monotonic()
-    columns = TextColumn("[bold]cache"), BarColumn(), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn()
-    with Progress(*columns, console=console) as progress:
+    every = places(images.counts)
+    with bars() as progress:
         task = progress.add_task("cache", total=remaining)
 
         def encoded(where: list[tuple[int, int]]) -> Iterator[Sample | Dropped]:
@@ -196,11 +193,8 @@ def write_cache(
         for k in whole:
             for drop in Shard(shard_file(out, k)).drops:
                 images.drops.add(*drop)
-        for done, k in enumerate(todo, 1):
+        for k in todo:
             write_shard(shard_file(out, k), encoded(every[k * shard : (k + 1) * shard]))
-            if not console.is_terminal:
-                left = (time.monotonic() - begun) / done * (len(todo) - done)
-                print(f"cache: shard {done}/{len(todo)}  ETA {left / 60:.1f} min", flush=True)
     for line in images.drops.lines():
         print(f"cache: {line}", flush=True)
 

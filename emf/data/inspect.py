@@ -13,7 +13,7 @@ from emf.data.drops import Dropped
 from emf.data.images import Images, Sample, fetch
 from emf.data.mixture import Mixture
 from emf.data.sources import Source
-from emf.files import write_json
+from emf.files import check_writable, write_json
 from emf.show.progress import track
 from emf.show.sheet import Cell, write_sheet
 from emf.show.table import terminal
@@ -49,6 +49,7 @@ def inspect(
     written = [out / "inspect.json", out / "contact.png"]
     if taken := [f for f in written if f.exists()]:
         raise ValueError(f"data: {taken[0]} exists; choose another --out")
+    check_writable(written[0], "data: ")
     if limit is not None and limit < 1:
         raise ValueError(f"data: --limit {limit} must be at least 1")
     if size < 1:

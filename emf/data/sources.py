@@ -212,13 +212,10 @@ def scan(sources: Iterable[Source], drops: Drops, listings: Path | None = None) 
     listings: a JSON file to keep the tars' members in; tars that did not change are not read again.
     Raises ValueError on a source without a sample.
     """
-    from rich.console import Console
-
     from emf.show.progress import bars
 
     kept, indices = TarListings(listings), []
-    console = Console(stderr=True)
-    with bars(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with bars(transient=True) as progress:
         for source in sources:
             tars, root, files = find_files(source.path, drops)
             task = progress.add_task(f"scan {source.path}", total=len(files) if tars else 1)

@@ -8,10 +8,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from emf.evaluate.published import BENCHMARKS
-from emf.files import append_rows, claim, mend_rows, read_bytes, write_json, write_rows, write_text
+from emf.files import append_rows, check_claim, claim, mend_rows, read_bytes, write_json, write_rows, write_text
 from emf.show.progress import track
 from emf.show.table import Markdown, bold, cell, markdown
 
@@ -40,6 +40,26 @@ class Result:
     settings: dict[str, Any]
     deviations: list[str] = field(default_factory=list)
     """Every difference to the official protocol, a sentence each."""
+
+
+class Benchmark(Protocol):
+    """A benchmark with all that it scores by, loaded: nothing that it needs is found missing once it is there."""
+
+    @property
+    def label(self) -> str:
+        """See Result."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What scored.jsonl in a folder of results depends on; `benchmark` among them."""
+
+    def check(self, files: Sequence[str]) -> None:
+        """Raises ValueError where images of these names, relative to their folder, could not be scored; asked before
+        they are drawn."""
+
+    def score(self, images: Path, out: Path, *, name: str = "", steps: int | None = None) -> Result:
+        """Score a folder of images; scored.jsonl, results.json and results.md in `out`. name, steps: of what the images
+        are of, for the table."""
 
 
 def check_images(folder: Path) -> None:
@@ -100,10 +120,24 @@ def write_results(out: Path, result: Result) -> None:
     write_text(out / TABLE, page([result]))
 
 
+def compared(benchmark: str, label: str, name: str) -> dict[str, Any]:
+    """What a folder with one model's results at several numbers of steps is claimed by."""
+    return {"benchmark": benchmark, "label": label, "name": name}
+
+
+def check_outs(out: Path, benchmark: Benchmark, name: str, counts: Sequence[int]) -> None:
+    """Raises ValueError where the results of a model at these numbers of steps could not be written in `out`; asked
+    before its images are drawn."""
+    claimed = compared(benchmark.settings["benchmark"], benchmark.label, name)
+    check_claim(out, claimed, OWN, advice=ELSEWHERE)
+    for steps in counts:
+        check_claim(out / str(steps), benchmark.settings, OWN, advice=ELSEWHERE)
+
+
 def write_comparison(out: Path, results: Sequence[Result]) -> None:
     """results.json and results.md of one model at several numbers of steps."""
     first = results[0]
-    claim(out, {"benchmark": first.benchmark, "label": first.label, "name": first.name}, OWN, advice=ELSEWHERE)
+    claim(out, compared(first.benchmark, first.label, first.name), OWN, advice=ELSEWHERE)
     tree = {"benchmark": first.benchmark, "label": first.label, "results": [asdict(r) for r in results]}
     write_json(out / RESULTS, tree | {"paper": BENCHMARKS[first.benchmark]})
     write_text(out / TABLE, page(results))

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from emf.data.digits import COLORS
+from emf.device import AUTO
 from emf.device import device as find_device
 from emf.evaluate.benchmark import stamp
 from emf.evaluate.clip import Clip, center_square, normalized, pretrained
@@ -57,14 +58,15 @@ class Detector(Protocol):
 class RecordedDetector:
     """Detections from a jsonl file: {"filename", "detections": [{"label", "score", "box"[, "color"]}]} a line.
 
-    file: names are relative to `root`. Raises ValueError where the file is not so, or lacks an image asked for.
+    file: names are those of GenEval's layout, 00000/samples/0000.png. Raises ValueError where the file is not so, or
+    lacks an image asked for.
     """
 
     label = "GenEval (recorded detections)"
     classes: Sequence[str] = CLASSES
 
-    def __init__(self, file: Path, root: Path) -> None:
-        self.file, self.root = file, root
+    def __init__(self, file: Path) -> None:
+        self.file = file
         self.found: dict[str, list[Detection]] = {}
         for number, row in numbered_jsonl(file):
             try:
@@ -80,11 +82,15 @@ class RecordedDetector:
             f"detections were read from {file.name}, not made here; its detector decides what they are worth"
         ]
 
+    def check(self, names: Sequence[str]) -> None:
+        """Raises ValueError where an image has no line."""
+        if lost := next((name for name in names if name not in self.found), None):
+            raise ValueError(f"{self.file} has no line for {lost}; expected one for every image")
+
     def detect(self, path: Path) -> list[Detection]:
         """See Detector."""
-        name = path.relative_to(self.root).as_posix()
-        if name not in self.found:
-            raise ValueError(f"{self.file} has no line for {name}; expected one for every image")
+        name = "/".join(path.parts[-3:])
+        self.check([name])
         return self.found[name]
 
     def colors(self, path: Path, label: str, found: Sequence[Detection]) -> list[str | None]:
@@ -141,7 +147,7 @@ class HFDetector:
         ]
 
     @classmethod
-    def load(cls, detector: str = MASK2FORMER, clip: str = CLIP, device: str = "cpu") -> HFDetector:
+    def load(cls, detector: str = MASK2FORMER, clip: str = CLIP, device: str = AUTO) -> HFDetector:
         """From folders or Hub names. Raises ValueError, saying what to put where."""
         from transformers import AutoTokenizer, CLIPModel, Mask2FormerForUniversalSegmentation
 

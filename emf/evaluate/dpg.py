@@ -7,7 +7,7 @@ in transformers: another network's scores are of another scale, and labelled so.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 
+from emf.device import AUTO
 from emf.device import device as find_device
 from emf.evaluate.benchmark import (
     Result,
@@ -87,13 +88,21 @@ class RecordedVQA:
         self.settings = {"answers": stamp(file)}
         self.deviations = [f"answers were read from {file.name}, not made here; comparable if they are mPLUG's"]
 
-    def answers(self, name: str, crop: int, image: Image.Image, questions: Mapping[int, str]) -> dict[int, str]:
-        """See VQA. Raises ValueError where the file lacks an answer."""
+    def check(self, asked: Mapping[str, Iterable[int]]) -> None:
+        """Raises ValueError where the file lacks an answer; asked: propositions by name of the grid."""
+        for name, questions in asked.items():
+            for crop in range(IMAGES):
+                self._said(name, crop, questions)
+
+    def _said(self, name: str, crop: int, questions: Iterable[int]) -> dict[int, str]:
         said = self.said.get((name, crop), {})
-        missing = [q for q in questions if q not in said]
-        if missing:
+        if missing := [q for q in questions if q not in said]:
             raise ValueError(f"{self.file} has no answer to proposition {missing[0]} of {name}, crop {crop}")
         return {q: said[q] for q in questions}
+
+    def answers(self, name: str, crop: int, image: Image.Image, questions: Mapping[int, str]) -> dict[int, str]:
+        """See VQA. Raises ValueError where the file lacks an answer."""
+        return self._said(name, crop, questions)
 
 
 @dataclass
@@ -114,7 +123,7 @@ class BlipVQA:
         ]
 
     @classmethod
-    def load(cls, model: str = BLIP, device: str = "cpu") -> BlipVQA:
+    def load(cls, model: str = BLIP, device: str = AUTO) -> BlipVQA:
         """From a folder or a Hub name. Raises ValueError, saying what to put where."""
         from transformers import AutoTokenizer, BlipForQuestionAnswering
 
@@ -228,6 +237,32 @@ def grids(root: Path) -> dict[str, Path]:
     return paths
 
 
+def questions_of(
+    names: Iterable[str], questions: Path, quirks: Quirks, root: Path = Path()
+) -> dict[str, dict[int, Question]]:
+    """By file name of a grid under `root`: the questions that are asked of it. The item that the official script leaves
+    out is not there. Raises ValueError on a name of no item, on an item that depends on what it does not have, and
+    where nothing is left to score."""
+    everything, items = read_questions(questions, False), read_questions(questions, quirks.skip_first_row)
+    names = list(names)
+    if strange := next((n for n in names if _item(n) not in everything), None):
+        raise ValueError(f"{root / strange} is of no item in {questions.name}; expected <item id>.png")
+    left_out = [n for n in names if _item(n) not in items or incomplete(items[_item(n)])]
+    if left_out and not quirks.skip_first_row:
+        raise ValueError(f"{questions}: item {_item(left_out[0])} depends on a proposition that it does not have")
+    if len(left_out) == len(names):
+        raise ValueError(
+            f"DPG-Bench: {root / left_out[0]} is all there is, and left out, as officially, since the first question "
+            f"of {questions.name} is skipped; add images of other items, or say --no-skip-first-row"
+        )
+    return {n: items[_item(n)] for n in names if n not in left_out}
+
+
+def settings_of(vqa: VQA) -> dict[str, Any]:
+    """What answers depend on beside the images and questions."""
+    return {"benchmark": "DPG-Bench", **vqa.settings}
+
+
 def score_dpg(
     root: Path,
     out: Path,
@@ -244,16 +279,10 @@ def score_dpg(
     questions: dpg_bench.csv. name, steps: what the images are of. Raises ValueError on a grid without questions.
     """
     quirks = quirks or Quirks()
-    everything, items = read_questions(questions, False), read_questions(questions, quirks.skip_first_row)
     paths = grids(root)
-    strange = next((n for n in paths if _item(n) not in everything), None)
-    if strange:
-        raise ValueError(f"{root / strange} is of no item in {questions.name}; expected <item id>.png")
-    left_out = [n for n in paths if _item(n) not in items or incomplete(items[_item(n)])]
-    if left_out and not quirks.skip_first_row:
-        raise ValueError(f"{questions}: item {_item(left_out[0])} depends on a proposition that it does not have")
-    kept = {n: p for n, p in paths.items() if n not in left_out}
-    asked = {n: {q: x.text for q, x in items[_item(n)].items()} for n in kept}
+    asked = {n: {q: x.text for q, x in of.items()} for n, of in questions_of(paths, questions, quirks, root).items()}
+    kept, left_out = {n: paths[n] for n in asked}, [n for n in paths if n not in asked]
+    everything, items = read_questions(questions, False), read_questions(questions, quirks.skip_first_row)
     digests = stamps({n: (p, [list(asked[n].items()), resolution]) for n, p in kept.items()})
 
     def score(names: Sequence[str]) -> list[Row]:
@@ -264,7 +293,7 @@ def score_dpg(
             rows.append({"item": _item(n), "answers": [{str(q): a for q, a in s.items()} for s in said]})
         return rows
 
-    settings = {"benchmark": "DPG-Bench", **vqa.settings}
+    settings = settings_of(vqa)
     rows = score_images(out, settings, digests, score)
     overall, tables = summarize(rows, items, quirks)
     result = Result(
@@ -301,22 +330,57 @@ def _deviations(quirks: Quirks, n: int, items: int, left_out: Sequence[str]) -> 
     return said
 
 
+@dataclass(frozen=True)
+class DPG:
+    """DPG-Bench with what answers its questions, loaded once for however many folders are scored; a
+    benchmark.Benchmark."""
+
+    questions: Path
+    vqa: VQA
+    quirks: Quirks = field(default_factory=Quirks)
+    resolution: int | None = None
+
+    @classmethod
+    def load(
+        cls,
+        questions: Path,
+        *,
+        vqa: str = BLIP,
+        answers: Path | None = None,
+        quirks: Quirks | None = None,
+        resolution: int | None = None,
+        device: str = AUTO,
+    ) -> DPG:
+        """With BLIP-VQA (a folder or Hub name), or with a file of recorded answers. Raises ValueError, saying what to
+        put where."""
+        read_questions(questions, False)
+        network: VQA = RecordedVQA(answers) if answers else BlipVQA.load(vqa, device)
+        return cls(questions, network, quirks or Quirks(), resolution)
+
+    @property
+    def label(self) -> str:
+        return self.vqa.label
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return settings_of(self.vqa)
+
+    def check(self, files: Sequence[str]) -> None:
+        """See benchmark.Benchmark."""
+        asked = questions_of(files, self.questions, self.quirks)
+        if isinstance(self.vqa, RecordedVQA):
+            self.vqa.check({name: list(questions) for name, questions in asked.items()})
+
+    def score(self, images: Path, out: Path, *, name: str = "", steps: int | None = None) -> Result:
+        """See score_dpg."""
+        how: Any = dict(resolution=self.resolution, name=name, steps=steps)
+        return score_dpg(images, out, self.questions, self.vqa, self.quirks, **how)
+
+
 def run_dpg(
-    images: Path,
-    out: Path,
-    questions: Path,
-    *,
-    vqa: str = BLIP,
-    answers: Path | None = None,
-    quirks: Quirks | None = None,
-    resolution: int | None = None,
-    device: str = "cpu",
-    name: str = "",
-    steps: int | None = None,
+    images: Path, out: Path, questions: Path, *, name: str = "", steps: int | None = None, **how: Any
 ) -> Result:
-    """score_dpg with BLIP-VQA (a folder or Hub name), or with a file of recorded answers."""
+    """score_dpg on what DPG.load makes of the rest; the images are looked at before."""
     check_images(images)
-    grids(images)  # what is missing is said before a network is looked for
-    read_questions(questions, False)
-    network: VQA = RecordedVQA(answers) if answers else BlipVQA.load(vqa, device)
-    return score_dpg(images, out, questions, network, quirks, resolution=resolution, name=name, steps=steps)
+    grids(images)
+    return DPG.load(questions, **how).score(images, out, name=name, steps=steps)

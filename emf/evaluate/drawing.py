@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
+
+from emf.sample.sampling_settings import Settings
 
 
 @dataclass(frozen=True)
@@ -14,8 +17,8 @@ class Drawing:
     checkpoint: Path | None = None
     """What to draw the images with: a run's folder, one of its checkpoints, an export, or a folder from emf
     convert."""
-    steps: str = "1,2,4,8"
-    """Numbers of steps to draw with, separated by commas; with a folder of images the number that the table says."""
+    steps: tuple[int, ...] = (1, 2, 4, 8)
+    """Numbers of steps to draw with; with a folder of images the number that the table says."""
     flow_matching: bool = False
     """Sample the instantaneous velocity with Euler's method: the baseline's rows, at 30, 4, 1."""
     guidance: float | None = None
@@ -33,13 +36,30 @@ class Drawing:
     limit: int | None = None
     """Draw the first so many prompts only, to try it."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError on what cannot be."""
+        if not self.steps or min(self.steps) < 1:
+            raise ValueError(f"evaluate: steps {self.steps} (--steps); expected numbers from 1 on, as in 1 2 4 8")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"evaluate: limit {self.limit} (--limit); expected at least 1 prompt")
+        Settings(1, self.guidance, self.seed, batch=self.batch)
+
+    def refuse(self, further: Sequence[str] = ()) -> None:
+        """Raises ValueError where something is said of drawing, though images are there. further: options of the
+        command that are of drawing too, and were given."""
+        own = [f.name for f in fields(self) if f.name != "steps" and getattr(self, f.name) != f.default]
+        if said := [*own, *further]:
+            raise ValueError(
+                f"evaluate: --{said[0].replace('_', '-')} is of images that are drawn from --checkpoint; leave it out "
+                "where a folder of images is given"
+            )
+
     @property
     def counts(self) -> list[int]:
-        """Raises ValueError on what is no list of numbers."""
-        try:
-            counts = sorted({int(part) for part in self.steps.split(",")})
-        except ValueError:
-            counts = []
-        if not counts or counts[0] < 1:
-            raise ValueError(f"evaluate: --steps {self.steps!r}; expected numbers from 1 on, as in 1,2,4,8")
-        return counts
+        """Numbers of steps, from low to high."""
+        return sorted({*self.steps})
+
+    @property
+    def step(self) -> int | None:
+        """The number of steps of images that are there, where one alone is said."""
+        return self.steps[0] if len({*self.steps}) == 1 else None

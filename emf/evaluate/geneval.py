@@ -9,10 +9,12 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from emf.data.digits import TAGS
+from emf.device import AUTO
 from emf.evaluate.benchmark import Result, Row, check_images, mean, score_images, stamps, write_results
 from emf.evaluate.detector import CLASSES, CLIP, MASK2FORMER, Detector, HFDetector, RecordedDetector
 from emf.evaluate.rules import Detection, check_metadata, evaluate, select
@@ -100,6 +102,11 @@ def incomplete(names: Sequence[str], tags: Sequence[str]) -> list[str]:
     return said
 
 
+def settings_of(detector: Detector) -> dict[str, Any]:
+    """What scores depend on beside the images."""
+    return {"benchmark": "GenEval", **detector.settings}
+
+
 def score_geneval(root: Path, out: Path, detector: Detector, *, name: str = "", steps: int | None = None) -> Result:
     """Score a folder; scored.jsonl, results.json and results.md in `out`. A killed run goes on where it was.
 
@@ -110,7 +117,7 @@ def score_geneval(root: Path, out: Path, detector: Detector, *, name: str = "", 
     def score(names: Sequence[str]) -> list[Row]:
         return [judge(work[n], root / n, detector) for n in names]
 
-    settings = {"benchmark": "GenEval", **detector.settings}
+    settings = settings_of(detector)
     rows = score_images(out, settings, stamps({n: (root / n, work[n]) for n in work}), score)
     overall, by_tag = summarize(rows)
     deviations = [*detector.deviations, *incomplete(list(work), list(by_tag))]
@@ -129,19 +136,40 @@ def score_geneval(root: Path, out: Path, detector: Detector, *, name: str = "", 
     return result
 
 
-def run_geneval(
-    images: Path,
-    out: Path,
-    *,
-    detector: str = MASK2FORMER,
-    clip: str = CLIP,
-    detections: Path | None = None,
-    device: str = "cpu",
-    name: str = "",
-    steps: int | None = None,
-) -> Result:
-    """score_geneval with Mask2Former and CLIP (folders or Hub names), or with a file of recorded detections."""
+@dataclass(frozen=True)
+class GenEval:
+    """GenEval and its detector, loaded once for however many folders are scored; a benchmark.Benchmark."""
+
+    detector: Detector
+
+    @classmethod
+    def load(
+        cls, detector: str = MASK2FORMER, clip: str = CLIP, detections: Path | None = None, device: str = AUTO
+    ) -> GenEval:
+        """With Mask2Former and CLIP (folders or Hub names), or with a file of recorded detections. Raises ValueError,
+        saying what to put where."""
+        return cls(RecordedDetector(detections) if detections else HFDetector.load(detector, clip, device))
+
+    @property
+    def label(self) -> str:
+        return self.detector.label
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return settings_of(self.detector)
+
+    def check(self, files: Sequence[str]) -> None:
+        """See benchmark.Benchmark."""
+        if isinstance(self.detector, RecordedDetector):
+            self.detector.check(files)
+
+    def score(self, images: Path, out: Path, *, name: str = "", steps: int | None = None) -> Result:
+        """See score_geneval."""
+        return score_geneval(images, out, self.detector, name=name, steps=steps)
+
+
+def run_geneval(images: Path, out: Path, *, name: str = "", steps: int | None = None, **networks: Any) -> Result:
+    """score_geneval on what GenEval.load makes of `networks`; the images are looked at before."""
     check_images(images)
-    read_folder(images, CLASSES)  # what is missing is said before a detector is looked for
-    found: Detector = RecordedDetector(detections, images) if detections else HFDetector.load(detector, clip, device)
-    return score_geneval(images, out, found, name=name, steps=steps)
+    read_folder(images, CLASSES)
+    return GenEval.load(**networks).score(images, out, name=name, steps=steps)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from emf.device import AUTO
 from emf.device import device as find_device
 from emf.evaluate.benchmark import Result, Row, check_images, mean, score_images, stamps, write_results
 from emf.evaluate.clip import MEAN, STD, Clip, pretrained
@@ -27,6 +29,7 @@ from emf.files import open_image, read_json
 STYLES = ("anime", "concept-art", "paintings", "photo")
 PROMPTS, GROUP = 800, 80
 """Of a style; of a group, over whose means the standard deviation is taken."""
+LABEL = "HPSv2.1 (transformers)"
 
 _TOWERS = {
     "visual.": "vision_model.",
@@ -119,7 +122,7 @@ def check_weights(checkpoint: Path) -> None:
         raise ValueError(f"HPSv2.1: {checkpoint} does not exist; put HPS_v2.1_compressed.pt (xswu/HPSv2) there")
 
 
-def load_clip(checkpoint: Path, tokenizer: str = CLIP, device: str = "cpu", heads: tuple[int, int] = (16, 16)) -> Clip:
+def load_clip(checkpoint: Path, tokenizer: str = CLIP, device: str = AUTO, heads: tuple[int, int] = (16, 16)) -> Clip:
     """HPSv2.1's network. checkpoint: HPS_v2.1_compressed.pt; tokenizer: a folder or Hub name of CLIP's.
 
     Raises ValueError, saying what to put where.
@@ -202,6 +205,11 @@ def summarize(scores: Mapping[str, float]) -> tuple[float, float]:
     return centre, math.sqrt(mean((g - centre) ** 2 for g in groups))
 
 
+def settings_of(network: Mapping[str, Any], how: Mapping[str, Any]) -> dict[str, Any]:
+    """What scores depend on beside the images: whose weights they are, and how it is computed."""
+    return {"benchmark": "HPSv2.1", **network, "half": how["half"], "antialias": how["antialias"]}
+
+
 def score_hps(
     root: Path,
     out: Path,
@@ -232,7 +240,7 @@ def score_hps(
             for n, s in zip(names, similar.tolist(), strict=True)
         ]
 
-    settings = {"benchmark": "HPSv2.1", **(settings or {}), "half": half, "antialias": antialias}
+    settings = settings_of(settings or {}, {"half": half, "antialias": antialias})
     rows = score_images(out, settings, digests, score, batch)
     by_style = {s: summarize({r["filename"]: r["score"] for r in rows if r["style"] == s}) for s in styles}
     tables = {
@@ -243,7 +251,7 @@ def score_hps(
     deviations = _deviations(rows, styles, half, antialias)
     result = Result(
         benchmark="HPSv2.1",
-        label="HPSv2.1 (transformers)",
+        label=LABEL,
         name=name or root.name,
         steps=steps,
         overall=overall,
@@ -271,25 +279,39 @@ def _deviations(rows: Sequence[Row], styles: Sequence[str], half: bool, antialia
     return said
 
 
+@dataclass(frozen=True)
+class HPS:
+    """HPSv2.1 with its network, loaded once for however many folders are scored; a benchmark.Benchmark."""
+
+    clip: Clip
+    prompts: Path
+    settings: dict[str, Any]
+    how: dict[str, Any]
+    """Of score_hps: styles, half, antialias."""
+    label = LABEL
+
+    @classmethod
+    def load(cls, prompts: Path, checkpoint: Path, *, tokenizer: str = CLIP, device: str = AUTO, **how: Any) -> HPS:
+        """prompts: the folder with <style>.json. checkpoint, tokenizer: see load_clip. how: of score_hps."""
+        known = {"checkpoint": checkpoint.name, "tokenizer": tokenizer}
+        how = {"half": False, "antialias": True} | how
+        return cls(load_clip(checkpoint, tokenizer, device), prompts, settings_of(known, how), how)
+
+    def check(self, files: Sequence[str]) -> None:
+        """See benchmark.Benchmark: what is drawn is of these prompts, all of them."""
+
+    def score(self, images: Path, out: Path, *, name: str = "", steps: int | None = None) -> Result:
+        """See score_hps."""
+        return score_hps(
+            images, out, self.prompts, self.clip, settings=self.settings, **self.how, name=name, steps=steps
+        )
+
+
 def run_hps(
-    images: Path,
-    out: Path,
-    prompts: Path,
-    checkpoint: Path,
-    *,
-    tokenizer: str = CLIP,
-    styles: Sequence[str] = STYLES,
-    half: bool = False,
-    antialias: bool = True,
-    device: str = "cpu",
-    name: str = "",
-    steps: int | None = None,
+    images: Path, out: Path, prompts: Path, checkpoint: Path, *, name: str = "", steps: int | None = None, **how: Any
 ) -> Result:
-    """score_hps with HPSv2.1's checkpoint."""
+    """score_hps on what HPS.load makes of the rest; the images are looked at before."""
     check_images(images)
     check_weights(checkpoint)
-    read_images(images, prompts, styles)
-    clip = load_clip(checkpoint, tokenizer, device)
-    known = {"checkpoint": checkpoint.name, "tokenizer": tokenizer}
-    how: Any = dict(styles=styles, half=half, antialias=antialias, name=name, steps=steps)
-    return score_hps(images, out, prompts, clip, settings=known, **how)
+    read_images(images, prompts, how.get("styles", STYLES))
+    return HPS.load(prompts, checkpoint, **how).score(images, out, name=name, steps=steps)

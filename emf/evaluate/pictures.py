@@ -9,7 +9,6 @@ never drawn again.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,12 +16,16 @@ from pathlib import Path
 
 from PIL import Image
 
-from emf.evaluate.benchmark import ELSEWHERE, Result, write_comparison
+from emf.device import device as find_device
+from emf.device import launched
+from emf.evaluate.benchmark import ELSEWHERE, Benchmark, Result, check_outs, write_comparison
 from emf.evaluate.drawing import Drawing
 from emf.evaluate.hps import STYLES, read_prompts
-from emf.files import claim, numbered_jsonl, read_text, whole_file, write_text
+from emf.evaluate.rules import check_metadata
+from emf.files import check_writable, claim, numbered_jsonl, read_text, whole_file, write_text
 from emf.sample.sampler import Sampler
-from emf.show.progress import bars
+from emf.show.progress import bars, say
+from emf.weights.folders import weights_folder
 
 IMAGES, SETTINGS = "images", "drawing.json"
 PATIENCE = 1800  # seconds without a new image, after which rank 0 no longer waits for the others
@@ -41,8 +44,9 @@ class Item:
     """Four images, 2 x 2, instead of one."""
 
 
-def geneval_items(prompts: Path | None) -> tuple[list[Item], dict[str, str]]:
-    """(four images of each prompt, files of text to write beside them) of evaluation_metadata.jsonl."""
+def geneval_items(prompts: Path | None, classes: Sequence[str] = ()) -> tuple[list[Item], dict[str, str]]:
+    """(four images of each prompt, files of text to write beside them) of evaluation_metadata.jsonl. classes: those
+    that the images will be scored by; none: they will not be scored."""
     if prompts is None or not prompts.is_file():
         raise ValueError(
             f"GenEval: --prompts {prompts} is no file; expected evaluation_metadata.jsonl of its repository "
@@ -52,8 +56,12 @@ def geneval_items(prompts: Path | None) -> tuple[list[Item], dict[str, str]]:
     for i, (number, row) in enumerate(numbered_jsonl(prompts)):
         if not isinstance(row.get("prompt"), str):
             raise ValueError(f"{prompts}:{number} has no prompt; expected GenEval's metadata")
+        if classes:
+            check_metadata(row, classes, f"{prompts}:{number}")
         texts[f"{i:05d}/metadata.jsonl"] = json.dumps(row) + "\n"
         items += [Item(f"{i:05d}/samples/{j:04d}.png", row["prompt"], 4 * i + j) for j in range(4)]
+    if not items:
+        raise ValueError(f"{prompts} holds no prompt; expected GenEval's metadata, one JSON object a line")
     return items, texts
 
 
@@ -97,9 +105,7 @@ def draw_pictures(items: Sequence[Item], texts: dict[str, str], out: Path, drawi
     """This rank's share of what is missing, at every number of steps. Raises ValueError where `out` holds images of
     other settings."""
     assert drawing.checkpoint is not None
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    rank, world = launched()
     todo: list[tuple[int, list[Item]]] = []
     for steps in drawing.counts:
         folder = out / str(steps) / IMAGES
@@ -168,6 +174,16 @@ def wait_for(files: Sequence[Path]) -> None:
                 raise ValueError(f"evaluate: {len(missing)} images are missing, {missing[0]} the first; call it again")
 
 
+def limited(items: Sequence[Item], texts: dict[str, str], limit: int | None) -> tuple[Sequence[Item], dict[str, str]]:
+    """Those of the first so many prompts."""
+    if limit is None:
+        return items, texts
+    kept = {*list(dict.fromkeys(item.prompt for item in items))[:limit]}
+    items = [item for item in items if item.prompt in kept]
+    folders = {item.file.split("/")[0] for item in items}
+    return items, {file: text for file, text in texts.items() if file.split("/")[0] in folders}
+
+
 def draw_and_score(
     items: Sequence[Item],
     texts: dict[str, str],
@@ -175,21 +191,33 @@ def draw_and_score(
     drawing: Drawing,
     *,
     device: str,
-    score: Callable[[Path, Path, str, int | None], Result],
+    load: Callable[[], Benchmark],
     name: str,
 ) -> list[Result]:
-    """Draw, then on rank 0 `score(images, folder, name, steps)` at every number of steps; results.json and results.md
-    of all in `out`. None on the other ranks, and with images_only."""
-    if drawing.batch < 1 or (drawing.limit is not None and drawing.limit < 1):
-        raise ValueError(f"evaluate: batch {drawing.batch}, limit {drawing.limit}; expected at least 1")
-    if drawing.limit is not None:
-        kept = list(dict.fromkeys(item.prompt for item in items))[: drawing.limit]
-        items = [item for item in items if item.prompt in kept]
-        folders = {item.file.split("/")[0] for item in items}
-        texts = {file: text for file, text in texts.items() if file.split("/")[0] in folders}
+    """Draw, then on rank 0 score what `load` gives at every number of steps; results.json and results.md of all in
+    `out`. None on the other ranks, and with images_only.
+
+    Raises ValueError, before the first picture is drawn, where something that is needed for any of it is missing."""
+    assert drawing.checkpoint is not None
+    scores = launched()[0] == 0 and not drawing.images_only
+    items, texts = limited(items, texts, drawing.limit)
+    weights_folder(drawing.checkpoint)
+    find_device(device)
+    check_writable(out)
+    counted = f"{len(items)} files of images at {', '.join(map(str, drawing.counts))} steps"
+    benchmark = None
+    if scores:
+        say("evaluate: loading what scores the images")
+        benchmark = load()
+        benchmark.check([item.file for item in items])
+        check_outs(out, benchmark, name, drawing.counts)
+    say(f"evaluate: drawing {counted} with {drawing.checkpoint}")
     draw_pictures(items, texts, out, drawing, device)
-    if drawing.images_only or os.environ.get("RANK", "0") != "0":
+    if benchmark is None:
         return []
-    results = [score(out / str(n) / IMAGES, out / str(n), name, n) for n in drawing.counts]
+    results = []
+    for n in drawing.counts:
+        say(f"evaluate: scoring the images of {n} step{'s' * (n > 1)}")
+        results.append(benchmark.score(out / str(n) / IMAGES, out / str(n), name=name, steps=n))
     write_comparison(out, results)
     return results

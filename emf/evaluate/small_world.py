@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from emf.config import Config
 from emf.data.digits import TAGS, prompts
 from emf.evaluate.digits_scorer import Scorer, calibrate
-from emf.files import write_json
+from emf.files import check_writable, write_json
 from emf.model.text_to_image import TextToImage
 from emf.sample.sampler import Sampler, to_uint8
 from emf.sample.sampling_settings import SMALL_AT_ONCE, Settings
@@ -37,11 +36,13 @@ def evaluate_run(run: Path, per_tag: int, guidance: float, seed: int) -> dict[st
     per_tag: prompts of each of the six tasks. guidance: of every sampler. seed: of the noise. Returns what scores.json
     holds. Raises ValueError where the folder is no run that can be scored.
     """
-    if per_tag < 1 or not math.isfinite(guidance):
-        raise ValueError(f"evaluate: per_tag {per_tag} and guidance {guidance}; expected at least 1, and a number")
+    if per_tag < 1:
+        raise ValueError(f"evaluate: per_tag {per_tag} (--per-tag); expected at least 1 prompt of each task")
+    Settings(1, guidance, seed)
     if not (run / "metrics.jsonl").exists() and (run / "model.safetensors").exists():
         raise ValueError(f"evaluate: {run} is a checkpoint; give the run's folder, in which the scores are written")
     config, network = load_run(run)
+    check_writable(run / "scores.json", "evaluate: ")
     specs = prompts(per_tag)
     meanflow = config.objective == "meanflow"
     base = Sampler(config, load_base(config) if meanflow else network, source="the base" if meanflow else run)

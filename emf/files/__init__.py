@@ -24,6 +24,7 @@ from emf.files.reading import (
 )
 from emf.files.rows import append_rows, mend_rows, read_rows, write_rows
 from emf.files.writing import (
+    check_writable,
     copy_file,
     finite,
     make_folder,
@@ -44,6 +45,7 @@ __all__ = [
     "check_folder",
     "check_readable",
     "check_text",
+    "check_writable",
     "claim",
     "copy_file",
     "decode_text",

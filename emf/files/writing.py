@@ -102,10 +102,25 @@ def make_folder(path: Path) -> None:
         raise ValueError(f"{path} cannot be made a folder: {why(error)}") from None
 
 
+def check_writable(path: Path, who: str = "") -> None:
+    """Raises ValueError, its text beginning with `who`, where the file or folder `path` could not be written or made:
+    what is above it is no folder, or may not be written to. Asked before work that would be lost."""
+    there = path
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    above = there if there.is_dir() else there.parent if there == path else None
+    if above is None:
+        raise ValueError(f"{who}{path} cannot be written: {there} is no folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"{who}{path} cannot be written: {above} may not be written to")
+
+
 def refuse_existing(out: Path, who: str = "") -> None:
-    """Raises ValueError, its text beginning with `who`, where `out` is taken, a dangling link included."""
+    """Raises ValueError, its text beginning with `who`, where `out` is taken, a dangling link included, and where it
+    could not be written."""
     if os.path.lexists(out):
-        raise ValueError(f"{who}{out} exists; name a folder that does not")
+        raise ValueError(f"{who}{out} exists; choose another --out")
+    check_writable(out, who)
 
 
 def copy_file(source: Path | str, target: Path | str) -> None:

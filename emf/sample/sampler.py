@@ -17,13 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
 from emf.config import Config
 from emf.device import device as find_device
 from emf.errors import NotFinite
-from emf.files import make_folder, whole_file
 from emf.flow import guided, sample, seed_of
 from emf.model.autoencoder import Latent, load_dcae
 from emf.model.text_to_image import TextToImage
@@ -32,7 +30,6 @@ from emf.sample.sampling_settings import GUIDANCE, GUIDANCE_PRETRAINED, Settings
 from emf.weights.checkpoints import WEIGHTS
 from emf.weights.folders import load, weights_folder
 
-SMALL = 64  # pixels along a side below which a picture is enlarged for the eye
 TOKENS_APART = 2**40  # is added to an image's seed for its image tokens, which must not follow its noise
 
 States = tuple[Tensor, Tensor | None]
@@ -267,23 +264,3 @@ def timed(seconds: dict[str, float], name: str, device: torch.device) -> Iterato
 def to_uint8(images: Tensor | np.ndarray) -> np.ndarray:
     """Images [n, C, H, W] in about [-1, 1] -> [n, H, W, C] uint8."""
     return ((np.asarray(images) + 1) * 127.5).round().clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
-
-
-def write_images(images: Tensor, captions: Sequence[str], out: Path, told: dict[str, Any]) -> list[Path]:
-    """PNG files with the caption and what is told of them in their metadata; small ones eight times as large. A name
-    that is taken gets the next number."""
-    make_folder(out)
-    taken, paths = len(list(out.glob("*.png"))), []
-    for image, caption in zip(to_uint8(images), captions, strict=True):
-        while (path := out / f"{taken:05d}.png").exists():
-            taken += 1
-        note = PngInfo()
-        for key, value in {"caption": caption, **told}.items():
-            note.add_text(key, str(value))
-        picture = Image.fromarray(image)
-        zoom = 8 if picture.width < SMALL else 1
-        picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
-        with whole_file(path) as part:
-            picture.save(part, "png", pnginfo=note)
-        paths.append(path)
-    return paths

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from emf.arguments import NEEDS_EXTRA, one_line
+from emf.arguments import NEEDS_EXTRA, parse, to_arguments
 from emf.config import Config
 from emf.errors import report_errors
 from emf.recipes import RECIPES, from_file
@@ -28,11 +29,12 @@ class _Run:
 
 
 def parse_train(arguments: list[str]) -> tuple[Config, Path, bool]:
-    """(config, out, resume) from `<recipe | config.json> --out DIR [--resume True] [--field value ...]`."""
+    """(config, out, resume) from `<recipe | config.json> --out DIR [--resume] [--field value ...]`. Sizes of the folder
+    that --init names go before the recipe's, and what the command line says goes before both."""
     names = ", ".join(RECIPES)
     first = arguments[0] if arguments else "--help"
     if first in ("-h", "--help"):
-        print("usage: emf train RECIPE|CONFIG.json --out DIR [--resume True] [--field value ...]\n")
+        print("usage: emf train RECIPE|CONFIG.json --out DIR [--resume] [--field value ...]\n")
         print(
             "Trains in this process; `deepspeed --module emf.train ...` takes the same arguments, for several ranks.\n"
         )
@@ -46,14 +48,26 @@ def parse_train(arguments: list[str]) -> tuple[Config, Path, bool]:
         config = from_file(Path(first))
     elif Path(first).is_file():
         raise ValueError(f"train: {first} is a file, but no .json; give a run's config.json, or one of {names}")
+    elif first.startswith("-"):
+        raise ValueError(f"train: the recipe comes first: emf train RECIPE {first} ...; recipes are {names}")
     else:
         raise ValueError(f"train: no recipe {first!r}; recipes are {names}, or give a config.json")
-    # every field takes a value (`--resume True`), as config.json's fields do
-    style = (tyro.conf.FlagConversionOff,)
-    parsed = one_line(tyro.cli, _Run, args=arguments[1:], default=_Run(config), prog=f"emf train {first}", config=style)
+    known = to_arguments(_known_to_init(arguments[1:], config))
+    parsed = parse(_Run, [*known, *arguments[1:]], f"emf train {first}", default=_Run(config))
     if parsed.out is None:
         raise ValueError("train: say where to write: --out DIR")
     return parsed.config, parsed.out, parsed.resume
+
+
+def _known_to_init(arguments: list[str], config: Config) -> dict[str, Any]:
+    """The settings that the folder after --init knows, by section; none where there is no such folder."""
+    given = [after for word, after in pairwise([*arguments, ""]) if word == "--init"]
+    given += [word.removeprefix("--init=") for word in arguments if word.startswith("--init=")]
+    if not given or not Path(given[-1]).is_dir():
+        return {}
+    from emf.weights.start import sizes_of  # seconds, which a command without --init need not take
+
+    return sizes_of(Path(given[-1]), config)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -72,7 +72,7 @@ def advised(out: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        left = "--resume True continues from the last checkpoint" if checkpoints(out) else "no checkpoint was written"
+        left = "--resume continues from the last checkpoint" if checkpoints(out) else "no checkpoint was written"
         raise KeyboardInterrupt(f"interrupted; {left}") from None
 
 
@@ -148,7 +148,7 @@ class Training:
                 self.save(done)
             if self.stopping:
                 if self.log and done < config.steps:
-                    print(f"asked to stop: saved {self.last}; --resume True continues from it", flush=True)
+                    print(f"asked to stop: saved {self.last}; --resume continues from it", flush=True)
                 return
 
     def step(self, number: int, coming: Iterator[tuple[tuple[int, int], Batch]]) -> Step:

@@ -87,7 +87,7 @@ def check_folder_of_run(out: Path, saved: list[Path], config: Config, resume: bo
         raise ValueError(f"train: {out} is no folder; choose another --out")
     written = [name for name in ("config.json", "metrics.jsonl", "curve.jsonl") if (out / name).exists()]
     if (written or saved) and not resume:
-        raise ValueError(f"train: {out} holds a run already; add --resume True to continue it, or choose another --out")
+        raise ValueError(f"train: {out} holds a run already; add --resume to continue it, or choose another --out")
     if resume and saved:
         check_same_run(config, saved[-1])
 

@@ -8,27 +8,33 @@ from typing import Any
 
 import torch
 
+from emf.model.sizes import TransformerConfig
 from emf.model.transformer import Transformer
 from emf.weights.layouts import DUAL, read_config
 from emf.weights.tensors import Weights, find, load_weights, read_metadata
 
 
+def exported_sizes(folder: Path) -> TransformerConfig:
+    """The sizes of the transformer in such a folder, with the scales of its time embedders. Raises ValueError where
+    they are not said."""
+    dual, config = folder / DUAL, read_config(folder / "config.json")
+    if not dual.is_file():
+        return config
+    said = read_metadata(dual)
+    try:
+        scales: dict[str, Any] = {k: float(said[k]) for k in ("time_scale", "base_time_scale")}
+    except (KeyError, ValueError):
+        raise ValueError(f"{dual} does not say its time_scale and base_time_scale; export again") from None
+    return replace(config, dual_time=True, **scales)
+
+
 def load_exported_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
     """The transformer folder that `emf export` wrote, with both time embedders where it has them. Raises ValueError
     where it is another."""
-    dual, config = folder / DUAL, read_config(folder / "config.json")
-    names = find(folder)
+    config, names = exported_sizes(folder), find(folder)
     if not names:
         raise ValueError(f"weights: {folder} holds none; expected diffusion_pytorch_model.safetensors")
-    if dual.is_file():
-        said = read_metadata(dual)
-        try:
-            scales: dict[str, Any] = {k: float(said[k]) for k in ("time_scale", "base_time_scale")}
-        except (KeyError, ValueError):
-            raise ValueError(f"{dual} does not say its time_scale and base_time_scale; export again") from None
-        config = replace(config, dual_time=True, **scales)
-        names.append(dual)
-    weights = Weights(names)
+    weights = Weights([*names, folder / DUAL] if config.dual_time else names)
     with torch.device("meta"):
         network = Transformer(config)
     network = network.to_empty(device="cpu").to(dtype)

@@ -78,8 +78,7 @@ def merged(transformer: nn.Module) -> dict[str, Tensor]:
 
 def release(run: Path, out: Path) -> int:
     """A run's averaged weights in float16 as one file; returns its bytes. Raises ValueError where `out` exists."""
-    if out.exists():
-        raise ValueError(f"release: {out} exists; remove it first")
+    refuse_existing(out, "release: ")
     state = tensors.read_weights(newest(run) / WEIGHTS)
     with whole_file(out) as part:
         tensors.write_file(part, tensors.items(state, torch.float16))

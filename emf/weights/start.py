@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -16,8 +17,8 @@ from emf.recipes import from_file
 from emf.weights import checkpoints
 from emf.weights.branches import add_time_branches
 from emf.weights.checkpoints import SETTINGS, WEIGHTS, newest, saved_names
-from emf.weights.converted import is_base, load_converted
-from emf.weights.diffusers_folder import load_exported_transformer
+from emf.weights.converted import is_base, load_converted, read_converted
+from emf.weights.diffusers_folder import exported_sizes, load_exported_transformer
 from emf.weights.tensors import load_weights, read_weights
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -56,6 +57,25 @@ def resumed(config: Config, checkpoint: Path) -> TextToImage:
     return network
 
 
+def sizes_of(source: Path, config: Config) -> dict[str, Any]:
+    """The settings, by section of a config, that the folder to start from knows: the transformer's sizes, and the scale
+    of its times where it has EMF's two time embedders; of a run on the digits also its text encoder's sizes and the
+    geometry of its pictures, for a config that has those. Raises ValueError where the folder holds nothing to start
+    from."""
+    told: dict[str, Any] = {}
+    if is_base(source):
+        theirs = read_converted(source).transformer
+    elif (source / "model_index.json").is_file():
+        theirs = exported_sizes(source / "transformer")
+    else:
+        run = _run_at(source)
+        theirs = run.transformer
+        if run.condition.kind == config.condition.kind == "small":
+            told |= {"encoder": asdict(run.encoder), "world": asdict(run.world)}
+    own = ("checkpointing", "dual_time") if theirs.dual_time else ("checkpointing", "dual_time", "time_scale")
+    return told | {"transformer": {k: v for k, v in asdict(theirs).items() if k not in own}}
+
+
 def with_encoder(config: Config) -> Config:
     """The config with the folder of the pretrained text encoder, where the run or export that config.init names has it:
     a run does not hold what it did not train."""
@@ -76,18 +96,23 @@ def _read_folder(source: Path, config: Config) -> dict[str, Tensor]:
         transformer = load_exported_transformer(source / "transformer")
         _check_sizes(source, transformer.config, config)
         return {f"transformer.{k}": v for k, v in transformer.state_dict().items()}
-    if not (source / WEIGHTS).is_file() and not checkpoints.checkpoints(source):
-        raise ValueError(
-            f"weights: {source} is neither a run with a checkpoint, nor from emf convert or emf export; give one of "
-            "these, or a file of weights"
-        )
-    theirs = from_file(newest(source) / SETTINGS)
+    theirs = _run_at(source)
     if theirs.lora.rank:
         raise ValueError(
             f"config: init {source} has adapters beside its weights; emf export merges them: give its folder"
         )
     _check_sizes(source, theirs.transformer, config)
     return read_weights(newest(source) / WEIGHTS)
+
+
+def _run_at(source: Path) -> Config:
+    """The config of a run, or of one of its checkpoints. Raises ValueError where the folder is neither."""
+    if not (source / WEIGHTS).is_file() and not checkpoints.checkpoints(source):
+        raise ValueError(
+            f"weights: {source} is neither a run with a checkpoint, nor from emf convert or emf export; give one of "
+            "these, or a file of weights"
+        )
+    return from_file(newest(source) / SETTINGS)
 
 
 def read_init(source: Path) -> dict[str, Tensor]:
@@ -125,4 +150,4 @@ def _check_sizes(source: Path, theirs: TransformerConfig, config: Config) -> Non
     free = FREE if theirs.dual_time and config.transformer.dual_time else (*FREE, "time_scale")
     if differ := [k for k in here if here[k] != there[k] and k not in free]:
         names = ", ".join(f"--transformer.{k.replace('_', '-')} {there[k]}" for k in differ)
-        raise ValueError(f"config: init {source} is of other sizes than the recipe's; say {names}")
+        raise ValueError(f"config: init {source} is of other sizes than the config's; say {names}")

@@ -159,12 +159,18 @@ def test_generate_writes_and_never_overwrites(run: Path, tmp_path: Path, capsys:
     call = ["generate", "--run", str(run), "--out", str(out), "--n", "2", "--steps", "2"]
     assert emf(*call, "--", caption) == 0
     first = sorted(out.iterdir())
-    assert [str(p) for p in first] == capsys.readouterr().out.split() and len(first) == 2
+    manifest = out / "manifest.jsonl"
+    assert [str(p) for p in first] == [*capsys.readouterr().out.split(), str(manifest)]
+    assert [p.name for p in first[:2]] == ["00000_a_red_seven.png", "00001_a_red_seven.png"]
+    asked = {"prompt": caption, "steps": 2, "guidance": 1.25, "seed": 0, "run": str(run), "flow_matching": False}
+    told = [{"file": p.name, "number": i, **asked} for i, p in enumerate(first[:2])]
+    assert [json.loads(line) for line in manifest.read_text().splitlines()] == told
+    first = first[:2]
     kept = [p.read_bytes() for p in first]
     assert kept[0] != kept[1]  # another noise
-    assert Image.open(first[0]).text["caption"] == caption
+    assert Image.open(first[0]).text["prompt"] == caption
     assert emf(*call, "--", caption) == 0
-    again = sorted(out.iterdir())
+    again = sorted(out.glob("*.png"))
     assert len(again) == 4 and [p.read_bytes() for p in first] == kept
     assert Image.open(again[2]).tobytes() == Image.open(first[0]).tobytes()
     capsys.readouterr()
@@ -172,7 +178,7 @@ def test_generate_writes_and_never_overwrites(run: Path, tmp_path: Path, capsys:
     assert "zebra" in one_line(capsys.readouterr().err)
     assert emf(*call[:-1], "0", "--", caption) == 2
     assert "steps" in one_line(capsys.readouterr().err)
-    assert sorted(out.iterdir()) == again
+    assert sorted(out.glob("*.png")) == again
 
 
 def test_release_is_half_precision_and_can_be_started_from(

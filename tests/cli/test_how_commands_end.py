@@ -97,8 +97,8 @@ def test_ctrl_c_advises_what_the_command_has(capsys: pytest.CaptureFixture[str])
         raise KeyboardInterrupt
     assert end.value.code == 130 and capsys.readouterr().err == "interrupted\n"
     with pytest.raises(SystemExit) as end, report_errors():
-        raise KeyboardInterrupt("interrupted; go on with --resume True")
-    assert end.value.code == 130 and capsys.readouterr().err == "interrupted; go on with --resume True\n"
+        raise KeyboardInterrupt("interrupted; go on with --resume")
+    assert end.value.code == 130 and capsys.readouterr().err == "interrupted; go on with --resume\n"
 
 
 def test_a_reader_that_has_enough_is_no_error() -> None:
@@ -110,3 +110,69 @@ def test_a_reader_that_has_enough_is_no_error() -> None:
     process.stdout.close()
     assert process.wait(60) == 141 and process.stderr.read() == b""
     process.stderr.close()
+
+
+def ended(code: str, read: int | None = None, terminate: bool = False) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of Python code; `read`: lines, then stdout is closed; `terminate` comes after one."""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout and process.stderr
+    if terminate:
+        process.stdout.readline()
+        process.terminate()
+    for _ in range(read or 0):
+        process.stdout.readline()
+    if read is not None:
+        process.stdout.close()
+        said = ""
+    else:
+        said = process.stdout.read()
+        process.stdout.close()
+    errors = process.stderr.read()
+    process.stderr.close()
+    return process.wait(60), said, errors
+
+
+def test_what_is_printed_last_may_find_no_reader() -> None:
+    """A few lines wait in the process until its end, as in `emf plan ... | head -1` and `emf --help | true`."""
+    code = "import time\nfrom emf.errors import report_errors\nwith report_errors():\n  time.sleep(1); print('x')"
+    assert ended(code, read=0) == (141, "", "")
+    assert ended(code + "; raise SystemExit(0)", read=0) == (141, "", "")
+
+
+def test_an_output_that_cannot_be_written() -> None:
+    code = "import sys\nsys.stdout = open('/dev/full', 'w')\nfrom emf.errors import report_errors\n"
+    code += "with report_errors(): print('x')"
+    assert ended(code) == (2, "", "error: a file cannot be written: No space left on device\n")
+
+
+def test_sigterm_cleans_up(tmp_path: Path) -> None:
+    code = f"""
+import time
+from pathlib import Path
+from emf.errors import cleaned_up, report_errors
+from emf.files import whole_file
+with report_errors(), cleaned_up(), whole_file(Path({str(tmp_path)!r}) / "x"):
+    print("begun", flush=True)
+    time.sleep(60)
+"""
+    assert ended(code, terminate=True) == (143, "", "") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+            "allocate 4000000000000000 bytes. Error code 12 (Cannot allocate memory)"
+        ),
+    ],
+    ids=["Python's", "a GPU's", "torch's"],
+)
+def test_memory_that_is_full(error: BaseException, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end, report_errors():
+        raise error
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith("error: the memory is full (") and said.count("\n") == 1
+    assert ": you tried to allocate 4000000000000000 bytes)" in said or "alloc_cpu" not in str(error)

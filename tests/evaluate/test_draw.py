@@ -56,7 +56,7 @@ def pixels(file: Path) -> np.ndarray:
 
 
 def geneval(run: Path, out: Path, metadata: Path, **further: Any) -> None:
-    settings: dict[str, Any] = dict(steps="1,2", images_only=True) | further
+    settings: dict[str, Any] = dict(steps=(1, 2), images_only=True) | further
     commands.geneval(out, prompts=metadata, draw=Drawing(checkpoint=run, **settings))
 
 
@@ -113,12 +113,12 @@ def test_ranks_share_the_work(
 
 @pytest.mark.parametrize("change", [dict(seed=1), dict(guidance=2.0), dict(flow_matching=True), dict(weights=1)])
 def test_other_settings_are_refused(run: Path, metadata: Path, tmp_path: Path, change: dict[str, Any]) -> None:
-    geneval(run, tmp_path / "out", metadata, steps="1")
+    geneval(run, tmp_path / "out", metadata, steps=(1,))
     before = files(tmp_path / "out")
     other = small_run(tmp_path / "other", seed=1) if "weights" in change else run
     change = {k: v for k, v in change.items() if k != "weights"}
     with pytest.raises(ValueError, match="other settings"):
-        geneval(other, tmp_path / "out", metadata, steps="1", **change)
+        geneval(other, tmp_path / "out", metadata, steps=(1,), **change)
     assert files(tmp_path / "out") == before
 
 
@@ -127,7 +127,7 @@ def test_somebodys_own_images_are_left_alone(run: Path, metadata: Path, tmp_path
     own.parent.mkdir(parents=True)
     own.write_text("mine")
     with pytest.raises(ValueError, match="exists without drawing.json"):
-        geneval(run, tmp_path / "out", metadata, steps="1")
+        geneval(run, tmp_path / "out", metadata, steps=(1,))
     assert own.read_text() == "mine"
 
 
@@ -137,7 +137,7 @@ def test_geneval_to_a_table(run: Path, metadata: Path, tmp_path: Path) -> None:
     detections = tmp_path / "detections.jsonl"
     rows = [{"filename": n, "detections": found if i else []} for n, i in names]
     detections.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    drawing = Drawing(checkpoint=run, steps="1,4")
+    drawing = Drawing(checkpoint=run, steps=(1, 4))
     commands.geneval(tmp_path / "out", prompts=metadata, draw=drawing, detections=detections, name="ours")
     tree = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [r["steps"] for r in tree["results"]] == [1, 4] and tree["results"][0]["overall"] == pytest.approx(2 / 3)
@@ -149,7 +149,7 @@ def test_geneval_to_a_table(run: Path, metadata: Path, tmp_path: Path) -> None:
 
 
 def test_dpg_draws_grids(run: Path, texts: Path, tmp_path: Path) -> None:
-    drawing = Drawing(checkpoint=run, steps="2", batch=8)
+    drawing = Drawing(checkpoint=run, steps=(2,), batch=8)
     questions, answers = tmp_path / "dpg_bench.csv", tmp_path / "answers.jsonl"
     columns = ["item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language"]
     with questions.open("w", newline="") as stream:
@@ -173,7 +173,7 @@ def test_hps_draws_by_style(run: Path, tmp_path: Path) -> None:
     (tmp_path / "styles").mkdir()
     for style in pictures.STYLES:
         (tmp_path / "styles" / f"{style}.json").write_text(json.dumps(PROMPTS))
-    drawing = Drawing(checkpoint=run, steps="1", images_only=True, limit=2)
+    drawing = Drawing(checkpoint=run, steps=(1,), images_only=True, limit=2)
     commands.hps(tmp_path / "out", prompts=tmp_path / "styles", draw=drawing)
     drawn = sorted(p.relative_to(tmp_path / "out").as_posix() for p in tmp_path.rglob("*.jpg"))
     assert drawn == [f"1/images/{style}/{i:05d}.jpg" for style in pictures.STYLES for i in range(2)]
@@ -186,13 +186,31 @@ def test_hps_draws_by_style(run: Path, tmp_path: Path) -> None:
         (dict(images=Path("x"), draw=Drawing(checkpoint=Path("y"))), "folder of images, or --checkpoint"),
         (dict(draw=Drawing(checkpoint=Path("y"))), "expected evaluation_metadata.jsonl"),
         (dict(images=Path("absent")), "is no folder"),
-        (dict(images=Path("x"), draw=Drawing(steps="1;2")), "expected numbers from 1 on"),
+        (dict(images=Path("x"), draw=Drawing(guidance=2.0)), "--guidance is of images that are drawn"),
+        (dict(images=Path("x"), draw=Drawing(images_only=True)), "--images-only is of images that are drawn"),
+        (dict(images=Path("x"), prompts=Path("y")), "--prompts is of images that are drawn"),
     ],
 )
 def test_what_is_missing_is_said(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         commands.geneval(tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(steps=()), r"\(--steps\); expected numbers from 1 on"),
+        (dict(steps=(1, 0)), r"\(--steps\); expected numbers from 1 on"),
+        (dict(limit=0), r"\(--limit\); expected at least 1"),
+        (dict(batch=0), r"\(--batch\); expected at least 1"),
+        (dict(seed=2**43), r"\(--seed\); expected 0 to"),
+        (dict(guidance=float("nan")), r"\(--guidance\); expected a number"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said_at_once(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Drawing(**wrong)
 
 
 def test_benchmarks_files_are_asked_for(run: Path, tmp_path: Path) -> None:

@@ -79,8 +79,8 @@ class Counted(RecordedDetector):
 
 def test_a_killed_run_goes_on_where_it_was(folder: tuple[Path, Path], tmp_path: Path) -> None:
     root, file = folder
-    whole = score_geneval(root, tmp_path / "whole", RecordedDetector(file, root))
-    first, second = Counted(file, root), Counted(file, root)
+    whole = score_geneval(root, tmp_path / "whole", RecordedDetector(file))
+    first, second = Counted(file), Counted(file)
     first.limit = 50
     with pytest.raises(KeyboardInterrupt):
         score_geneval(root, tmp_path / "out", first)
@@ -91,7 +91,7 @@ def test_a_killed_run_goes_on_where_it_was(folder: tuple[Path, Path], tmp_path: 
     assert second.looked == 2 * len(CASES) - 49
     for name in ("scored.jsonl", "results.json", "results.md"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    third = Counted(file, root)
+    third = Counted(file)
     score_geneval(root, tmp_path / "out", third)
     assert third.looked == 0
 
@@ -100,12 +100,12 @@ def test_another_image_or_prompt_is_scored_again_and_a_removed_one_forgotten(
     folder: tuple[Path, Path], tmp_path: Path
 ) -> None:
     root, file = folder
-    score_geneval(root, tmp_path / "out", RecordedDetector(file, root))
+    score_geneval(root, tmp_path / "out", RecordedDetector(file))
     Image.new("RGB", (8, 8), "blue").save(root / "00003" / "samples" / "0000.png")
     other = json.loads((root / "00005" / "metadata.jsonl").read_text()) | {"prompt": "other"}
     (root / "00005" / "metadata.jsonl").write_text(json.dumps(other))
     (root / "00007" / "samples" / "0001.png").unlink()
-    counted = Counted(file, root)
+    counted = Counted(file)
     result = score_geneval(root, tmp_path / "out", counted)
     assert counted.looked == 3 and result.images == 2 * len(CASES) - 1  # one image; one prompt with two images
     assert "other" in [r["prompt"] for r in read_rows(tmp_path / "out" / "scored.jsonl")]

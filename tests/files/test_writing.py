@@ -71,7 +71,7 @@ def test_an_unwritable_place_is_one_line(tmp_path: Path) -> None:
     for write in (lambda p: write_text(p, "x"), lambda p: claim(p, {}, ())):
         with pytest.raises(ValueError, match="file is no folder$|file/a cannot be made a folder: Not a directory"):
             write(tmp_path / "file" / "a")
-    unwritable = pytest.raises(ValueError, match="^who: .*file/a cannot be written: Not a directory")
+    unwritable = pytest.raises(ValueError, match="^who: .*file/a cannot be written: .*/file is no folder$")
     with unwritable, whole_folder(tmp_path / "file" / "a", "who: "):
         pass
 
@@ -152,7 +152,7 @@ def test_a_claim_may_grow(tmp_path: Path) -> None:
 def test_a_device_is_there_or_one_line() -> None:
     assert device("cpu") == torch.device("cpu") and device().type == ("cuda" if torch.cuda.is_available() else "cpu")
     for name in ("gpu", "cuda:99", "meta", "xpu", "cpu:7", "🙂"):
-        with pytest.raises(ValueError, match="^device: .*expected one of cpu") as error:
+        with pytest.raises(ValueError, match="^device: .*expected auto or one of cpu") as error:
             device(name)
         assert len(str(error.value).splitlines()) == 1
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from digits_run import small_config, small_network, small_run
-from PIL import Image
 from same_pictures import assert_same_pictures
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from emf.flow import guided, sample, seed_of
 from emf.model.autoencoder import Identity
 from emf.model.text_to_image import TextToImage
 from emf.sample.image_tokens import tokenize
-from emf.sample.sampler import Sampler, to_uint8, write_images
+from emf.sample.sampler import Sampler, to_uint8
 from emf.sample.sampling_settings import GUIDANCE, GUIDANCE_PRETRAINED, Settings
 
 CAPTIONS = ["a red seven", "two blue threes", "a four above a one", "a red seven", "three green twos"]
@@ -175,13 +174,6 @@ def test_seeds_of_images_stay_apart() -> None:
     assert len({seed_of(s, n) for s in range(10) for n in range(100)}) == 1000
 
 
-def test_pictures_are_written_whole_with_their_caption(tmp_path: Path) -> None:
+def test_pixels_are_rounded_and_clipped() -> None:
     images = torch.tensor([-1.2, -1.0, 0.0, 1.0])[:, None, None, None].expand(4, 3, 2, 2)
     assert to_uint8(images)[:, 0, 0, 0].tolist() == [0, 0, 128, 255]
-    first = write_images(images[:2], ["<b>[x]", "é"], tmp_path / "new", {"steps": 2})
-    more = write_images(images[2:3], ["z"], tmp_path / "new", {})
-    assert [p.name for p in (*first, *more)] == ["00000.png", "00001.png", "00002.png"]
-    with Image.open(first[0]) as picture:
-        assert picture.size == (16, 16) and picture.info == {"caption": "<b>[x]", "steps": "2"}
-    with Image.open(first[1]) as picture:
-        assert picture.info["caption"] == "é"

@@ -16,7 +16,6 @@ from rich.console import Console
 
 from emf.show import lettering, page, plot, table
 from emf.show.lettering import Lettering, readable
-from emf.show.progress import track
 from emf.show.sheet import Cell, captioned, sheet, write_sheet
 
 STRANGE = "$x$ <b>&amp; _a_ \\n \\$ [red] $\\frac{1$ `c` |d| \N{GRINNING FACE}"
@@ -144,11 +143,6 @@ def test_a_terminal_shows_a_text_as_it_is_written() -> None:
     out.print(table.terminal(["[bold]h"], [[STRANGE]], "[t]", words=(0,)))
     printed = out.file.getvalue()  # type: ignore[attr-defined]
     assert STRANGE in printed and "[bold]h" in printed and "[t]" in printed
-
-
-def test_a_bar_shows_a_name_as_it_is_written(capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(track(range(3), "data/[red]")) == [0, 1, 2]
-    assert "data/[red]" in capsys.readouterr().out
 
 
 def test_a_plot_shows_a_text_as_it_is_written() -> None:

@@ -154,7 +154,7 @@ def _interrupt_5() -> None:
 def test_ctrl_c_promises_what_there_is(recipe: list[str], tmp_path: Path) -> None:
     for before, said in (
         (_interrupt_2, "interrupted; no checkpoint was written"),
-        (_interrupt_5, "interrupted; --resume True continues from the last checkpoint"),
+        (_interrupt_5, "interrupted; --resume continues from the last checkpoint"),
     ):
         result = train(tmp_path, *recipe, "--out", str(tmp_path / before.__name__), before=before)
         assert result.code == 130 and result.text.splitlines()[-1] == said, result.text

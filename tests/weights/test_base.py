@@ -84,7 +84,7 @@ def test_a_base_is_evaluated_and_compared(published: Path, start: Path, tmp_path
     assert psnr["start"] == pytest.approx(psnr["published"], abs=0.1)
     (tmp_path / "metadata.jsonl").write_text('{"prompt": "a red cat", "tag": "x", "include": []}\n')
     found, texts = geneval_items(tmp_path / "metadata.jsonl")
-    drawing = Drawing(start, steps="1", flow_matching=True, images_only=True)
+    drawing = Drawing(start, steps=(1,), flow_matching=True, images_only=True)
     draw_pictures(found, texts, tmp_path / "drawn", drawing, "cpu")
     assert len(list((tmp_path / "drawn").rglob("*.png"))) == 4
 

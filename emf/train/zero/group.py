@@ -11,23 +11,35 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from emf.device import launched
+from emf.errors import Unlaunched
+from emf.files import why
+
 
 @contextmanager
 def process_group() -> Iterator[tuple[int, int]]:
-    """(rank, world size) under the deepspeed launcher, torchrun, or alone. Destroys the group at exit."""
+    """(rank, world size) under the deepspeed launcher, torchrun, or alone. Destroys the group at exit. Raises
+    Unlaunched where the ranks cannot meet."""
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if "RANK" not in os.environ:
+    launched()
+    if not os.environ.get("RANK"):
         # DeepSpeed looks for an address even where nothing listens: one process keeps its store to itself, since a port
         # that was free a moment ago may be another's by now.
         os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    elif lost := [name for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        raise Unlaunched(f"launch: RANK is set, {lost[0]} is not; start with deepspeed or torchrun, or unset RANK")
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(
             max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])))
         )
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # collectives of objects go through the current device
-    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    try:
+        deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    except (dist.DistError, ValueError) as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise Unlaunched(f"launch: rank {os.environ['RANK']} cannot meet the others at {place}: {why(error)}") from None
     try:
         yield dist.get_rank(), dist.get_world_size()
     finally:

@@ -1,0 +1,81 @@
+"""Pictures as files whose names say their prompts, and the list of them beside: manifest.jsonl, a line a picture."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from emf.files import append_rows, check_folder, check_writable, make_folder, mend_rows, whole_file
+from emf.sample.sampler import to_uint8
+
+MANIFEST = "manifest.jsonl"
+LONGEST = 80
+"""Bytes of a prompt in a file's name; a file system takes 255 for all of it."""
+SMALL = 64
+"""Pixels along a side below which a picture is enlarged for the eye."""
+
+
+def words_of(prompt: str) -> str:
+    """A prompt as a part of a file's name: its letters, marks and digits of any script, _ for all that is between them,
+    at most LONGEST bytes."""
+    kept = (c if unicodedata.category(c)[0] in "LMN" else " " for c in unicodedata.normalize("NFC", prompt))
+    return "_".join("".join(kept).split()).encode()[:LONGEST].decode(errors="ignore").rstrip("_")
+
+
+def check_pictures_folder(out: Path) -> None:
+    """Raises ValueError where pictures could not be written in the folder `out`, or its manifest.jsonl is somebody
+    else's; asked before the weights are read."""
+    check_folder(out, (), who="generate: ", advice="give another --out")
+    check_writable(out, "generate: ")
+    if (out / MANIFEST).exists():
+        with _alone(out):
+            mend_rows(out / MANIFEST, ("file", "prompt"))
+
+
+def write_images(
+    images: Tensor, prompts: Sequence[str], out: Path, told: dict[str, Any], numbers: Sequence[int]
+) -> list[Path]:
+    """PNG files of images [n, 3, H, W], and a line of manifest.jsonl for each: its file, its prompt, its number, which
+    seeds it together with the seed, and what is told of all. The files hold the same as text; small ones are eight
+    times as large. A name is the next number that is free, and the prompt's words: nothing is overwritten, nor does
+    another process that writes in the same folder take the number."""
+    make_folder(out)
+    paths = []
+    for image, prompt, number in zip(to_uint8(images), prompts, numbers, strict=True):
+        picture = Image.fromarray(image)
+        zoom = 8 if picture.width < SMALL else 1
+        picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+        said = {"prompt": prompt, "number": number, **told}
+        note = PngInfo()
+        for key, value in said.items():
+            note.add_text(key, str(value))
+        with _alone(out):
+            taken = [int(found[0]) for p in out.glob("*.png") if (found := re.match(r"\d+", p.name))]
+            name = "_".join(filter(None, (f"{max(taken, default=-1) + 1:05d}", words_of(prompt))))
+            with whole_file(out / f"{name}.png") as part:
+                picture.save(part, "png", pnginfo=note)
+            append_rows(out / MANIFEST, [{"file": f"{name}.png", **said}])
+        paths.append(out / f"{name}.png")
+    return paths
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """No other process takes a number in the folder while the block runs, where the file system has locks."""
+    held = os.open(out, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
