@@ -158,6 +158,8 @@ def check_kernel_dtype(op: str, lead: Tensor) -> None:
 
 REGISTRY: dict[str, Op] = {}
 KNOWN = 1024  # how many accepted calls an op remembers before it forgets them all
+# what an argument may be that a reference annotates so; symbolic where torch.compile traces
+NUMBERS = {"float": (float, int, torch.SymFloat, torch.SymInt), "int": (int, torch.SymInt)}
 _forced: ContextVar[Backend | None] = ContextVar("backend", default=None)
 
 
@@ -232,6 +234,7 @@ class Op:
         self._defaults = tuple(p.default for p in parameters)
         # (name, whether a Tensor, whether None will do) of each argument
         self._arguments = [(p.name, "Tensor" in str(p.annotation), "None" in str(p.annotation)) for p in parameters]
+        self._numbers = {p.name: kind for p in parameters for kind in NUMBERS if str(p.annotation).startswith(kind)}
         self._accepted: dict[tuple[Any, ...], bool] = {}
         self.__module__ = reference.__module__
         self.__doc__ = reference.__doc__
@@ -314,6 +317,15 @@ class Op:
             if not tensor:
                 if isinstance(a, (Dual, Tensor)):
                     raise ValueError(f"{self.name}: {name} is a {type(a).__name__}; expected a constant")
+                number = self._numbers.get(name)
+                if (
+                    number
+                    and (isinstance(a, bool) or not isinstance(a, NUMBERS[number]))
+                    and not (a is None and optional)
+                ):
+                    raise ValueError(
+                        f"{self.name}: {name} is {a!r}; expected {'an int' if number == 'int' else 'a float'}"
+                    )
             elif isinstance(a, Dual):
                 if name not in self.live:
                     raise ValueError(self._takes_none(name))

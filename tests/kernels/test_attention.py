@@ -96,6 +96,7 @@ CU = torch.tensor([[0, 3, 5], [0, 1, 5]], dtype=torch.int32)
         (dict(mask=torch.ones(1, 2, 1, 1) > 0, block=16), r"mask is \(1, 2, 1, 1\); expected \(1, 4, 1, 1\)"),
         (dict(mask=torch.ones(1, 1, 1, 1) > 0, block=24), "block is 24; expected a multiple of 16, with a mask"),
         (dict(mask=torch.ones(2, 7) > 0, block=16), "block is 16; expected a multiple of 16, with a mask of four"),
+        (dict(mask=torch.ones(1, 1, 1, 1) > 0, block=16.0), "block is 16.0; expected an int"),
         (dict(block=16), "block is 16; expected a multiple of 16, with a mask of four"),
         (dict(bias=torch.ones(1, 1, 5, 7).half()), "bias is torch.float16 on cpu; expected torch.float32 on cpu"),
         (dict(bias=torch.ones(1, 1, 1, 7)), r"bias is \(1, 1, 1, 7\); expected \(1, 1, 5, 7\)"),

@@ -75,5 +75,7 @@ def test_a_scale_that_would_need_a_gradient_is_refused(name: Backend) -> None:
                 call(q, q, q, scale=scale)
         with pytest.raises(ValueError, match="^attention: scale is a Dual; expected a constant"):
             attention(q, q, q, scale=Dual(scale, scale))
+        with pytest.raises(ValueError, match="^attention: scale is '0.5'; expected a float"):
+            attention(q, q, q, scale="0.5")
         with pytest.raises(ValueError, match="^time_embedding: scale is a Tensor; expected a constant"):
             REGISTRY["time_embedding"](torch.ones(2), None, scale)

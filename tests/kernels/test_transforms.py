@@ -85,6 +85,7 @@ SECOND = [
     lambda f, x: torch.func.jacrev(lambda x: torch.stack([f(x), f(2 * x)]))(x),
     lambda f, x: torch.func.jacfwd(f)(x),
     lambda f, x: torch.func.vmap(f)(torch.stack([x, x])),
+    lambda f, x: torch.func.linearize(f, x),
 ]
 
 
@@ -99,7 +100,7 @@ SECOND = [
         or second in (with_the_value, forward_mode_around_grad)
     ],
 )
-def test_second_derivatives_and_vmap_raise(kernel: Op, second: Callable[[Scalar, Tensor], Any]) -> None:
+def test_second_derivatives_vmap_and_linearize_raise(kernel: Op, second: Callable[[Scalar, Tensor], Any]) -> None:
     f, x = scalar(kernel)
     with backend("triton"), pytest.raises((RuntimeError, ValueError)) as error:
         second(f, x)
