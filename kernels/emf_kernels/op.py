@@ -317,14 +317,13 @@ class Op:
             if not tensor:
                 if isinstance(a, (Dual, Tensor)):
                     raise ValueError(f"{self.name}: {name} is a {type(a).__name__}; expected a constant")
-                number = self._numbers.get(name)
-                if (
-                    number
-                    and (isinstance(a, bool) or not isinstance(a, NUMBERS[number]))
-                    and not (a is None and optional)
-                ):
+                kind = self._numbers.get(name)
+                fits = (
+                    not kind or (isinstance(a, NUMBERS[kind]) and not isinstance(a, bool)) or (a is None and optional)
+                )
+                if not fits:
                     raise ValueError(
-                        f"{self.name}: {name} is {a!r}; expected {'an int' if number == 'int' else 'a float'}"
+                        f"{self.name}: {name} is {a!r}; expected {'an int' if kind == 'int' else 'a float'}"
                     )
             elif isinstance(a, Dual):
                 if name not in self.live:
