@@ -53,8 +53,11 @@ def export(
     text: Path | None = None,
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
     adapters: bool = False,
+    *,
+    push: str | None = None,
+    public: bool = False,
 ) -> None:
-    """A run as a folder in diffusers' layout, for EMFPipeline.from_pretrained and `emf generate`.
+    """A run as a folder in diffusers' layout, for EMFPipeline.from_pretrained, `emf generate`, and diffusers alone.
 
     Args:
         run: a run's folder, one of its checkpoints, or a folder from emf convert; low-rank adapters are merged, but
@@ -64,7 +67,16 @@ def export(
         text: a folder from emf convert whose language model goes with it; default: the run's condition
         dtype: number format that the transformer is written in
         adapters: write low-rank adapters alone, as peft and diffusers read them, and what was trained in full beside
+        push: upload the folder to the Hugging Face Hub as this repository, OWNER/NAME, which is private
+        public: with push: make the repository public
     """
+    from emf.weights.hub import check_name
+    from emf.weights.hub import push as upload
+
+    if public and push is None:
+        raise ValueError("export: --public is of a repository on the Hub; name it with --push OWNER/NAME")
+    if push is not None:
+        check_name(push)  # what cannot be is said before anything is written
     if adapters:
         from emf.weights.lora import export_adapters
 
@@ -72,14 +84,13 @@ def export(
             raise ValueError("export: adapters go on a base that stays where it is; give neither --base nor --text")
         export_adapters(run, out, dtype)
         print(f"{out}: adapters; EMFPipeline.from_pretrained(base, adapters={str(out)!r})")
-        return
-    from emf.weights.export import export as run_export
-
-    config = run_export(run, out, base=base, text=text, dtype=dtype)
-    if config.condition.kind == "small":
-        print(f"{out}: the transformer; diffusers has no place for the digits' text encoder, which stays with the run")
     else:
-        print(f"{out}: whole; emf generate ... --run {out}")
+        from emf.weights.export import export as run_export
+
+        run_export(run, out, base=base, text=text, dtype=dtype, name=push)
+        print(f"{out}: whole; its README.md says how to draw from it")
+    if push is not None:
+        print(f"{push}: {upload(out, push, public=public)}")
 
 
 def release(run: RunFolder, out: Path) -> None:

@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from emf.conditioning.encoder import Encoder, is_frozen, set_frozen
 from emf.conditioning.sampling import Sampling, pick, uniforms
 from emf.conditioning.small import Connector
-from emf.files import read_json, whole_file, write_json
+from emf.files import read_json, write_json
 
 SYSTEM = "You are a helpful assistant."
 REQUEST = "Please generate image based on the following caption: {}"
@@ -241,8 +240,7 @@ class Blip3oNext(Encoder):
         self.language_model.save_pretrained(language)
         self.tokenizer.save_pretrained(language)
         write_json(language / "config.json", read_json(language / "config.json") | asdict(self.tokens), indent=2)
-        with whole_file(folder / "connector.safetensors") as part:
-            save_file(self.connector.state_dict(), part)
+        self.connector.save(folder)
 
     # -- the language model itself -----------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from emf.conditioning.blip3o import Blip3oNext, SpecialTokens, Window
 from emf.conditioning.encoder import Encoder
-from emf.conditioning.small import Connector
+from emf.conditioning.small import Connector, connector_file
 from emf.conditioning.text import TextEncoder, sana_instruction
 from emf.files import check_readable, read_object, why
 from emf.model.state import read_state, variant
@@ -27,7 +27,7 @@ def load(
     """An encoder of a folder with config.json, safetensors and tokenizer files; nothing is downloaded.
 
     kind: "blip3o": BLIP3o-NEXT's or EMF's, as emf convert and emf export write it: language_model/ and
-          connector.safetensors; what else is in the folder is not read. "gemma": Gemma-2 with SANA's instruction,
+          a connector; what else is in the folder is not read. "gemma": Gemma-2 with SANA's instruction,
           300 tokens. "clip": 77 tokens. "t5": 300 tokens. A diffusers pipeline's folder will do for these three:
           text_encoder/ and tokenizer/ in it are taken.
     settings: keywords of Blip3oNext or TextEncoder (window, length, instruction, null, ...).
@@ -57,10 +57,10 @@ def _load_blip3o(
 ) -> Encoder:
     from transformers import Qwen3ForCausalLM
 
-    language, file = folder / "language_model", folder / "connector.safetensors"
+    language, file = folder / "language_model", connector_file(folder)
     if not (language.is_dir() and file.is_file()):
         raise ValueError(
-            f"conditioning: {folder} has no language_model and connector.safetensors; make them of a BLIP3o-NEXT "
+            f"conditioning: {folder} has no language_model and connector; make them of a BLIP3o-NEXT "
             "checkpoint with `emf convert`"
         )
     tokens = SpecialTokens.from_config(_config(language), str(language / "config.json"))

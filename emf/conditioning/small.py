@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from emf.conditioning.encoder import Encoder
 from emf.conditioning.words import Words
+from emf.files import make_folder, whole_file, write_json
 from emf.model.layers import Linear, RMSNorm
 from emf.model.sizes import EncoderConfig
 
@@ -29,6 +33,23 @@ class Connector(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         return self.norm(self.linear_2(nn.functional.gelu(self.linear_1(states), approximate="tanh")))
 
+    def save(self, folder: Path) -> None:
+        """Write the weights into a pipeline's folder, where `connector_file` finds them."""
+        make_folder(folder / CONNECTOR[0])
+        with whole_file(folder.joinpath(*CONNECTOR)) as part:
+            save_file({k: v.contiguous() for k, v in self.state_dict().items()}, part)
+
+
+CONNECTOR = ("connector", "diffusion_pytorch_model.safetensors")
+"""Where an export has a connector's weights: in a folder of their own, as diffusers loads them."""
+
+
+def connector_file(folder: Path) -> Path:
+    """Where a folder has, or would have, a connector's weights: an export, or one from `emf convert`, where they are a
+    file beside the language model."""
+    exported = folder.joinpath(*CONNECTOR)
+    return exported if exported.is_file() else folder / "connector.safetensors"
+
 
 class SmallEncoder(Encoder):
     """A small world's words -> condition states [B, M, C] and key mask [B, M]; jointly trained."""
@@ -37,7 +58,7 @@ class SmallEncoder(Encoder):
         from transformers import Qwen3Config, Qwen3Model  # seconds, which `emf --help` need not take
 
         super().__init__()
-        self.words, self.channels = words, config.out_channels
+        self.config, self.words, self.channels = config, words, config.out_channels
         self.language_model = Qwen3Model(
             Qwen3Config(
                 vocab_size=len(words.vocabulary),
@@ -77,3 +98,14 @@ class SmallEncoder(Encoder):
 
     def text_states(self, captions: Sequence[str], template: bool = True) -> tuple[Tensor, Tensor]:
         return self.states(*(x.to(self.device) for x in self.tokenize(captions)))
+
+    def save(self, folder: Path) -> None:
+        own = folder / "text_encoder"
+        own.mkdir(parents=True, exist_ok=True)
+        write_json(own / "config.json", asdict(self.config), indent=2)
+        with whole_file(own / "model.safetensors") as part:
+            save_file(self.state_dict(), part)
+
+    @property
+    def parts(self) -> dict[str, list[str]]:
+        return {"text_encoder": ["emf", "SmallEncoder"]}

@@ -25,7 +25,7 @@ from emf.sample.sampler import check_finite, latents_of
 from emf.sample.sampling_settings import GUIDANCE_PIPELINE
 from emf.weights.diffusers_folder import load_exported_transformer
 from emf.weights.export import PARTS, write_export
-from emf.weights.layouts import DUAL, TEXT
+from emf.weights.layouts import DUAL, dual_file
 from emf.weights.lora import put_on, read_adapters
 
 Conditioning = Callable[[list[str]], tuple[Tensor, Tensor, Tensor | None]]
@@ -53,7 +53,7 @@ class EMFTransformer(ModelMixin, ConfigMixin):
     ) -> EMFTransformer:
         """The transformer folder that `emf export` wrote, with both time embedders, or one of diffusers' with adapters
         that bring them. Raises ValueError where it is another."""
-        if adapters is None and not (folder / DUAL).is_file():
+        if adapters is None and not dual_file(folder).is_file():
             raise ValueError(
                 f"pipeline: {folder} has no {DUAL}; expected the transformer of a folder from `emf export`"
             )
@@ -115,6 +115,18 @@ class EMFPipeline(DiffusionPipeline):
             kwargs["variant"] = next((name for name in found if name), None)
         return super().from_pretrained(str(folder), **kwargs)
 
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """model_index.json without the modules that an export carries for those who have not got emf: this class is in
+        the place of one of them, and its transformer of another."""
+        found = super().load_config(*args, **kwargs)
+        index = found[0] if isinstance(found, tuple) else found
+        if "settings" in index:
+            for name in ("settings", "language_model", "connector"):
+                index.pop(name, None)
+            index |= {"_class_name": cls.__name__, "transformer": ["diffusers", "SanaTransformer2DModel"]}
+        return found
+
     def load_lora_weights(self, folder: str | os.PathLike[Any]) -> None:
         """Merge adapters into the transformer, from a folder in peft's or diffusers' form, and put what was trained in
         full beside them in the place of its own. Raises ValueError, and leaves all as it was, where they belong to
@@ -125,7 +137,7 @@ class EMFPipeline(DiffusionPipeline):
         """Export the transformer, the other parts as they lie in the folder that this was loaded from."""
         network, name = self.transformer.network, dict(self.config).get("_name_or_path")
         origin = Path(name) if name else None
-        text = origin if origin is not None and (origin / TEXT[0]).is_dir() else None
+        text = origin if origin is not None and (origin / "language_model").is_dir() else None
         write_export(network.state_dict(), network.config, Path(save_directory), base=origin, text=text)
 
     @torch.no_grad()

@@ -10,14 +10,14 @@ import torch
 
 from emf.model.sizes import TransformerConfig
 from emf.model.transformer import Transformer
-from emf.weights.layouts import DUAL, read_config
+from emf.weights.layouts import dual_file, read_config
 from emf.weights.tensors import Weights, find, load_weights, read_metadata
 
 
 def exported_sizes(folder: Path) -> TransformerConfig:
     """The sizes of the transformer in such a folder, with the scales of its time embedders. Raises ValueError where
     they are not said."""
-    dual, config = folder / DUAL, read_config(folder / "config.json")
+    dual, config = dual_file(folder), read_config(folder / "config.json")
     if not dual.is_file():
         return config
     said = read_metadata(dual)
@@ -34,7 +34,7 @@ def load_exported_transformer(folder: Path, dtype: torch.dtype = torch.float32) 
     config, names = exported_sizes(folder), find(folder)
     if not names:
         raise ValueError(f"weights: {folder} holds none; expected diffusion_pytorch_model.safetensors")
-    weights = Weights([*names, folder / DUAL] if config.dual_time else names)
+    weights = Weights([*names, dual_file(folder)] if config.dual_time else names)
     with torch.device("meta"):
         network = Transformer(config)
     network = network.to_empty(device="cpu").to(dtype)

@@ -16,10 +16,9 @@ from emf.files import read_object
 from emf.model.sizes import TransformerConfig
 
 SANA = "model.sana."
-DUAL = "time_embed_dual.safetensors"
-"""EMF's two time embedders, in an export beside diffusers' own file."""
-TEXT = ("language_model", "connector.safetensors")
-"""BLIP3o-NEXT's text parts, in a converted folder and in an export."""
+DUAL = "time_embed_dual/diffusion_pytorch_model.safetensors"
+"""EMF's two time embedders, in an export beside diffusers' own file. Diffusers looks in no folder of a model's folder;
+from the Hub it fetches what has this name, wherever it lies."""
 QK_NORM = "rms_norm_across_heads"
 HEAD = 32  # size of a linear-attention head in every published SANA
 CROSS_HEADS = {1152: 16, 2240: 20}  # by width: SANA 0.6B; 1.6B and 4.8B
@@ -226,6 +225,12 @@ def to_diffusers(config: TransformerConfig) -> dict[str, Any]:
         "interpolation_scale": config.interpolation_scale,
         "qk_norm": QK_NORM if config.qk_norm else None,
     }
+
+
+def dual_file(folder: Path) -> Path:
+    """Where a transformer's folder has, or would have, EMF's two time embedders."""
+    before = folder / "time_embed_dual.safetensors"  # exports of before 2026-11-26
+    return before if before.is_file() else folder / DUAL
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -222,9 +222,8 @@ def test_a_config_file_is_its_config(recipe: str, tmp_path: Path) -> None:
         assert set(json.loads(file.read_text())) == set(c.__dataclass_fields__)
 
 
-def test_export_of_the_digits_is_the_transformer_alone(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_export_of_the_digits_is_whole(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert emf("export", str(run), "--out", str(tmp_path / "out")) == 0
-    assert "stays with the run" in capsys.readouterr().out
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["model_index.json", "scheduler", "transformer"]
+    assert "whole" in capsys.readouterr().out
+    folders = sorted(p.name for p in (tmp_path / "out").iterdir() if p.is_dir())
+    assert folders == ["scheduler", "text_encoder", "transformer"]

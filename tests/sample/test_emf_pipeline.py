@@ -17,6 +17,7 @@ from exported import CONFIG, network, pipeline, write_base
 
 from emf.flow import guided, sample
 from emf.weights.export import write_export
+from emf.weights.layouts import DUAL
 
 
 @pytest.fixture(scope="module")
@@ -101,18 +102,18 @@ def test_a_pipeline_is_saved_again(tmp_path: Path, base: Path) -> None:
     pipe.save_pretrained(tmp_path / "again")
     names = lambda folder: sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))  # noqa: E731
     assert names(tmp_path / "again") == names(tmp_path / "out")
-    for name in ("diffusion_pytorch_model", "time_embed_dual"):
-        a, b = (load_file(tmp_path / d / "transformer" / f"{name}.safetensors") for d in ("out", "again"))
+    for name in ("diffusion_pytorch_model.safetensors", DUAL):
+        a, b = (load_file(tmp_path / d / "transformer" / name) for d in ("out", "again"))
         assert a.keys() == b.keys() and all(torch.equal(a[k].bfloat16(), b[k]) for k in a)
 
 
 def test_pipeline_of_another_folder_is_one_line(tmp_path: Path) -> None:
     net = network(replace(CONFIG, dual_time=False))
     write_export(net.state_dict(), net.config, tmp_path / "single")
-    with pytest.raises(ValueError, match="has no time_embed_dual.safetensors"):
+    with pytest.raises(ValueError, match=f"has no {DUAL}"):
         pipeline(tmp_path / "single")
     write_export(network().state_dict(), CONFIG, tmp_path / "out")
-    dual = tmp_path / "out" / "transformer" / "time_embed_dual.safetensors"
+    dual = tmp_path / "out" / "transformer" / DUAL
     state = load_file(dual)
     save_file(state, dual)
     with pytest.raises(ValueError, match="does not say its time_scale"):

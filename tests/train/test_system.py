@@ -139,8 +139,8 @@ def test_generation_and_export(run: Path, world: World, tmp_path: Path, capsys: 
     assert all(one.shape == (32 * 8, 32 * 8, 3) for one in pixels(tmp_path / "a"))
     assert_same_pictures(tmp_path / "a", tmp_path / "b")
     assert not np.array_equal(*pixels(tmp_path / "a")[:2])
-    note = Image.open(tmp_path / "a" / "00003.png").info
-    assert (note["caption"], note["steps"], note["guidance"]) == ("two dogs", "2", "2.0")
+    note = Image.open(next((tmp_path / "a").glob("00003*.png"))).info
+    assert (note["prompt"], note["steps"], note["guidance"]) == ("two dogs", "2", "2.0")
 
     export(run, tmp_path / "out", dtype="float32")
     generate(CAPTIONS, tmp_path / "out", tmp_path / "c", steps=2, n=2)

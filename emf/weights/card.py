@@ -1,0 +1,120 @@
+"""The model card of an export, its README.md, as the Hub shows it. It names no place on the exporter's machine."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+from emf.config import Config
+from emf.files import copy_file, read_json, read_text, write_text
+from emf.show.table import cell, markdown
+from emf.weights.converted import is_base, read_converted
+from emf.weights.tensors import Weights
+
+SHEET = "samples.png"
+HEAD = """---
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [text-to-image, few-step, flow-map, meanflow, emf]
+{base}
+# license: yours to fill in; those of the base model and of the training images bind it
+---
+# {name}
+{what}
+"""
+NO_BASE = "# base_model: OWNER/NAME of what the training began with, where the Hub has it"
+FLOW_MAP = """A flow map that draws a caption in one, two or four steps, trained by EMF, which is MeanFlow from captions
+([arXiv 2604.18168](https://arxiv.org/abs/2604.18168)).
+
+## Draw
+```python
+import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({name!r}, trust_remote_code=True)
+images = pipe({asks}, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
+```
+It needs diffusers 0.42 or later and transformers. The code that it trusts is the `flow_map_*.py` in this folder. Where
+the package `emf` is installed too, its fused kernels are used."""
+FLOW_MATCHING = """A text-to-image model trained by flow matching, for
+[EMF](https://arxiv.org/abs/2604.18168) to start from. `diffusers.SanaTransformer2DModel` reads its transformer."""
+
+
+def write_card(run: Path, config: Config, folder: Path, name: str) -> None:
+    """README.md of an export that is being written into `folder`, and the sheet of samples that it shows.
+
+    run: what is exported. Scores and samples are shown of a run's own folder; of a checkpoint nobody knows them.
+    name: of the folder when it is whole.
+    """
+    base, asks = base_model(config), '"a red cube on a blue sphere"'
+    if config.condition.kind == "small":
+        asks = '"two red sevens"'
+    if not any((folder / part).is_dir() for part in ("text_encoder", "language_model")):
+        asks = "prompt_embeds=states, negative_prompt_embeds=null"
+    what = FLOW_MAP.format(name=name, asks=asks) if config.objective == "meanflow" else FLOW_MATCHING
+    text = HEAD.format(base=f"base_model: {base}" if base else NO_BASE, name=cell(name), what=what)
+    text += "\n".join(["", "## Training", *markdown(["setting", "value"], facts(config, folder)), ""])
+    own = (run / "metrics.jsonl").is_file()
+    text += "\n".join(["", "## Scores", *(own and scores(run) or ["Not evaluated."]), ""])
+    if own and (sheet := newest_sheet(run)):
+        copy_file(sheet, folder / SHEET)
+        text += f"\n## Samples\n![Captions by numbers of steps]({SHEET})\n"
+    write_text(folder / "README.md", text)
+
+
+def base_model(config: Config) -> str | None:
+    """OWNER/NAME on the Hub of the weights that a run began with, where the cache of the Hub's client has them; None
+    where they lie somewhere that tells no such name."""
+    if config.init is None or not config.init.is_dir():
+        return None
+    origin = str(read_converted(config.init).source.get("path", "")) if is_base(config.init) else str(config.init)
+    found = re.search(r"models--([\w.-]+?)--([\w.-]+)", origin)
+    return f"{found[1]}/{found[2]}" if found else None
+
+
+def facts(config: Config, folder: Path) -> list[list[str]]:
+    """What a reader asks of a run, by name."""
+    entries = Weights([folder / "transformer" / "diffusion_pytorch_model.safetensors"]).entries.values()
+    numbers = sum(math.prod(entry.shape) for entry in entries)
+    sizes, flow = config.transformer, config.flow
+    told = {
+        "recipe": config.recipe,
+        "objective": {"meanflow": "EMF (MeanFlow)", "flow_matching": "flow matching"}[config.objective],
+        "steps": f"{config.steps}, of {config.batch_size} samples each",
+        "learning rate": f"{config.optim.lr:g}, {config.optim.decay}, after {config.optim.warmup} steps of warm-up",
+        "weights": f"moving average, {config.optim.ema:g}" if config.optim.ema else "as trained",
+        "transformer": f"{numbers / 1e6:.4g} million parameters, {sizes.num_layers} layers, {sizes.channels} channels",
+        "text encoder": {"small": "a small one of this world's words", "blip3o": "BLIP3o-NEXT"}.get(
+            config.condition.kind, config.condition.kind
+        ),
+        "guidance in the target": f"{flow.built_in:g}" if flow.built_in != 1 else "none",
+        "adapters": f"low-rank, {config.lora.rank}, merged" if config.lora.rank else "none",
+    }
+    return [[key, value] for key, value in told.items()]
+
+
+def scores(run: Path) -> list[str]:
+    """Markdown of what was measured of a run, from the files that `emf evaluate` wrote into its folder: the digits'
+    scores, and every benchmark's page. Raises ValueError where scores.json is of another form."""
+    lines = []
+    if (file := run / "scores.json").is_file():
+        tree = read_json(file)
+        try:
+            rows = [[r["model"].upper(), str(r["steps"]), f"{r['overall']:.3f}"] for r in tree["rows"]]
+            said = (
+                f"Of {tree['captions']} captions, at guidance {tree['guidance']:g}. FM is the base, by flow matching."
+            )
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise ValueError(f"export: {file} is not what `emf evaluate digits` writes; run it again") from None
+        lines += [*markdown(["model", "steps", "score"], rows), "", said, ""]
+    for page in sorted({*run.glob("results.md"), *run.glob("*/results.md")}):
+        lines += [re.sub(r"^#", "###", read_text(page), flags=re.MULTILINE)]
+    return lines
+
+
+def newest_sheet(run: Path) -> Path | None:
+    """The sheet of samples that says most of a run: that of its evaluation, or the last of its training."""
+    if (run / SHEET).is_file():
+        return run / SHEET
+    return max((run / "samples").glob("step_*.png"), default=None)
