@@ -5,6 +5,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+HERE = Path(__file__).parent
 EVAL = [
     *("braceexpand", "diffusers", "matplotlib", "pillow", "rich", "safetensors", "scikit-learn", "scipy"),
     *("sentencepiece", "transformers", "tyro"),
@@ -14,8 +15,10 @@ TEST = [*TRAIN, "hypothesis", "mypy", "numba", "pytest", "pytest-benchmark", "py
 
 setup(
     name="emf-meanflow",
-    version=re.findall(r'__version__ = "(.+)"', Path(__file__).with_name("emf").joinpath("__init__.py").read_text())[0],
+    version=re.findall(r'__version__ = "(.+)"', (HERE / "emf" / "__init__.py").read_text(encoding="utf-8"))[0],
     description="Few-step text-to-image flow maps, trained at the cost of plain flow matching",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
     # the folder kernels/ is no package itself: that import name belongs to Hugging Face's distribution `kernels`
