@@ -36,17 +36,32 @@ class NotFinite(ValueError):
 
 
 @contextmanager
+def seen_alone() -> Iterator[None]:
+    """A block in which ranks part, as the steps of a run: a fault in it may be one rank's alone, which then says it."""
+    try:
+        yield
+    except ValueError as error:
+        error.add_note(ALONE)
+        raise
+
+
+ALONE = "seen by one rank"
+
+
+@contextmanager
 def report_errors() -> Iterator[None]:
     """A ValueError is the user's: its line is printed, and the exit code is 2. A diverged run ends with 3, what is
     interrupted with 130 and the KeyboardInterrupt's line, "interrupted" where it has none."""
+    rank = os.environ.get("RANK", "0")
     try:
         try:
             yield
         finally:
             sys.stdout.flush()  # here, where somebody can still say that it fails
     except (ValueError, Diverged) as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, Unlaunched):  # of the rest every rank sees the same
-            print(f"error: {error}", file=sys.stderr)
+        alone = isinstance(error, Unlaunched) or ALONE in getattr(error, "__notes__", ())
+        if rank == "0" or alone:  # of the rest every rank sees the same
+            print(f"error: {f'rank {rank}: ' * (rank != '0')}{error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, ValueError) else 3) from None
     except BrokenPipeError:  # whoever read the output has enough, as in `emf generate ... | head -1`
         _silence()
@@ -59,6 +74,9 @@ def report_errors() -> Iterator[None]:
             _silence()
         elif needed := _no_memory(error):
             line = f"the memory is full ({needed}); compute less at once, or take another --device"
+        elif "by peer" in str(error) or "remote process exited" in str(error):  # what gloo and NCCL then raise
+            print(f"error: rank {rank}: another rank has ended; what it said is what was wrong", file=sys.stderr)
+            raise SystemExit(1) from None
         else:
             raise
         print(f"error: {line}", file=sys.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from emf.analyze.choices import Choice
 from emf.data.drops import Drops
 from emf.data.images import read_caption
 from emf.data.sources import Source, read_part, scan
-from emf.files import open_image, read_json, why
+from emf.files import files_in, open_image, read_json, why
 from emf.show.progress import track
 
 
@@ -59,13 +58,17 @@ def read_coco(data: Path, split: str) -> Pairs:
     try:
         tree: dict[str, Any] = read_json(file)
         names = {int(i["id"]): str(i["file_name"]) for i in tree["images"]}
-        told = [a for a in tree["annotations"] if a["caption"] is not None]  # as data sets write an absent caption
-        said = sorted((int(a["image_id"]), int(a["id"]), str(a["caption"]).strip()) for a in told)
-    except (ValueError, KeyError, TypeError) as error:
+        # null is absent: so data sets write a key that only other rows have
+        texts = [(a, a.get("caption") or "") for a in tree["annotations"]]
+        if wrong := [text for _, text in texts if not isinstance(text, str)]:
+            raise ValueError(f"the caption {wrong[0]!r} is no text")
+        every = sorted((int(a["image_id"]), int(a["id"]), text.strip()) for a, text in texts)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else why(error)
         raise ValueError(f"analyze: {file} is no file of COCO captions: {reason}") from None
-    there = {entry.name for entry in os.scandir(folder)}
-    kept = [(i, text) for i, _, text in said if text and names.get(i) in there]
+    there = {path.name for path in files_in(folder, "*")}
+    said = [row for row in every if row[2]]
+    kept = [(i, text) for i, _, text in said if names.get(i) in there]
     if not kept:
         raise ValueError(f"analyze: {folder} holds none of the {len(names)} images of {file.name}; put them there")
     ids = sorted({i for i, _ in kept})
@@ -73,6 +76,8 @@ def read_coco(data: Path, split: str) -> Pairs:
     keys = [names[i] for i in ids]
     lost = len({i for i, _, _ in said}) - len(ids)
     notes = [f"{lost} of {lost + len(ids)} images of {file.name} were not there and left out"] if lost else []
+    if blank := len(every) - len(said):
+        notes.append(f"{blank} of {len(every)} captions of {file.name} were empty and left out")
     image = np.array([number[i] for i, _ in kept], np.int64)
 
     def opened(i: int) -> Image.Image:

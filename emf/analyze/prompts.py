@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from emf.analyze.choices import Shortening, Unit
-from emf.files import numbered_jsonl, numbered_lines, read_text
+from emf.files import files_in, numbered_jsonl, numbered_lines, read_text
 
 # where a prompt is cut: between words; after a comma, semicolon, colon or sentence end; after a sentence end
 CUTS: dict[Unit, str] = {"word": r"\s+", "phrase": r"(?<=[,;:.!?])\s+", "sentence": r"(?<=[.!?])\s+"}
@@ -21,16 +21,18 @@ def read_prompts(path: Path) -> tuple[list[str], list[str]]:
     where there is none."""
     expected = "expected a folder of texts, a jsonl file, or a text file with a prompt a line"
     if path.is_dir():
-        found = [(read_text(f), f.stem) for f in sorted(path.glob("*.txt")) if f.is_file()]
+        found = [(read_text(f), f.stem) for f in files_in(path, "*.txt") if f.is_file()]
     elif path.suffix in (".jsonl", ".json"):
         found = [(_prompt(row, f"{path}:{n}"), str(n)) for n, row in numbered_jsonl(path)]
     elif path.exists():
         found = [(line, str(n)) for n, line in numbered_lines(path)]
     else:
         raise ValueError(f"analyze: {path} does not exist; {expected}")
-    found = [(" ".join(text.split()), name) for text, name in found if text.strip()]
+    found = [(" ".join(text.split()), name) for text, name in found]
     if not found:
         raise ValueError(f"analyze: {path} holds no prompt; {expected}")
+    if blank := [name for text, name in found if not text]:
+        raise ValueError(f"analyze: {path}: {len(blank)} of {len(found)} prompts are empty, {blank[0]} the first")
     return [text for text, _ in found], [name for _, name in found]
 
 

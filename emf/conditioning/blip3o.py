@@ -163,10 +163,7 @@ class Blip3oNext(Encoder):
         A prompt of more than LONGEST tokens loses the end of its caption, with a warning: a batch's rows are as long as
         its longest. Raises ValueError where image_ids have another shape.
         """
-        texts = self.tokenizer([self.prompt(c) for c in captions], add_special_tokens=False)["input_ids"]
-        if max(map(len, texts), default=0) > LONGEST:
-            ending = self.prompt("caption").rpartition("caption")[2]
-            texts = [cut(text, len(self.tokenizer(ending, add_special_tokens=False)["input_ids"])) for text in texts]
+        texts = prompt_ids(self, captions)
         if image_ids is None:
             return self.pad([[*text, *self.head] for text in texts])
         if image_ids.shape != (len(captions), self.image_tokens):
@@ -230,9 +227,7 @@ class Blip3oNext(Encoder):
 
     def text_states(self, captions: Sequence[str], template: bool = True) -> tuple[Tensor, Tensor]:
         """Of the chat prompt before <im_start>, or of the caption alone; see Encoder."""
-        texts = [self.prompt(c) if template else c for c in captions]
-        rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        ids, mask = (x.to(self.device) for x in self.pad(rows))
+        ids, mask = (x.to(self.device) for x in self.pad(prompt_ids(self, captions, template)))
         return self.hidden(ids, mask), mask
 
     def save(self, folder: Path) -> None:
@@ -299,9 +294,17 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
-def cut(prompt: list[int], ending: int) -> list[int]:
-    """A prompt's tokens, LONGEST at most, with its last `ending` ones. Warns where some are left out."""
-    if len(prompt) <= LONGEST:
-        return prompt
-    warnings.warn(f"conditioning: a prompt of {len(prompt)} tokens was cut to {LONGEST}", stacklevel=3)
-    return prompt[: LONGEST - ending] + prompt[len(prompt) - ending :]
+def prompt_ids(encoder: Blip3oNext, captions: Sequence[str], template: bool = True) -> list[list[int]]:
+    """The tokens of each caption in its chat, or alone: LONGEST at most, of which the chat's end is kept."""
+
+    def ids(texts: list[str]) -> list[list[int]]:
+        rows: list[list[int]] = encoder.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return rows
+
+    rows = ids([encoder.prompt(c) if template else c for c in captions])
+    if max(map(len, rows), default=0) <= LONGEST:
+        return rows
+    long = {c: len(row) for c, row in zip(captions, rows, strict=True) if len(row) > LONGEST}
+    Encoder.tell_cut(encoder, long, LONGEST)
+    ending = len(ids([encoder.prompt("caption").rpartition("caption")[2]])[0]) if template else 0
+    return [row if len(row) <= LONGEST else row[: LONGEST - ending] + row[len(row) - ending :] for row in rows]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,21 @@ class Encoder(nn.Module):
 
     channels: int
     """Channels of the states that forward returns; the transformer's caption_channels."""
+
+    def tell_cut(self, cut: Mapping[str, int], most: int) -> None:
+        """Warn of captions that were cut to `most` tokens, when the number of those seen so far has doubled.
+
+        cut: how many tokens each of them has. They are known by their text: one that is met again is not counted again.
+        """
+        told: set[int] = self.__dict__.setdefault("cut_so_far", set())
+        before = len(told)
+        told |= {hash(text) for text in cut}
+        if len(told).bit_length() > before.bit_length():
+            warnings.warn(
+                f"conditioning: a caption of {max(cut.values())} tokens, its prompt included, was cut to {most}; "
+                f"{len(told)} captions so far",
+                stacklevel=3,
+            )
 
     def tokenize(self, captions: Sequence[str], image_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(ids [B, L] int64, mask [B, L] bool, True where a token is no padding), on the CPU.

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from emf.errors import Torn
 from emf.files import why
+from emf.model.state import read_pickle
 
 HEADS = 16  # attention heads of so400m; no weight's shape tells them
 UNUSED = ("decoder.", "decode_task_layer.", "teacher.", "scale_layer.", "bottleneck.out_linear.")
@@ -88,22 +90,22 @@ def load_ta_tok(path: Path, *, scale: int | None = None, heads: int = HEADS) -> 
     try:
         arguments, state = saved["model"]["args"], dict(saved["model"]["sd"])
         regularizer = arguments["bottleneck"]["args"]["regularizer"]["args"]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f'ta_tok: {path} has no ["model"]["args"] and ["model"]["sd"] of TA-Tok ({error!r})') from None
-    state = {k: v.float() for k, v in state.items() if not k.startswith(UNUSED)}
     try:
+        state = {k: v.float() for k, v in state.items() if not k.startswith(UNUSED)}
         vision = _vision(state, int(arguments.get("input_size", 384)), heads)
         codebook, dim = state["bottleneck.regularizer.embedding.weight"].shape
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"ta_tok: {path} holds no TA-Tok weights ({error})") from None
-    model = TaTok(
-        vision,
-        dim,
-        codebook,
-        normalize=bool(regularizer.get("l2_normalized", False)),
-        scale=int(arguments.get("pool_scale", 1)) if scale is None else scale,
-        layer=int(arguments.get("select_layer_id", -2)),
-    )
+        model = TaTok(
+            vision,
+            dim,
+            codebook,
+            normalize=bool(regularizer.get("l2_normalized", False)),
+            scale=int(arguments.get("pool_scale", 1)) if scale is None else scale,
+            layer=int(arguments.get("select_layer_id", -2)),
+        )
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise ValueError(f"ta_tok: {path} holds no TA-Tok weights ({why(error)})") from None
     own = model.state_dict()
     renamed = {_own_name(k, own): v for k, v in state.items()}
     wrong = sorted(own.keys() ^ renamed.keys()) or [k for k in own if own[k].shape != renamed[k].shape]
@@ -119,11 +121,10 @@ def _read(path: Path) -> Any:
         raise ValueError(f"ta_tok: no file {path}; expected TA-Tok's ta_tok.pth")
     try:
         # the published arguments were saved as a dict subclass of a package that need not be installed
-        with torch.serialization.safe_globals([(OrderedDict, "easydict.EasyDict")]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noise makes the unpickler raise all sorts
-        if not (isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path)):
-            raise ValueError(f"ta_tok: {path} is not a file of torch.save ({type(error).__name__})") from None
+        return read_pickle(path, [(OrderedDict, "easydict.EasyDict")])
+    except Torn as error:
+        if not (isinstance(error.__cause__, pickle.UnpicklingError) and zipfile.is_zipfile(path)):
+            raise ValueError(f"ta_tok: {path} is not a file of torch.save ({why(error.__cause__ or error)})") from None
     warnings.warn(f"ta_tok: {path} holds more than weights; reading it runs code from it", stacklevel=3)
     try:
         return torch.load(path, map_location="cpu", weights_only=False)

@@ -30,7 +30,7 @@ class TextEncoder(Encoder):
     """Last hidden states of a transformers text model, padded on the right to `length` tokens. State dict: model.*.
 
     model:       Gemma2Model, CLIPTextModel, T5EncoderModel or alike.
-    length:      M. Longer captions are cut.
+    length:      M. Longer captions are cut, with a warning.
     instruction: text before every caption ("" is none). The model reads both; the first state and the last
                  length - 1 are kept, so that of the instruction about the first token remains (SANA, section 3.1).
     lower:       lower the caption's case and strip it, as SANA does.
@@ -86,7 +86,11 @@ class TextEncoder(Encoder):
             return_attention_mask=True,
             return_tensors="pt",
         )
-        return tokens["input_ids"], tokens["attention_mask"].bool()
+        ids, mask = tokens["input_ids"], tokens["attention_mask"].bool()
+        if full := [text for text, row in zip(texts, mask, strict=True) if row.all()]:
+            whole = self.tokenizer(full, truncation=False, verbose=False)["input_ids"]
+            self.tell_cut({t: len(row) for t, row in zip(full, whole, strict=True) if len(row) > length}, length)
+        return ids, mask
 
     def _clean(self, captions: Sequence[str]) -> list[str]:
         return [c.lower().strip() if self.lower else c for c in captions]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from torch import Tensor
 from emf.data.drops import Dropped, Drops
 from emf.data.images import Images, Sample, fetch
 from emf.data.shards import Shard, is_whole, shard_file, write_shard
-from emf.files import SETTINGS, check_claim, claim, read_object
+from emf.files import SETTINGS, check_claim, claim, filled, read_object
 from emf.show.progress import bars
 
 Encode = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
@@ -97,6 +97,28 @@ def digest(images: Images) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """What a cache's settings.json holds."""
+
+    version: int
+    encoder: str
+    tokenizer: str | None
+    dtype: Literal["float32", "bfloat16"]
+    shard: int
+    size: int
+    token_size: int | None
+    keys: str
+    names: list[str]
+    counts: list[int]
+    weights: list[float]
+
+    def __post_init__(self) -> None:
+        fit = len(self.names) == len(self.counts) == len(self.weights) > 0
+        if not fit or min(self.shard, *self.counts, *self.weights) <= 0:
+            raise ValueError(f"names, counts and weights of {len(self.names)} sources, or shard, do not fit")
+
+
 def read_settings(folder: Path) -> dict[str, Any]:
     """A cache's settings. Raises ValueError where the folder is no cache."""
     file = folder / SETTINGS
@@ -105,6 +127,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     settings = read_object(file, "cache", "the settings of a cache")
     if settings.get("version") != VERSION:
         raise ValueError(f"cache: {file} is not of version {VERSION} of the cache; make it again with this emf")
+    filled(_Settings, settings, f"cache: {file}")
     return settings
 
 
@@ -227,7 +250,7 @@ class Cache:
         self.names: list[str] = settings["names"]
         self.counts: list[int] = settings["counts"]
         self.weights = list(settings["weights"] if weights is None else weights)
-        if len(self.weights) != len(self.counts) or min(self.weights) <= 0:
+        if len(self.weights) != len(self.counts) or not min(self.weights) > 0:
             raise ValueError(f"cache: weights {self.weights}; {folder} has {len(self.counts)} sources")
         self._first = np.concatenate([[0], np.cumsum(self.counts)])
         files = [shard_file(folder, k) for k in range(-(-sum(self.counts) // settings["shard"]))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 NAMES_KEPT = 5  # of each reason
 
@@ -22,6 +22,7 @@ class Drops:
     def __init__(self) -> None:
         self.counts: dict[tuple[str, str], int] = {}
         self.names: dict[tuple[str, str], list[str]] = {}
+        self._told: dict[tuple[str, str], int] = {}
         self._seen: set[tuple[str, str, str]] = set()
         self._lock = threading.Lock()
 
@@ -39,8 +40,17 @@ class Drops:
     def __len__(self) -> int:
         return sum(self.counts.values())
 
-    def lines(self) -> Iterator[str]:
-        """One for each source and reason."""
-        for (source, reason), count in self.counts.items():
+    def news(self) -> list[str]:
+        """The lines of what has come, or has doubled, since this was asked last: a long run tells each reason a few
+        times."""
+        with self._lock:
+            new = [kind for kind, count in self.counts.items() if count >= 2 * self._told.get(kind, 0)]
+            self._told |= {kind: self.counts[kind] for kind in new}
+            return list(self.lines(new))
+
+    def lines(self, kinds: Iterable[tuple[str, str]] | None = None) -> Iterator[str]:
+        """One for each source and reason; of these kinds alone, where they are given."""
+        for source, reason in self.counts if kinds is None else kinds:
+            count = self.counts[source, reason]
             more = ", ..." if count > NAMES_KEPT else ""
             yield f"{source}: {count} dropped: {reason}: {', '.join(self.names[source, reason])}{more}"

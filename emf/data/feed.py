@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,6 +66,8 @@ class Pictures:
             store = Images([parse_source(text) for text in d.sources], d.size, small, d.listings)
         self.dataset = Dataset(store, b.seed)
         self.check(self.dataset.batch(0, b.size, 0, b.size)[0].mean)
+        if dropped := self.dataset.drops.news() if os.environ.get("RANK", "0") == "0" else []:  # every rank has these
+            print("\n".join(f"data: {line}" for line in dropped), flush=True)
 
     def check(self, cached: Tensor | None) -> None:
         """Raises ValueError where the latents, of which one may be given, are not what the model takes."""
@@ -85,6 +88,8 @@ class Pictures:
         from emf.model.autoencoder import posterior_sample
 
         samples = self.dataset.batch(step, self.batches.size, part, parts)
+        for line in self.dataset.drops.news():
+            print(f"data: {line}", flush=True)
         if samples[0].mean is None:
             encode = lambda images: self.latent.encode(images.to(self.device)).cpu()  # noqa: E731
             tokenize = (lambda images: self.tokenizer(images.to(self.device)).cpu()) if self.tokenizer else None

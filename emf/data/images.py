@@ -83,7 +83,8 @@ def read_caption(data: bytes, is_json: bool, key: str | None) -> str:
         except ValueError as error:
             raise ValueError(f"caption not JSON: {error}") from None
         keys = JSON_KEYS if key is None else (key,)
-        found = [tree[k] for k in keys if k in tree] if isinstance(tree, dict) else []
+        # null is absent: so data sets write a key that only other samples have
+        found = [tree[k] for k in keys if tree.get(k) is not None] if isinstance(tree, dict) else []
         if not found or not isinstance(found[0], str):
             raise ValueError(f"no caption in JSON: no text under {' or '.join(map(repr, keys))}")
         text = found[0]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +17,8 @@ from torch import Tensor
 
 from emf.data.drops import Dropped
 from emf.data.images import Sample
-from emf.files import check_readable, whole_file, why
+from emf.errors import Torn
+from emf.files import check_readable, filled, whole_file, why
 
 
 def shard_file(folder: Path, shard: int) -> Path:
@@ -23,22 +26,11 @@ def shard_file(folder: Path, shard: int) -> Path:
 
 
 def is_whole(file: Path) -> bool:
-    """Whether a shard is there and as long as its header says. Raises ValueError on one that may not be read."""
+    """Whether a shard is there and holds what it should. Raises ValueError on one that may not be read."""
     try:
-        with safe_open(file, "pt"):
-            return True
-    except (OSError, SafetensorError):
-        _check_readable(file)
+        return file.exists() and bool(Shard(file))
+    except Torn:
         return False
-
-
-def _check_readable(file: Path) -> None:
-    """Raises ValueError where a file is there and may not be read: safetensors says of such a one that it is not."""
-    try:
-        if file.exists():
-            check_readable(file)
-    except ValueError as error:
-        raise ValueError(f"cache: {error}; ask for the right to read it") from None
 
 
 def write_shard(file: Path, samples: Iterable[Sample | Dropped]) -> None:
@@ -69,22 +61,49 @@ def write_shard(file: Path, samples: Iterable[Sample | Dropped]) -> None:
         raise ValueError(f"cache: {error}; whole shards are kept") from None
 
 
+@dataclass(frozen=True)
+class _Told:
+    """What a shard's text holds."""
+
+    keys: list[str]
+    captions: list[str]
+    drops: list[list[str]]
+
+
 class Shard:
-    """A shard opened for reading: rows at random. Raises ValueError on a torn one."""
+    """A shard opened for reading: rows at random. Raises ValueError where it is missing or may not be read, and Torn
+    where it does not hold what it should."""
 
     def __init__(self, file: Path) -> None:
+        if not file.exists():
+            raise ValueError(f"cache: {file} is missing; run emf cache again to complete it")
+        try:
+            check_readable(file)  # of a file that may not be read safetensors says that it is not there
+        except ValueError as error:
+            raise ValueError(f"cache: {error}; ask for the right to read it") from None
         try:
             self._file = safe_open(file, "pt")
             self._names = set(self._file.keys())
             self.rows: list[int] = self._file.get_tensor("row").tolist()
             text = json.loads(bytes(self._file.get_tensor("text").numpy()))
-        except (OSError, SafetensorError, ValueError) as error:
-            _check_readable(file)
-            state = "torn" if file.exists() else "missing"
-            raise ValueError(f"cache: {file} is {state} ({why(error)}); run emf cache again to complete it") from None
+            filled(_Told, text, "its text")
+            self._check(text)
+        except (OSError, SafetensorError, ValueError, RecursionError, TypeError) as error:
+            raise Torn(f"cache: {file} is torn ({why(error)}); run emf cache again to complete it") from None
         self.keys: list[str] = text["keys"]
         self.captions: list[str] = text["captions"]
         self.drops: list[list[str]] = text["drops"]
+
+    def _check(self, text: dict[str, Any]) -> None:
+        """Raises ValueError where the rows, the texts and the tensors do not fit each other."""
+        kept = sum(row >= 0 for row in self.rows)
+        sizes = {len(text["keys"]), len(text["captions"])}
+        if kept and "mean" not in self._names:
+            raise ValueError("it holds no latents")
+        sizes |= {self._file.get_slice(name).get_shape()[0] for name in ("mean", "std", "ids") if name in self._names}
+        dropped = [isinstance(drop, list) and [*map(type, drop)] == [str] * 4 for drop in text["drops"]]
+        if sizes != {kept} or max(self.rows, default=-1) >= kept or len(self.rows) - kept != sum(dropped):
+            raise ValueError("its rows, texts and tensors do not fit each other")
 
     def sample(self, row: int, source: str) -> Sample:
         def tensor(name: str) -> Tensor | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from emf.data.drops import Drops
-from emf.data.tars import TarListings
+from emf.data.tars import NO_DATA, TarListings
 from emf.files import why
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -163,6 +163,9 @@ def _tar_members(
             drops.add(name, source.path, "truncated or broken tar" if members else "unreadable tar", detail)
         found: list[Member] = []
         for member, offset, size in members:
+            if (offset, size) == NO_DATA:
+                drops.add(printable(f"{name}:{member}"), source.path, "link or special file in a tar")
+                continue
             # webdataset's rule: the key ends at the first dot of the last part of the name
             folder, _, base = member.rpartition("/")
             stem, _, ending = base.partition(".")

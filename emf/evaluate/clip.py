@@ -32,7 +32,7 @@ def pretrained(cls: Any, where: str, what: str) -> Any:
             check_readable(Path(where))
             how |= {"variant": variant(Path(where))} if weights else {}
         loaded = cls.from_pretrained(where, **how)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # a config with a value of another kind fails wherever that is used
         files = "config.json and model.safetensors" if weights else "the tokenizer's files"
         raise ValueError(
             f"{what}: {where} cannot be loaded ({why(error)}); put {files} of it into a folder and name that"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,13 +71,13 @@ class RecordedDetector:
         self.found: dict[str, list[Detection]] = {}
         for number, row in numbered_jsonl(file):
             try:
-                self.found[row["filename"]] = [
-                    Detection(d["label"], float(d["score"]), _box(d["box"]), d.get("color")) for d in row["detections"]
-                ]
+                self.found[row["filename"]] = [_detection(d) for d in row["detections"]]
             except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
                 raise ValueError(
                     f"{file}:{number} lacks {error}; expected filename and detections of label, score, box"
                 ) from None
+            if any(not math.isfinite(x) for d in self.found[row["filename"]] for x in (d.score, *d.box)):
+                raise ValueError(f"{file}:{number} has a score or a box of NaN or inf, which no rule can be asked of")
         self.settings = {"detections": stamp(file)}
         self.deviations = [
             f"detections were read from {file.name}, not made here; its detector decides what they are worth"
@@ -96,6 +97,13 @@ class RecordedDetector:
     def colors(self, path: Path, label: str, found: Sequence[Detection]) -> list[str | None]:
         """See Detector: as recorded."""
         return [d.color for d in found]
+
+
+def _detection(row: dict[str, Any]) -> Detection:
+    label, color = row["label"], row.get("color")
+    if not isinstance(label, str) or not isinstance(color, str | None):
+        raise ValueError("a label or a colour that is text")
+    return Detection(label, float(row["score"]), _box(row["box"]), color)
 
 
 def _box(sides: Sequence[float]) -> tuple[float, float, float, float]:

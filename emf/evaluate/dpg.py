@@ -6,6 +6,7 @@ in transformers: another network's scores are of another scale, and labelled so.
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from emf.evaluate.benchmark import (
     write_results,
 )
 from emf.evaluate.clip import normalized, pretrained
-from emf.files import numbered_jsonl, open_image, read_csv
+from emf.files import files_in, numbered_jsonl, open_image, read_csv
 
 BLIP = "Salesforce/blip-vqa-base"
 PROMPTS, IMAGES = 1065, 4
@@ -81,10 +82,12 @@ class RecordedVQA:
         self.said: dict[tuple[str, int], dict[int, str]] = {}
         for number, row in numbered_jsonl(file):
             try:
-                crop = row["filename"], row["crop"]
-                self.said[crop] = {int(k): str(a) for k, a in row["answers"].items()}
+                crop, answers = (row["filename"], row["crop"]), row["answers"].items()
+                self.said[crop] = {int(k): a for k, a in answers if a is not None}
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise ValueError(f"{file}:{number} lacks {error}; expected filename, crop and answers") from None
+            if wrong := [a for a in self.said[crop].values() if not isinstance(a, str)]:
+                raise ValueError(f'{file}:{number} has the answer {json.dumps(wrong[0])}; expected text, as in "yes"')
         self.settings = {"answers": stamp(file)}
         self.deviations = [f"answers were read from {file.name}, not made here; comparable if they are mPLUG's"]
 
@@ -172,6 +175,8 @@ def read_questions(file: Path, skip_first_row: bool = True) -> Items:
             items.setdefault(row["item_id"], {})[int(row["proposition_id"])] = question
         except ValueError:
             raise ValueError(f"{file}:{line} has no whole number as proposition or dependency") from None
+        if not (row["item_id"].strip() and question.text.strip()):
+            raise ValueError(f"{file}:{line} has no item_id or no question_natural_language")
     return items
 
 
@@ -231,7 +236,7 @@ def crops(grid: Image.Image, path: Path, resolution: int | None) -> list[Image.I
 
 def grids(root: Path) -> dict[str, Path]:
     """File name -> file of a folder's grids. Raises ValueError where there is none."""
-    paths = {p.name: p for p in sorted(root.glob("*.png"))}
+    paths = {p.name: p for p in files_in(root, "*.png")}
     if not paths:
         raise ValueError(f"{root} holds no images; expected <item id>.png, a grid of 2 x 2 images each")
     return paths

@@ -18,7 +18,7 @@ from emf.device import AUTO
 from emf.evaluate.benchmark import Result, Row, check_images, mean, score_images, stamps, write_results
 from emf.evaluate.detector import CLASSES, CLIP, MASK2FORMER, Detector, HFDetector, RecordedDetector
 from emf.evaluate.rules import Detection, check_metadata, evaluate, select
-from emf.files import read_json
+from emf.files import files_in, read_json
 
 PROMPTS, IMAGES = 553, 4
 """Of the benchmark; images of each prompt."""
@@ -26,7 +26,7 @@ PROMPTS, IMAGES = 553, 4
 
 def read_folder(root: Path, classes: Sequence[str]) -> dict[str, dict[str, Any]]:
     """File name, relative to root -> metadata, of every image. Raises ValueError where something is missing."""
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and p.name.isdigit()) if root.is_dir() else []
+    folders = [p for p in files_in(root, "[0-9]*") if p.is_dir() and p.name.isdigit()]
     if not folders:
         raise ValueError(
             f"{root} holds no prompts; expected folders 00000, 00001, ... with metadata.jsonl and samples/"
@@ -39,7 +39,7 @@ def read_folder(root: Path, classes: Sequence[str]) -> dict[str, dict[str, Any]]
         except ValueError as error:
             raise ValueError(f"{error}; expected the prompt's object of GenEval's metadata") from None
         check_metadata(metadata, classes, str(file))
-        images = sorted(p for p in folder.glob("samples/*.png") if re.fullmatch(r"\d+\.png", p.name))
+        images = [p for p in files_in(folder / "samples", "*.png") if re.fullmatch(r"\d+\.png", p.name)]
         if not images:
             raise ValueError(f"{folder} holds no images; expected samples/0000.png, samples/0001.png, ...")
         found |= {p.relative_to(root).as_posix(): metadata for p in images}

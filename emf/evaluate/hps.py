@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,8 @@ from emf.device import device as find_device
 from emf.evaluate.benchmark import Result, Row, check_images, mean, score_images, stamps, write_results
 from emf.evaluate.clip import MEAN, STD, Clip, pretrained
 from emf.evaluate.detector import CLIP
-from emf.files import open_image, read_json
+from emf.files import files_in, open_image, read_json, why
+from emf.model.state import read_pickle
 
 STYLES = ("anime", "concept-art", "paintings", "photo")
 PROMPTS, GROUP = 800, 80
@@ -132,14 +132,14 @@ def load_clip(checkpoint: Path, tokenizer: str = CLIP, device: str = AUTO, heads
     place = find_device(device)
     check_weights(checkpoint)
     try:
-        state = convert(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
+        state = convert(read_pickle(checkpoint)["state_dict"])
         model: Any = CLIPModel(config_of(state, heads))
         lacking, _ = model.load_state_dict({k: v.float() for k, v in state.items()}, strict=False)
         lacking = [k for k in lacking if not k.endswith("position_ids")]
-    except (KeyError, TypeError, IndexError, RuntimeError, OSError, EOFError, UnpicklingError) as error:
+    except (KeyError, TypeError, IndexError, RuntimeError, AttributeError, ValueError) as error:
+        said = f": {why(error)}" if isinstance(error, ValueError) else f" ({type(error).__name__})"
         raise ValueError(
-            f"HPSv2.1: {checkpoint} cannot be read ({type(error).__name__}); expected HPS_v2.1_compressed.pt, a dict "
-            "with state_dict"
+            f"HPSv2.1: {checkpoint} cannot be read{said}; expected HPS_v2.1_compressed.pt, a dict with state_dict"
         ) from None
     if lacking:
         raise ValueError(f"HPSv2.1: {checkpoint} lacks {len(lacking)} weights, {lacking[0]} the first")
@@ -179,7 +179,7 @@ def check_styles(root: Path, styles: Sequence[str] = STYLES) -> None:
     """Raises ValueError where a style has no image in its folder; asked before the prompts are looked for."""
     check_images(root)
     for style in styles:
-        if not any((root / style).glob("*.jpg")) and not any((root / style).glob("*.png")):
+        if not files_in(root / style, "*.jpg", "*.png"):
             raise ValueError(f"{root / style} holds no images; expected {style}/00000.jpg, {style}/00001.jpg, ...")
 
 

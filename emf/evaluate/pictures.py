@@ -22,7 +22,7 @@ from emf.evaluate.benchmark import ELSEWHERE, Benchmark, Result, check_outs, wri
 from emf.evaluate.drawing import Drawing
 from emf.evaluate.hps import STYLES, read_prompts
 from emf.evaluate.rules import check_metadata
-from emf.files import check_writable, claim, numbered_jsonl, read_text, whole_file, write_text
+from emf.files import check_writable, claim, files_in, numbered_jsonl, read_text, whole_file, write_text
 from emf.sample.sampler import Sampler
 from emf.show.progress import bars, say
 from emf.weights.folders import weights_folder
@@ -67,13 +67,17 @@ def geneval_items(prompts: Path | None, classes: Sequence[str] = ()) -> tuple[li
 
 def dpg_items(prompts: Path | None) -> tuple[list[Item], dict[str, str]]:
     """A grid for each text of DPG-Bench's prompts/."""
-    files = sorted(prompts.glob("*.txt")) if prompts is not None and prompts.is_dir() else []
+    files = [] if prompts is None else files_in(prompts, "*.txt")
     if not files:
         raise ValueError(
             f"DPG-Bench: --prompts {prompts} holds no texts; expected the folder dpg_bench/prompts of its repository "
             "(TencentQQGYLab/ELLA)"
         )
-    return [Item(f"{f.stem}.png", read_text(f).strip(), 4 * i, grid=True) for i, f in enumerate(files)], {}
+    texts = [read_text(file).strip() for file in files]
+    if not all(texts):
+        raise ValueError(f"DPG-Bench: {files[texts.index('')]} holds no prompt; expected a text")
+    pairs = enumerate(zip(files, texts, strict=True))
+    return [Item(f"{f.stem}.png", text, 4 * i, grid=True) for i, (f, text) in pairs], {}
 
 
 def hps_items(prompts: Path | None) -> tuple[list[Item], dict[str, str]]:

@@ -79,12 +79,16 @@ def check_metadata(metadata: Any, classes: Sequence[str], where: str) -> None:
         raise wrong("the object or its prompt is missing")
     if not isinstance(metadata.get("tag"), str) or not isinstance(metadata.get("include"), list):
         raise wrong("tag or include is missing")
+    if not isinstance(metadata.get("exclude") or [], list):
+        raise wrong("exclude is no list")
     for key in ("include", "exclude"):
         for i, entry in enumerate(metadata.get(key) or ()):
             if not isinstance(entry, dict) or entry.get("class") not in classes:
                 raise wrong(f"the class of {key}[{i}] is none that the detector knows")
             if not isinstance(entry.get("count"), int) or entry["count"] < 1:
                 raise wrong(f"the count of {key}[{i}] is no positive number")
+            if not isinstance(entry.get("color", ""), str | None):
+                raise wrong(f"the color of {key}[{i}] is no text")
             if (position := entry.get("position")) is not None:
                 relation, index = position if isinstance(position, (list, tuple)) and len(position) == 2 else ("", -1)
                 if relation not in RELATIONS or not isinstance(index, int) or not 0 <= index < i:

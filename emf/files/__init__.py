@@ -6,10 +6,12 @@ raise is a ValueError of one line that names the file.
 
 from emf.files.claims import SETTINGS, check_claim, check_folder, claim, write_settings
 from emf.files.decoding import FORMATS, BrokenImage, open_image
+from emf.files.fields import filled, read_fields
 from emf.files.reading import (
     check_readable,
     check_text,
     decode_text,
+    files_in,
     numbered_jsonl,
     numbered_lines,
     parse_json,
@@ -26,6 +28,7 @@ from emf.files.rows import append_rows, mend_rows, read_rows, write_rows
 from emf.files.writing import (
     check_writable,
     copy_file,
+    copy_folder,
     finite,
     make_folder,
     refuse_existing,
@@ -48,7 +51,10 @@ __all__ = [
     "check_writable",
     "claim",
     "copy_file",
+    "copy_folder",
     "decode_text",
+    "filled",
+    "files_in",
     "finite",
     "make_folder",
     "mend_rows",
@@ -58,6 +64,7 @@ __all__ = [
     "parse_json",
     "read_bytes",
     "read_csv",
+    "read_fields",
     "read_json",
     "read_jsonl",
     "read_lines",

@@ -12,8 +12,10 @@ import codecs
 import csv
 import io
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,16 @@ def check_readable(path: Path) -> None:
             file.open("rb").close()
 
 
+def files_in(folder: Path, *patterns: str) -> list[Path]:
+    """What lies in a folder under names of one of these patterns, in order; nothing where there is no such folder.
+    Raises ValueError where it may not be read, of which pathlib's glob says that nothing is in it."""
+    if not folder.is_dir():
+        return []
+    with _said(folder):
+        names = os.listdir(folder)
+    return sorted(folder / name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
+
+
 @contextmanager
 def _said(path: Path) -> Iterator[None]:
     """What the system says of a file that cannot be opened, in the words of this module."""
@@ -95,12 +107,15 @@ def _line(text: str, place: int) -> int:
 
 
 def check_text(text: str, name: str) -> str:
-    """The text. Raises ValueError where it holds half of a surrogate pair, as JSON that was cut within an escape does:
-    no tokenizer takes that, and no file can hold it."""
+    """The text. Raises ValueError where it holds half of a surrogate pair, as JSON that was cut within an escape does,
+    and a command line of bytes that are not UTF-8: no tokenizer takes that, and no file can hold it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{name} holds half of a letter ({text[error.start]!r}, a lone surrogate)") from None
+        what = f"half of a letter ({text[error.start]!r}, a lone surrogate)"
+        if 0x80 <= (byte := ord(text[error.start]) - 0xDC00) <= 0xFF:
+            what += f", or the byte {byte:#04x}, which is not UTF-8"
+        raise ValueError(f"{name} holds {what}") from None
     return text
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from emf.files.reading import why
+from emf.files.reading import check_readable, files_in, why
 
 MARKER = ".emf-part"
 """A file in an unfinished folder: what holds it was made here and may be removed."""
@@ -29,6 +29,7 @@ def whole_file(path: Path, writer: int | None = None) -> Iterator[Path]:
     part = path.with_name(f"{path.name}.part" if writer is None else f"{path.name}.{writer}.part")
     make_folder(path.parent)
     try:
+        part.unlink(missing_ok=True)  # of a killed process: it would lend the file its mode
         part.open("wb").close()
         mode = part.stat().st_mode & 0o777
     except OSError as error:
@@ -125,7 +126,9 @@ def refuse_existing(out: Path, who: str = "") -> None:
 
 def copy_file(source: Path | str, target: Path | str) -> None:
     """A copy of a file, or of the file that a link leads to, that shares nothing with it but unwritten blocks, where
-    the file system can do that: a change of the one never changes the other. Its mode is the umask's."""
+    the file system can do that: a change of the one never changes the other. Its mode is the umask's. Raises
+    ValueError where there is no such file, or it may not be read; errors of writing are the system's."""
+    check_readable(Path(source))
     with open(source, "rb") as read, open(target, "wb") as write:
         try:
             while os.copy_file_range(read.fileno(), write.fileno(), 2**30):
@@ -133,6 +136,17 @@ def copy_file(source: Path | str, target: Path | str) -> None:
         except (OSError, AttributeError):  # across file systems, or a system that has no such call
             read.seek(write.seek(0, os.SEEK_END))
             shutil.copyfileobj(read, write, 2**24)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """A copy of a folder and of all in it, of links what they lead to, by copy_file. Raises ValueError where something
+    of it may not be read, or a link leads nowhere; errors of writing are the system's."""
+    target.mkdir()
+    for entry in files_in(source, "*"):
+        if entry.is_dir():
+            copy_folder(entry, target / entry.name)
+        else:
+            copy_file(entry, target / entry.name)
 
 
 @contextmanager

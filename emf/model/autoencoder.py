@@ -107,7 +107,7 @@ def load_dcae(folder: Path, dtype: torch.dtype = torch.float32, device: str | to
             local_files_only=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:  # a config with a value of another kind fails wherever that is used
         raise ValueError(f"latent: {config.parent} cannot be loaded: {why(error)}") from None
     if found["missing_keys"]:
         missing = found["missing_keys"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -49,6 +50,8 @@ class TransformerConfig:
         sizes = dict(vars(self))
         if low := [k for k, v in sizes.items() if type(v) is int and v < 1]:
             raise ValueError(f"model: {low[0]} {sizes[low[0]]} must be at least 1")
+        if low := [k for k, v in sizes.items() if type(v) is float and not 0 < v < math.inf]:
+            raise ValueError(f"model: {low[0]} {sizes[low[0]]} must be a positive number")
         if self.sample_size % self.patch_size:
             raise ValueError(f"model: sample_size {self.sample_size} is no multiple of patch_size {self.patch_size}")
 

@@ -43,6 +43,8 @@ class Transformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(Block(s) for _ in range(s.num_layers))
         self.scale_shift_table = nn.Parameter(torch.randn(2, c) / c**0.5)
         self.proj_out = Linear(c, s.patch_size**2 * s.out_channels)
+        self.adapters: tuple[str, ...] = ()
+        """What low-rank adapters that are merged in the weights are known by; see emf.weights.adapter_settings."""
         self.graphs: Graphs | None = None
         """Where set, the blocks run by it in training: Graphs(net.through, net.transformer_blocks)."""
 

@@ -138,7 +138,8 @@ class EMFPipeline(DiffusionPipeline):
         network, name = self.transformer.network, dict(self.config).get("_name_or_path")
         origin = Path(name) if name else None
         text = origin if origin is not None and (origin / "language_model").is_dir() else None
-        write_export(network.state_dict(), network.config, Path(save_directory), base=origin, text=text)
+        how: Any = dict(base=origin, text=text, adapters=network.adapters)
+        write_export(network.state_dict(), network.config, Path(save_directory), **how)
 
     @torch.no_grad()
     def __call__(

@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from emf.files import append_rows, check_folder, check_writable, make_folder, mend_rows, whole_file
+from emf.files import append_rows, check_folder, check_writable, files_in, make_folder, mend_rows, whole_file
 from emf.sample.sampler import to_uint8
 
 MANIFEST = "manifest.jsonl"
@@ -60,7 +60,7 @@ def write_images(
         for key, value in said.items():
             note.add_text(key, str(value))
         with _alone(out):
-            taken = [int(found[0]) for p in out.glob("*.png") if (found := re.match(r"\d+", p.name))]
+            taken = [int(found[0]) for p in files_in(out, "*.png") if (found := re.match(r"\d+", p.name))]
             name = "_".join(filter(None, (f"{max(taken, default=-1) + 1:05d}", words_of(prompt))))
             with whole_file(out / f"{name}.png") as part:
                 picture.save(part, "png", pnginfo=note)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from emf.config import Config
 from emf.device import device as find_device
 from emf.errors import NotFinite
+from emf.files import check_text
 from emf.flow import guided, sample, seed_of
 from emf.model.autoencoder import Latent, load_dcae
 from emf.model.text_to_image import TextToImage
@@ -190,6 +191,8 @@ class Sampler:
         how = replace(settings or self.settings, **changes)
         if not captions:
             raise ValueError("sample: no captions; expected at least one")
+        for caption in captions:
+            check_text(caption, f"sample: caption {caption!r}")
         every = list(range(len(captions)) if numbers is None else numbers)
         seeds = [seed_of(how.seed, n) for _, n in zip(captions, every, strict=True)]
         parts = [slice(i, i + how.batch) for i in range(0, len(captions), how.batch)]

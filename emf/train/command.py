@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 from emf.arguments import NEEDS_EXTRA, parse, to_arguments
 from emf.config import Config
 from emf.errors import report_errors
+from emf.files import check_text
 from emf.recipes import RECIPES, from_file
 
 try:
@@ -54,9 +56,23 @@ def parse_train(arguments: list[str]) -> tuple[Config, Path, bool]:
         raise ValueError(f"train: no recipe {first!r}; recipes are {names}, or give a config.json")
     known = to_arguments(_known_to_init(arguments[1:], config))
     parsed = parse(_Run, [*known, *arguments[1:]], f"emf train {first}", default=_Run(config))
+    for name, text in _texts(parsed.config):  # config.json could not hold a byte that is not UTF-8
+        check_text(text, f"config: {name} {text!r}")
     if parsed.out is None:
         raise ValueError("train: say where to write: --out DIR")
     return parsed.config, parsed.out, parsed.resume
+
+
+def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """The texts and paths in a config, by the name of their field."""
+    if isinstance(value, str | Path):
+        yield name, str(value)
+    elif is_dataclass(value):
+        for f in fields(value):
+            yield from _texts(getattr(value, f.name), f"{name}.{f.name}".lstrip("."))
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _texts(item, name)
 
 
 def _known_to_init(arguments: list[str], config: Config) -> dict[str, Any]:

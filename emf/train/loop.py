@@ -16,7 +16,7 @@ from torch import Tensor
 from emf import config as configs
 from emf.config import Config
 from emf.data.feed import Feed, feed
-from emf.errors import Diverged
+from emf.errors import Diverged, seen_alone
 from emf.evaluate.digits_scorer import Scorer
 from emf.sample.sampling_settings import GUIDANCE
 from emf.train.batch import Batch, batches
@@ -57,7 +57,7 @@ def train(config: Config, out: Path | str, resume: bool = False) -> None:
             log = Log(out, start, config.steps)
             log.progress.start()
         try:
-            with asked_to_stop() as stop:
+            with asked_to_stop() as stop, seen_alone():
                 last = str(saved[-1]) if start else "none"
                 Training(config, engine, out, stop, log=log, scorer=scorer, last=last).run(source, start)
         finally:
@@ -142,10 +142,10 @@ class Training:
             ends = done == config.steps or self.stopping
             if not step.fault and (done % config.run.log_every == 0 or ends):
                 self.write_row(step)
+            if done % config.run.save_every == 0 or ends:
+                self.save(done)  # before anything that may fail without harm to the weights
             if config.run.eval_every and (done % config.run.eval_every == 0 or done == config.steps):
                 self.validate(done)
-            if done % config.run.save_every == 0 or ends:
-                self.save(done)
             if self.stopping:
                 if self.log and done < config.steps:
                     print(f"asked to stop: saved {self.last}; --resume continues from it", flush=True)
@@ -207,9 +207,9 @@ class Training:
         row = dict(step=step.number + 1, loss=step.loss, error=step.error, lr=lr, it_s=rate, share=step.share)
         row |= dict(memory_mib=memory_mib(), skipped=self.skipped)
         row |= speed(self.config, self.condition, rate, self.engine.world)
-        self.engine.monitor(row)
         if self.log:
             self.log.metrics(row)
+        self.engine.monitor(row)
         self.clock, self.counted = now, 0
 
     def validate(self, done: int) -> None:

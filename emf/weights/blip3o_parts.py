@@ -8,7 +8,6 @@ AMAP-ML/EMF keeps them.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from emf.files import copy_file
 from emf.weights.layouts import read_settings
 
 CONNECTOR = "model.diffusion_connector."
@@ -120,4 +120,4 @@ def write_language_files(source: Path, out: Path, config: dict[str, Any], dtype:
     (out / "config.json").write_text(json.dumps(config | given, indent=2) + "\n")
     for name in TOKENIZER:
         if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
+            copy_file(source / name, out / name)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from emf.config import Config
 from emf.errors import Torn
-from emf.files import check_readable, read_object
+from emf.files import check_readable, files_in, read_fields
 from emf.model.text_to_image import TextToImage
 from emf.weights.tensors import Weights, items, read_weights, write_file
 
@@ -39,10 +39,14 @@ class Made:
     stage: int
     """ZeRO stage of the run."""
 
+    def __post_init__(self) -> None:
+        if self.step < 0 or self.world < 1 or not 0 <= self.stage <= 3:
+            raise ValueError(f"step {self.step} by {self.world} ranks at stage {self.stage}")
+
 
 def checkpoints(run: Path) -> list[Path]:
     """The whole checkpoints of a run's folder, oldest first. A copy that somebody keeps under another name is none."""
-    return sorted(p for p in (run / FOLDER).glob("step_*") if re.fullmatch(r"step_\d{7}", p.name) and p.is_dir())
+    return [p for p in files_in(run / FOLDER, "step_*") if re.fullmatch(r"step_\d{7}", p.name) and p.is_dir()]
 
 
 def newest(run: Path) -> Path:
@@ -96,8 +100,8 @@ def read_made(checkpoint: Path) -> Made:
     except ValueError as error:
         raise ValueError(f"resume: {error}") from None
     try:
-        return Made(**read_object(file, "made"))
-    except (ValueError, TypeError) as error:
+        return read_fields(Made, file, "made")
+    except ValueError as error:
         raise ValueError(f"resume: {broken(checkpoint, str(error).removeprefix('made: '))}") from None
 
 

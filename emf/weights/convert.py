@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from emf.files import refuse_existing, whole_folder
+from emf.files import files_in, refuse_existing, whole_folder
 from emf.model.sizes import TransformerConfig
 from emf.model.transformer import Transformer
 from emf.show.progress import count_bytes
@@ -121,7 +121,7 @@ def convert(
 def _files(folder: Path) -> list[Path]:
     if found := tensors.find(folder):
         return found
-    nested = sorted((folder / "checkpoints").glob("*.pth"))  # where the original repositories have theirs
+    nested = files_in(folder / "checkpoints", "*.pth")  # where the original repositories have theirs
     if len(nested) != 1:
         raise ValueError(
             f"convert: {folder} holds no weights; expected a diffusers SANA folder, an original .pth, a BLIP3o-NEXT "

@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from emf.files import files_in, filled
 from emf.model.sizes import TransformerConfig
 from emf.model.transformer import Transformer
 from emf.weights.checkpoints import WEIGHTS, checkpoints
 from emf.weights.layouts import read_settings
-from emf.weights.tensors import Weights
+from emf.weights.tensors import Weights, shards
 
 TRAINED = " with EMF's time embedders"
 """How a layout in words ends where the source had them."""
 
 
 @dataclass(frozen=True)
-class Converted:
-    """The settings of a converted folder."""
+class _Told:
+    """What a converted folder's config.json says beside the transformer's sizes."""
 
-    folder: Path
-    transformer: TransformerConfig
-    missing: dict[str, list[str]]
-    """Names by part that the source did not have, and was allowed not to."""
-    language_model: dict[str, Any]
-    """The Qwen3 config of BLIP3o-NEXT; empty for a SANA, as the two that follow are."""
-    tokens: dict[str, int]
-    """Special token ids by name."""
-    connector: dict[str, int]
-    """Sizes of the connector."""
     source: dict[str, Any]
     """Where it came from: the path, the layout in words, how the two time embedders were made."""
+    missing: dict[str, list[str]] = field(default_factory=dict)
+    """Names by part that the source did not have, and was allowed not to."""
+    language_model: dict[str, Any] = field(default_factory=dict)
+    """The Qwen3 config of BLIP3o-NEXT; empty for a SANA, as the two that follow are."""
+    tokens: dict[str, int] = field(default_factory=dict)
+    """Special token ids by name."""
+    connector: dict[str, int] = field(default_factory=dict)
+    """Sizes of the connector."""
+
+
+@dataclass(frozen=True)
+class Converted(_Told):
+    """The settings of a converted folder."""
+
+    folder: Path = field(kw_only=True)
+    transformer: TransformerConfig = field(kw_only=True)
 
     @property
     def made(self) -> str | None:
@@ -62,13 +69,12 @@ def read_converted(folder: Path) -> Converted:
     """A converted folder's config.json. Raises ValueError where it is none."""
     path = folder / "config.json"
     tree = read_settings(path)
-    sizes, known = tree.get("transformer"), {f.name for f in fields(TransformerConfig)}
-    if not isinstance(sizes, dict) or "source" not in tree:
+    if not isinstance(tree.get("transformer"), dict) or "source" not in tree:
         raise ValueError(f"checkpoint: {folder} is no converted checkpoint; make one with `emf convert`")
-    if unknown := sorted(sizes.keys() - known):
-        raise ValueError(f"checkpoint: {path}: transformer.{unknown[0]} is not known; convert it with this version")
-    further = {key: tree.get(key, {}) for key in ("language_model", "tokens", "connector")}
-    return Converted(folder, TransformerConfig(**sizes), tree.get("missing", {}), **further, source=tree["source"])
+    sizes = filled(TransformerConfig, tree["transformer"], f"checkpoint: {path}: transformer")
+    further = {f.name: tree[f.name] for f in fields(_Told) if f.name in tree}
+    told = filled(_Told, further, f"checkpoint: {path}")
+    return Converted(**vars(told), folder=folder, transformer=sizes)
 
 
 def load_converted(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Transformer, Converted]:
@@ -78,12 +84,10 @@ def load_converted(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Tr
     Raises ValueError where the folder is none, or its weights are not those that its config says.
     """
     converted = read_converted(folder)
-    files = sorted(folder.glob("transformer*.safetensors"))
     index = folder / "transformer.safetensors.index.json"
-    if index.is_file():
-        files = sorted({folder / name for name in read_settings(index)["weight_map"].values()})
-    if lost := [file.name for file in files if not file.is_file()] or ([] if files else ["transformer.safetensors"]):
-        raise ValueError(f"checkpoint: {folder} has no {lost[0]}")
+    files = shards(index) if index.is_file() else files_in(folder, "transformer*.safetensors")
+    if not files:
+        raise ValueError(f"checkpoint: {folder} has no transformer.safetensors")
     weights = Weights(files)
     missing = set(converted.missing.get("transformer", []))
     with torch.device("cpu" if missing else "meta"):  # initialised where something is left so

@@ -10,6 +10,7 @@ import torch
 
 from emf.model.sizes import TransformerConfig
 from emf.model.transformer import Transformer
+from emf.weights.adapter_settings import STAMP
 from emf.weights.layouts import dual_file, read_config
 from emf.weights.tensors import Weights, find, load_weights, read_metadata
 
@@ -25,7 +26,10 @@ def exported_sizes(folder: Path) -> TransformerConfig:
         scales: dict[str, Any] = {k: float(said[k]) for k in ("time_scale", "base_time_scale")}
     except (KeyError, ValueError):
         raise ValueError(f"{dual} does not say its time_scale and base_time_scale; export again") from None
-    return replace(config, dual_time=True, **scales)
+    try:
+        return replace(config, dual_time=True, **scales)
+    except ValueError as error:
+        raise ValueError(f"{dual}: {error}") from None
 
 
 def load_exported_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
@@ -34,9 +38,11 @@ def load_exported_transformer(folder: Path, dtype: torch.dtype = torch.float32) 
     config, names = exported_sizes(folder), find(folder)
     if not names:
         raise ValueError(f"weights: {folder} holds none; expected diffusion_pytorch_model.safetensors")
-    weights = Weights([*names, dual_file(folder)] if config.dual_time else names)
+    dual = [dual_file(folder)] * config.dual_time
+    weights, said = Weights([*names, *dual]), read_metadata(*dual) if dual else {}
     with torch.device("meta"):
         network = Transformer(config)
     network = network.to_empty(device="cpu").to(dtype)
     load_weights(network, {k: weights.read(k) for k in weights.entries}, str(folder))
+    network.adapters = tuple(said.get(STAMP, "").split())
     return network.eval()

@@ -11,8 +11,7 @@ keys to it. emf.sample.emf_pipeline.EMFPipeline reads both, and so do the module
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,17 +22,18 @@ from torch import Tensor, nn
 from emf.conditioning.encoder import Encoder
 from emf.conditioning.small import CONNECTOR, connector_file
 from emf.config import Config
-from emf.files import copy_file, refuse_existing, whole_file, whole_folder
+from emf.files import copy_file, copy_folder, refuse_existing, whole_file, whole_folder
 from emf.model.sizes import TransformerConfig
 from emf.model.state import STEMS, variant
 from emf.show.progress import count_bytes
 from emf.weights import tensors
+from emf.weights.adapter_settings import STAMP, stamp_in
 from emf.weights.branches import BRANCHES
 from emf.weights.card import write_card
 from emf.weights.carried import INDEX, carry, settings_of
 from emf.weights.checkpoints import WEIGHTS, newest
 from emf.weights.folders import load
-from emf.weights.layouts import DUAL, read_settings, to_diffusers
+from emf.weights.layouts import DUAL, part_of, read_settings, to_diffusers
 
 WHO = "weights: "  # how errors about the folder begin
 TEXT_PARTS = ("text_encoder", "tokenizer")
@@ -70,7 +70,11 @@ def export(
     trained = network.encoder if network.own_encoder or config.condition.kind == "small" else None
     how = {k: getattr(config.condition, k) for k in ("kind", "scale", "window")}
     base = base or config.data.vae
+    merged_in = network.transformer.adapters
+    if config.lora.rank:
+        merged_in = (*merged_in, stamp_in(network.transformer, config.lora.alpha / config.lora.rank))
     further = dict[str, Any](condition=how, settings=settings_of(network.encoder, config.flow.built_in))
+    further["adapters"] = merged_in
     further["card"] = partial(write_card, run, config, name=name or out.name)
     write_export(state, config.transformer, out, base=base, text=text, encoder=trained, **further)
     return config
@@ -104,6 +108,7 @@ def write_export(
     text: Path | None = None,
     encoder: Encoder | None = None,
     condition: Mapping[str, Any] | None = None,
+    adapters: Sequence[str] = (),
     settings: dict[str, Any] | None = None,
     card: Callable[[Path], None] | None = None,
 ) -> None:
@@ -116,6 +121,7 @@ def write_export(
           parts, in the place of the base's.
     encoder: one whose weights were trained, written in the place of either.
     condition: what emf.weights.folders is to know of the encoder; model_index.json keeps it as _condition.
+    adapters: stamps of those that are merged in the state, which are then not merged again.
     settings: what the carried pipeline is to know of it; None: what the base's model_index.json says.
     card: what writes a model card into the folder when the rest is there.
     What is not there is null in model_index.json: diffusers' and our pipeline then take prompt_embeds, and give latents
@@ -145,9 +151,10 @@ def write_export(
         # One file of any size: diffusers maps it.
         tensors.write_file(folder / "diffusion_pytorch_model.safetensors", main, advance)
         if beside:
-            scales = {k: str(getattr(config, k)) for k in ("time_scale", "base_time_scale")}
+            said = {k: str(getattr(config, k)) for k in ("time_scale", "base_time_scale")}
+            said |= {STAMP: " ".join(adapters)} if adapters else {}
             (folder / DUAL).parent.mkdir()
-            tensors.write_file(folder / DUAL, beside, advance, scales)
+            tensors.write_file(folder / DUAL, beside, advance, said)
         (folder / "config.json").write_text(_json(to_diffusers(config)))
         (part / "scheduler").mkdir()
         (part / "scheduler" / "scheduler_config.json").write_text(
@@ -159,7 +166,7 @@ def write_export(
         if encoder is not None:
             encoder.save(part)
         elif text is not None:
-            shutil.copytree(text / "language_model", part / "language_model", copy_function=copy_file)
+            copy_folder(text / "language_model", part / "language_model")
             (part / CONNECTOR[0]).mkdir()
             copy_file(connector_file(text), part.joinpath(*CONNECTOR))
         if beside:
@@ -191,8 +198,8 @@ def _index(base: Path | None, text: Path | None) -> dict[str, Any]:
             f"export: {text} has no language_model and connector; expected a converted BLIP3o-NEXT checkpoint"
         )
     for name in PARTS:
-        index[name] = theirs.get(name) if text is None or name == "vae" else None
-        index[name] = index[name] or [None, None]
+        kept = theirs if text is None or name == "vae" else {}
+        index[name] = [*part_of(kept, name, (base or Path()) / "model_index.json")]
         if base is not None and index[name] != [None, None] and not (base / name).is_dir():
             raise ValueError(f"export: {base} has no {name}, which its model_index.json names")
     return index
@@ -201,7 +208,7 @@ def _index(base: Path | None, text: Path | None) -> dict[str, Any]:
 def copy_part(source: Path, target: Path) -> None:
     """A copy of a part's folder. Weights that are there as a variant alone lose its name, without which diffusers finds
     them only where it is told."""
-    shutil.copytree(source, target, copy_function=copy_file)
+    copy_folder(source, target)
     if (name := variant(target)) is None:
         return
     for file in list(target.iterdir()):

@@ -8,13 +8,14 @@ from typing import Any
 
 from emf.config import ConditionConfig, Config
 from emf.data.batches import DataConfig
+from emf.files import filled
 from emf.model.text_to_image import TextToImage
 from emf.network.build import encoder
 from emf.recipes import from_file
 from emf.weights.checkpoints import SETTINGS, newest
 from emf.weights.converted import is_base, load_converted
 from emf.weights.diffusers_folder import load_exported_transformer
-from emf.weights.layouts import read_settings
+from emf.weights.layouts import part_of, read_settings
 from emf.weights.start import resumed
 
 KINDS = {"Gemma2Model": "gemma", "Gemma2ForCausalLM": "gemma", "CLIPTextModel": "clip", "T5EncoderModel": "t5"}
@@ -62,10 +63,14 @@ def load_export(folder: Path) -> tuple[Config, TextToImage]:
 
 def text_parts(folder: Path) -> dict[str, Any]:
     """The settings of the condition that a folder in diffusers' layout has; its `kind` is None where there is none."""
-    index = read_settings(folder / "model_index.json")
-    named = (index.get("text_encoder") or [None, None])[1]
-    how = {"kind": "blip3o" if (folder / "language_model").is_dir() else KINDS.get(named)}
-    return how | index.get("_condition", {})
+    file = folder / "model_index.json"
+    index = read_settings(file)
+    _, named = part_of(index, "text_encoder", file)
+    how = {"kind": "blip3o" if (folder / "language_model").is_dir() else KINDS.get(str(named))}
+    told = index.get("_condition") or {}
+    if told:  # which names the kind too
+        filled(ConditionConfig, told, f"weights: {file}: _condition")
+    return how | told
 
 
 def load_base(folder: Path) -> tuple[Config, TextToImage]:

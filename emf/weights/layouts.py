@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emf.files import read_object
+from emf.files import filled, read_object
 from emf.model.sizes import TransformerConfig
 
 SANA = "model.sana."
@@ -192,20 +192,10 @@ def read_config(path: Path) -> TransformerConfig:
             raise ValueError(f"convert: {path}: {key} {tree[key]} is not supported; expected {value}")
     if tree.get("qk_norm") not in (None, QK_NORM):
         raise ValueError(f"convert: {path}: qk_norm {tree['qk_norm']!r} is not known; expected null or {QK_NORM!r}")
-    for key in SIZES:
-        if type(tree.get(key, 1)) is not int:
-            raise ValueError(f"convert: {path}: {key} {tree[key]!r}; expected a whole number")
-    for key in ("mlp_ratio", "interpolation_scale"):
-        if not isinstance(tree.get(key, 1.0), (int, float)) and (tree[key] is not None or key == "mlp_ratio"):
-            raise ValueError(f"convert: {path}: {key} {tree[key]!r}; expected a number")
-    sizes: dict[str, Any] = {k: tree[k] for k in SIZES if k in tree}
-    config = TransformerConfig(
-        **sizes,
-        out_channels=tree.get("out_channels") or tree.get("in_channels", 32),
-        mlp_ratio=float(tree.get("mlp_ratio", 2.5)),
-        interpolation_scale=tree.get("interpolation_scale"),
-        qk_norm=tree.get("qk_norm") is not None,
-    )
+    sizes = {k: tree[k] for k in (*SIZES, "out_channels", "mlp_ratio", "interpolation_scale") if k in tree}
+    if sizes.get("out_channels") is None:
+        sizes["out_channels"] = tree.get("in_channels", 32)
+    config = filled(TransformerConfig, sizes | {"qk_norm": tree.get("qk_norm") is not None}, f"convert: {path}")
     if tree.get("cross_attention_dim", config.channels) != config.channels:
         raise ValueError(
             f"convert: {path}: cross_attention_dim {tree['cross_attention_dim']} is not the width {config.channels}"
@@ -225,6 +215,15 @@ def to_diffusers(config: TransformerConfig) -> dict[str, Any]:
         "interpolation_scale": config.interpolation_scale,
         "qk_norm": QK_NORM if config.qk_norm else None,
     }
+
+
+def part_of(index: Mapping[str, Any], name: str, where: Path) -> tuple[str | None, str | None]:
+    """(library, class) of a part of a pipeline, by its model_index.json; nulls where it has none. Raises ValueError
+    where that is something else."""
+    found = index.get(name) or [None, None]
+    if not (isinstance(found, list) and len(found) == 2 and all(isinstance(x, str | None) for x in found)):
+        raise ValueError(f"weights: {where}: {name} is {str(found)[:40]!r}; expected a library and a class")
+    return found[0], found[1]
 
 
 def dual_file(folder: Path) -> Path:

@@ -22,6 +22,7 @@ from emf.config import Config
 from emf.files import parse_json, read_object, refuse_existing, whole_folder
 from emf.model.layers import TimeEmbed
 from emf.model.transformer import SINUSOID, Transformer
+from emf.weights.adapter_settings import STAMP, scale_of, stamp_in, stamp_of
 from emf.weights.branches import BRANCHES
 from emf.weights.folders import load_run
 from emf.weights.tensors import Weights, items, read_metadata, write_file
@@ -36,8 +37,6 @@ DIFFUSERS, DIFFUSERS_SETTINGS, DIFFUSERS_PREFIX = (
 FULL = "trained_in_full.safetensors"
 SCALES = ("time_scale", "base_time_scale")
 FACTORS = (".lora_A.weight", ".lora_B.weight")
-UNREAD = ("use_dora", "alpha_pattern", "lora_bias", "modules_to_save", "target_parameters")
-"""Settings of peft with which W + alpha / rank B A is not all there is."""
 
 
 def export_adapters(
@@ -69,8 +68,9 @@ def export_adapters(
         told = json.dumps({DIFFUSERS_PREFIX + k: v for k, v in settings.items()}, sort_keys=True)
         ours = items({DIFFUSERS_PREFIX + k: v for k, v in factors.items()}, as_written)
         write_file(part / DIFFUSERS, ours, metadata={DIFFUSERS_SETTINGS: told})
-        scales = {k: str(getattr(config.transformer, k)) for k in SCALES}
-        write_file(part / FULL, items(full, as_written), metadata=scales)
+        said = {k: str(getattr(config.transformer, k)) for k in SCALES}
+        said[STAMP] = stamp_in(network.transformer, config.lora.alpha / config.lora.rank)
+        write_file(part / FULL, items(full, as_written), metadata=said)
     return config
 
 
@@ -86,13 +86,16 @@ class Adapters:
     """Weights that were trained in full, by name; empty where no file of ours lies beside."""
     times: dict[str, float]
     """time_scale and base_time_scale of the embedders among them."""
+    stamp: str
+    """What they are known by."""
 
 
 def read_adapters(folder: Path | str) -> Adapters:
     """A folder in peft's or diffusers' form, ours or another's. Raises ValueError where it is neither, or its settings
     ask for more than W + alpha / rank B A."""
     folder = Path(folder)
-    if (folder / PEFT_SETTINGS).is_file():
+    peft_form = (folder / PEFT_SETTINGS).is_file()
+    if peft_form:
         file, prefix, settings = folder / PEFT, PEFT_PREFIX, read_object(folder / PEFT_SETTINGS, "lora")
     else:
         file, prefix = folder / DIFFUSERS, DIFFUSERS_PREFIX
@@ -100,8 +103,7 @@ def read_adapters(folder: Path | str) -> Adapters:
             raise ValueError(f"lora: {folder} holds no adapters; expected {PEFT_SETTINGS} and {PEFT}, or {DIFFUSERS}")
         told = parse_json(read_metadata(file).get(DIFFUSERS_SETTINGS, "{}"), f"lora: {DIFFUSERS_SETTINGS} of {file}")
         settings = {k.removeprefix(prefix): v for k, v in told.items()} if isinstance(told, dict) else {}
-    if more := [name for name in UNREAD if settings.get(name)]:
-        raise ValueError(f"lora: {folder} was made with {more[0]}, which is not read here; merge it where it was made")
+    scale_of(settings | {"r": None, "lora_alpha": 1}, 1, folder)  # its kind is said before what a kind's file lacks
     weights = Weights([file])
     names = {k: k.removeprefix(prefix) for k in weights.entries}
     if other := [k for k, name in names.items() if name == k or not name.endswith(FACTORS)]:
@@ -114,18 +116,24 @@ def read_adapters(folder: Path | str) -> Adapters:
     if len(ranks) != 1:
         raise ValueError(f"lora: {file} has adapters of ranks {sorted(ranks)}; expected one rank, and at least a layer")
     (rank,) = ranks
-    alpha, root = settings.get("lora_alpha", rank), settings.get("use_rslora")  # diffusers: without alpha it is rank
-    if not isinstance(alpha, int | float):
-        raise ValueError(f"lora: {folder} has lora_alpha {alpha!r}; expected a number")
-    full, times = dict[str, Tensor](), dict[str, float]()
+    # diffusers takes the rank where no alpha is said; peft writes it always
+    scale = scale_of(settings, rank, folder, None if peft_form else rank)
+    factors = {f"{k}.weight": (a[k], b[k]) for k in a}
+    full, times, stamp = dict[str, Tensor](), dict[str, float](), stamp_of(factors, scale)
     if (beside := folder / FULL).is_file():
         parts, said = Weights([beside]), read_metadata(beside)
-        full = {k: parts.read(k) for k in parts.entries}
+        full, stamp = {k: parts.read(k) for k in parts.entries}, said.get(STAMP, stamp)
         try:
             times = {k: float(said[k]) for k in SCALES}
         except (KeyError, ValueError):
             raise ValueError(f"lora: {beside} does not say its {SCALES[0]} and {SCALES[1]}; export again") from None
-    return Adapters({f"{k}.weight": (a[k], b[k]) for k in a}, alpha / (rank**0.5 if root else rank), full, times)
+        if wrong := [k for k, x in times.items() if not (math.isfinite(x) and x > 0)]:
+            raise ValueError(f"lora: {beside} says {wrong[0]} {times[wrong[0]]}; expected a positive number")
+    for where, named in ((file, [(k, x) for k, pair in factors.items() for x in pair]), (beside, [*full.items()])):
+        for name, x in named:
+            if not x.is_floating_point() or not x.isfinite().all():
+                raise ValueError(f"lora: {where}: of {name} there is NaN or inf, or no number of a floating point")
+    return Adapters(factors, scale, full, times, stamp)
 
 
 @torch.no_grad()
@@ -134,8 +142,10 @@ def put_on(transformer: Transformer, adapters: Adapters, source: Path | str) -> 
     without EMF's two time embedders gets them. The products are made in float32.
 
     source: where they come from, for errors. Raises ValueError, before anything is changed, where they belong to
-    another transformer.
+    another transformer, or are in its weights already.
     """
+    if adapters.stamp in transformer.adapters:
+        raise ValueError(f"lora: {source} is merged in these weights already")
     state, config, full = dict(transformer.named_parameters()), transformer.config, adapters.full
     added = dict[str, nn.Module]()
     if any(name.split(".")[0] in BRANCHES for name in full):
@@ -160,7 +170,7 @@ def put_on(transformer: Transformer, adapters: Adapters, source: Path | str) -> 
     tables = {name for name in there if name.startswith("transformer_blocks.") and name.endswith("scale_shift_table")}
     if (known := tables & full.keys()) and known != tables:
         raise ValueError(f"lora: {source} is of another transformer: of {len(known)} blocks, and {len(tables)} there")
-    transformer.config = config
+    transformer.config, transformer.adapters = config, (*transformer.adapters, adapters.stamp)
     for branch, module in added.items():
         transformer.add_module(branch, module.train(transformer.training))
     for name, value in full.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from emf.errors import Torn
-from emf.files import read_object
-from emf.model.state import STEMS, check_weights, read_state, variant
+from emf.files import files_in, read_object
+from emf.model.state import STEMS, check_weights, read_pickle, read_state, variant
 
 DTYPES = {
     "F64": torch.float64,
@@ -88,26 +88,33 @@ def find(path: Path) -> list[Path]:
         if path.suffix != ".safetensors" and path.suffix not in PICKLES:
             raise ValueError(f"weights: {path} is of no known kind; expected .safetensors or one of {PICKLES}")
         return [path]
-    indices, single = sorted(path.glob("*.safetensors.index.json")), sorted(path.glob("*.safetensors"))
+    indices, single = files_in(path, "*.safetensors.index.json"), files_in(path, "*.safetensors")
     if not indices and (kind := variant(path)):
-        indices = sorted(path.glob(f"*.safetensors.index.{kind}.json"))
+        indices = files_in(path, f"*.safetensors.index.{kind}.json")
         single = [
             path / f"{stem}.{kind}.safetensors" for stem in STEMS if (path / f"{stem}.{kind}.safetensors").is_file()
         ]
     if len(indices) == 1:
-        try:
-            names = sorted(set(read_object(indices[0], "weights", "an index of shards")["weight_map"].values()))
-        except (KeyError, TypeError, AttributeError):
-            raise ValueError(f"weights: {indices[0]} is no index of shards: its weight_map names no files") from None
-        if lost := [name for name in names if not (path / name).is_file()]:
-            raise ValueError(f"weights: {indices[0]} names {len(lost)} files that are not there; first {lost[0]}")
-        return [path / name for name in names]
+        return shards(indices[0])
     usual = [p for p in single if p.name in [f"{stem}.safetensors" for stem in STEMS]]
     if not (several := indices or single):
-        several = sorted(p for kind in PICKLES for p in path.glob(f"*{kind}"))
+        several = files_in(path, *(f"*{kind}" for kind in PICKLES))
     found = usual if len(usual) == 1 and not indices else several
     if len(found) > 1:
         raise ValueError(f"weights: {path} holds {len(found)} sets of weights; name one file: {found[0].name}, ...")
+    return found
+
+
+def shards(index: Path) -> list[Path]:
+    """The files that an index of shards names, which lie beside it. Raises ValueError where it is none, or one of them
+    is missing."""
+    named = read_object(index, "weights", "an index of shards").get("weight_map")
+    names = [*named.values()] if isinstance(named, dict) else []
+    if not names or not all(isinstance(name, str) and name and "\0" not in name for name in names):
+        raise ValueError(f"weights: {index} is no index of shards: its weight_map names no files")
+    found = [index.parent / name for name in sorted({*names})]
+    if lost := [file.name for file in found if not file.is_file()]:
+        raise ValueError(f"weights: {index} names {len(lost)} files that are not there; first {lost[0]}")
     return found
 
 
@@ -139,19 +146,16 @@ def _opened(file: Path) -> Any:
 
 
 def _unpickle(file: Path) -> dict[str, Tensor]:
-    """The state dict in a .pth. The file is mapped, but for the format before torch 1.6, which must be read whole."""
-    check_weights(file)
-    try:
-        with open(file, "rb") as head:
-            mapped = head.read(2) == b"PK"
-        tree = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise Torn(f"weights: {file} cannot be read as tensors: {first}") from None
-    tree = tree.get("state_dict", tree) if isinstance(tree, dict) else tree
-    if not isinstance(tree, dict) or not all(isinstance(v, Tensor) and v.dtype in NAMES for v in tree.values()):
+    """The state dict in a .pth: all that it holds, or its entry state_dict. Raises ValueError where there is none."""
+    tree = read_pickle(file)
+    if isinstance(tree, dict) and "state_dict" in tree:
+        if others := [name for name in tree if name != "state_dict" and str(name).startswith("state_dict")]:
+            warnings.warn(f"weights: {file} holds state_dict and {others[0]}; state_dict is read", stacklevel=2)
+        tree = tree["state_dict"]
+    kinds = isinstance(tree, dict) and [(type(k), isinstance(v, Tensor) and v.dtype in NAMES) for k, v in tree.items()]
+    if not kinds or set(kinds) != {(str, True)} or any(v.layout != torch.strided for v in tree.values()):
         raise ValueError(f"weights: {file} holds no state dict; expected real tensors by name")
-    return tree
+    return dict(tree)
 
 
 def read_metadata(file: Path) -> dict[str, str]:

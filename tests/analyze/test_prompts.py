@@ -48,8 +48,11 @@ def test_shortening_is_a_function_of_the_seed() -> None:
 
 
 def test_prompts_of_every_kind(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path / "prompts", {"b.txt": b"second\none \n", "a.txt": b"first", "c.txt": b" "})
+    folder = write_folder(tmp_path / "prompts", {"b.txt": b"second\none \n", "a.txt": b"first"})
     assert read_prompts(folder) == (["first", "second one"], ["a", "b"])
+    (folder / "c.txt").write_text(" ")
+    with pytest.raises(ValueError, match=f"{folder}: 1 of 3 prompts are empty, c the first$"):
+        read_prompts(folder)
     lines, rows = tmp_path / "p.txt", tmp_path / "p.jsonl"
     lines.write_text("one\n\n two words \n")
     assert read_prompts(lines) == (["one", "two words"], ["1", "3"])

@@ -50,6 +50,16 @@ def test_coco_is_read(tmp_path: Path) -> None:
     assert pairs.captions[2].startswith("FIRST of 46") and "46" in pairs.captions[3]
     assert pairs.notes == ["1 of 5 images of captions_train2017.json were not there and left out"]
     assert pairs.open(1).size == (40, 32)
+    file = data / "annotations" / "captions_train2017.json"
+    tree = json.loads(file.read_text())
+    tree["annotations"][0]["caption"], tree["annotations"][1]["caption"] = None, " "
+    del tree["annotations"][2]["caption"]
+    file.write_text(json.dumps(tree))
+    assert read_pairs(data).notes[-1] == "3 of 10 captions of captions_train2017.json were empty and left out"
+    tree["annotations"][0]["caption"] = 5
+    file.write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match="is no file of COCO captions: the caption 5 is no text"):
+        read_pairs(data)
     assert choose_captions(pairs.image, "first", 0).tolist() == [0, 2, 4, 6]
     assert choose_captions(pairs.image, "all", 0).tolist() == list(range(8))
     drawn = [choose_captions(pairs.image, "random", seed) for seed in range(8)]

@@ -5,36 +5,25 @@ A limit on the size of files stands for the full disk: the system refuses the wr
 
 from __future__ import annotations
 
+import os
 import resource
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from digits_run import small_run
 from exported import write_base
+from full_disk import full
 from safetensors.torch import save_file
 from training import train
 
 from emf.cli.main import main
 from emf.errors import report_errors
 from emf.files import whole_folder
-
-
-@contextmanager
-def full(room: int) -> Iterator[None]:
-    """No file grows past `room` bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
+from emf.train.command import main as train_command
 
 COMMANDS = {
     "generate": 'generate "a red seven" --run {run} --out {out}/pictures --device cpu',
@@ -110,6 +99,17 @@ def test_a_reader_that_has_enough_is_no_error() -> None:
     process.stdout.close()
     assert process.wait(60) == 141 and process.stderr.read() == b""
     process.stderr.close()
+
+
+def test_a_config_that_no_file_could_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A byte that is not UTF-8, in a path or in a prompt."""
+    for flag, value in (("data.listings", b"a\xff.json"), ("run.prompts", b"a \xff")):
+        words = ["digits", f"--{flag}", os.fsdecode(value), "--run.eval-every", "5", "--out", str(tmp_path / "run")]
+        with pytest.raises(SystemExit) as end:
+            train_command(words)
+        assert end.value.code == 2 and not (tmp_path / "run").exists()
+        (line,) = capsys.readouterr().err.splitlines()
+        assert flag in line
 
 
 def ended(code: str, read: int | None = None, terminate: bool = False) -> tuple[int, str, str]:

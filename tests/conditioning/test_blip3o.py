@@ -195,10 +195,23 @@ def test_the_trainers_loss_takes_any_encoder(which: str) -> None:
 def test_a_long_caption_is_cut_to_what_the_released_code_takes() -> None:
     """The rows of a batch are as long as its longest, and the end of the prompt is kept."""
     encoder = blip3o()
-    with pytest.warns(UserWarning, match=r"a prompt of \d+ tokens was cut to 2048"):
+    with pytest.warns(UserWarning, match=r"a caption of \d+ tokens, .* was cut to 2048; 1 captions so far"):
         ids, mask = encoder.tokenize(["a cat", "word " * 4000])
     assert ids.shape == (2, LONGEST + len(encoder.head)) and mask[1].all()
     said = TOKENIZER.decode(ids[1])
     assert said.endswith("<|im_end|>\n<|im_start|>assistant\n<im_start><S0>") and said.count("word ") > 300
     alone, _ = encoder.tokenize(["a cat"])
     assert torch.equal(ids[0][mask[0]], alone[0])
+
+
+@torch.no_grad()
+def test_long_captions_are_counted_wherever_they_are_read(recwarn: pytest.WarningsRecorder) -> None:
+    """Each once, and told when their number has doubled; in the analyses' states too, in the chat or alone."""
+    encoder = blip3o()
+    for n in (1, 1, 2, 3, 4):
+        encoder.tokenize([f"word {n} " * 700])
+    told = [str(w.message).rpartition("; ")[2] for w in recwarn]
+    assert told == [f"{n} captions so far" for n in (1, 2, 4)]
+    for template in (True, False):
+        states, mask = encoder.text_states(["a cat", "word " * 4000], template)
+        assert states.shape[1] == mask.shape[1] == LONGEST

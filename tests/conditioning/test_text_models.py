@@ -82,3 +82,15 @@ def test_the_mean_is_over_the_captions_tokens(text_model: TextModel) -> None:
     instructed = TextEncoder(model, tokenizer, 60, instruction="Describe: ")
     torch.testing.assert_close(mean_pool(*instructed.text_states(CAPTIONS, template=False)), plain, **CLOSE)
     assert not torch.allclose(mean_pool(*instructed.text_states(CAPTIONS)), plain, atol=1e-3)
+
+
+@every_text_model
+def test_captions_that_are_cut_are_counted(text_model: TextModel, recwarn: pytest.WarningsRecorder) -> None:
+    """Those that fill the row to its last token are not cut."""
+    encoder = TextEncoder(*text_model(), 8)
+    whole = next(text for n in range(1, 9) if len(encoder.tokenizer(text := "a" * n).input_ids) == 8)
+    assert encoder.tokenize([whole, "a"])[1][0].all() and not recwarn.list
+    for caption in (whole + "a", whole + "b", whole + "a"):
+        encoder.text_states([caption], template=False)
+    told = [str(w.message) for w in recwarn]
+    assert len(told) == 2 and all("was cut to 8" in line for line in told) and told[1].endswith("2 captions so far")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from image_files import by_reason, tar_and_folder, write_folder
 
+from emf.data.drops import Drops
 from emf.data.images import Images
 from emf.data.mixture import BLOCK, Dataset, Mixture
 from emf.data.sources import Source
@@ -98,3 +99,15 @@ def test_a_source_of_nothing_usable_stops_with_one_line(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "a", {f"{i}.{e}": b"" for i in range(3) for e in ("png", "txt")})
     with pytest.raises(ValueError, match="none of 3 samples can be used.*3 empty caption"):
         Dataset(Images([Source(str(folder))], 8)).batch(0, 2)
+
+
+def test_a_long_run_tells_what_it_drops_when_that_has_doubled() -> None:
+    drops = Drops()
+    assert drops.news() == []
+    told = []
+    for i in range(9):
+        drops.add(f"{i}.png", "a", "corrupt image")
+        told += drops.news()
+    assert [line.partition(" dropped")[0] for line in told] == [f"a: {n}" for n in (1, 2, 4, 8)]
+    drops.add("x", "b", "no image")
+    assert drops.news() == ["b: 1 dropped: no image: x"] and drops.news() == []

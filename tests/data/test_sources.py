@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tarfile
@@ -103,7 +104,7 @@ def test_a_folder_of_pictures(tmp_path: Path) -> None:
 def test_captions_in_json(key: str | None, expected: list[str], tmp_path: Path) -> None:
     members = {f"{i}.jpg": encoded(noise(i), "jpeg") for i in range(3)}
     members["0.json"] = json.dumps({"text": "from text", "caption": "from caption", "long": "long one"}).encode()
-    members["1.json"] = json.dumps({"text": "from text"}).encode()
+    members["1.json"] = json.dumps({"text": "from text", "caption": None}).encode()  # null is absent
     members |= {"2.json": b'{"caption": "from json", "long": 3}', "2.txt": b"from txt"}
     images = Images([Source(str(write_tar(tmp_path / "a.tar", members)), caption=key)], 8)
     if key:
@@ -312,7 +313,10 @@ def test_listings_are_kept_until_a_tar_changes(tmp_path: Path, monkeypatch: pyte
 
 def test_a_file_of_the_users_is_no_listing(tmp_path: Path) -> None:
     write_tar(tmp_path / "0.tar", pairs(1))
-    for text in ("{}", "mine", '{"tars": {}, "kind": "other"}', "[]"):
+    texts = ["{}", "mine", '{"tars": {}, "kind": "other"}', "[]"]
+    for strange in ([], {"a.tar": None}, {"a.tar": [1, 2, "", [["a.png", 0]]]}, {"a.tar": [1, 2, None, []]}):
+        texts.append(json.dumps({"tars": strange, "kind": tars.TarListings.KIND}))
+    for text in texts:
         (tmp_path / "mine.json").write_text(text)
         with pytest.raises(ValueError, match="no index"):
             scan([Source(str(tmp_path / "0.tar"))], Drops(), tmp_path / "mine.json")
@@ -342,8 +346,36 @@ def test_tars_that_were_put_together_are_read_to_the_end(tmp_path: Path) -> None
     assert "unreadable header at byte 20480; 6 whole members" in next(images.drops.lines())
 
 
-def test_listings_of_an_earlier_kind_are_made_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", tars.TarListings.EARLIER)
+def test_listings_of_an_earlier_kind_are_made_anew(tmp_path: Path, kind: str) -> None:
     write_tar(tmp_path / "0.tar", pairs(2))
-    (tmp_path / "kept.json").write_text(json.dumps({"kind": tars.TarListings.EARLIER, "tars": {}}))
+    (tmp_path / "kept.json").write_text(json.dumps({"kind": kind, "tars": {}}))
     scan([Source(str(tmp_path / "0.tar"))], Drops(), tmp_path / "kept.json")
     assert json.loads((tmp_path / "kept.json").read_text())["kind"] == tars.TarListings.KIND
+
+
+def test_links_in_a_tar_are_followed_or_named(tmp_path: Path) -> None:
+    file, data = tmp_path / "a.tar", encoded(noise(0))
+    entries = {  # name: (kind, where it leads to)
+        "sub/1.png": (tarfile.SYMTYPE, "../0.png"),
+        "sub/1.txt": (tarfile.LNKTYPE, "0.txt"),
+        "2.png": (tarfile.SYMTYPE, "sub/../sub/1.png"),  # by a second link
+        "2.txt": (tarfile.SYMTYPE, "/elsewhere/2.txt"),
+        "3.png": (tarfile.SYMTYPE, "3.png"),
+        "4.png": (tarfile.FIFOTYPE, ""),
+        "folder": (tarfile.DIRTYPE, ""),
+    }
+    with tarfile.open(file, "w") as tar:
+        for name, content in {"0.png": data, "0.txt": b"zero"}.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+        for name, (kind, target) in entries.items():
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            tar.addfile(info)
+    images = Images([Source(str(file))], 8)
+    assert captions(images) == ["zero", "zero"] and images.indices[0].keys == ["a.tar:0", "a.tar:sub/1"]
+    assert by_reason(images.drops) == {"link or special file in a tar": 3, "no caption": 1}
+    (told,) = (line for line in images.drops.lines() if "link or special" in line)
+    assert told.endswith("a.tar:2.txt, a.tar:3.png, a.tar:4.png")

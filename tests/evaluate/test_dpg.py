@@ -186,6 +186,11 @@ def test_recorded_answers(bench: tuple[Path, Path], tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
     with pytest.raises(ValueError, match=r"no answer to proposition 2 of pair.png, crop 2"):
         run_dpg(bench[0], tmp_path / "other", bench[1], answers=file)
+    for answer, says in ((None, "no answer to proposition 2 of pair.png"), (True, r"answers.jsonl:3 has .* true; ")):
+        rows[2]["answers"] = YES | {2: answer}  # null is absent, and not the answer "None"
+        file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        with pytest.raises(ValueError, match=says):
+            run_dpg(bench[0], tmp_path / str(answer), bench[1], answers=file)
     file.write_text('{"filename": "pair.png"}\n')
     with pytest.raises(ValueError, match="answers.jsonl:1 lacks 'crop'"):
         run_dpg(bench[0], tmp_path / "other", bench[1], answers=file)

@@ -74,6 +74,8 @@ def test_selection_is_by_score_and_class() -> None:
         ({"prompt": "", "tag": "position", "include": [one("seven")]}, r"include\[0\] is none"),
         ({"prompt": "", "tag": "position", "include": [one("dog", 0)]}, "no positive number"),
         ({"prompt": "", "tag": "position", "include": [], "exclude": [one("seven")]}, r"exclude\[0\]"),
+        ({"prompt": "", "tag": "position", "include": [], "exclude": 5}, "exclude is no list"),
+        ({"prompt": "", "tag": "colors", "include": [one("dog", color=["red"])]}, r"color of include\[0\] is no text"),
         ({"prompt": "", "tag": "position", "include": [one("dog", position=["on", 0])]}, "no relation"),
         ({"prompt": "", "tag": "position", "include": [one("dog", position=["above", 0])]}, "earlier entry"),
     ],

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from full_disk import full
 from safetensors.torch import save_file
 
 from emf.device import device
@@ -16,6 +17,7 @@ from emf.files import (
     check_folder,
     claim,
     copy_file,
+    copy_folder,
     mend_rows,
     read_json,
     read_rows,
@@ -39,6 +41,19 @@ def test_mode_is_the_umasks(tmp_path: Path, umask: int, mode: int) -> None:
     assert [f.stat().st_mode & 0o777 for f in sorted(tmp_path.iterdir())] == [mode, mode]
 
 
+def test_what_a_kill_left_lends_its_mode_to_nothing(tmp_path: Path) -> None:
+    """Nor its place: it may be a link."""
+    (tmp_path / "a.part").touch(mode=0o600)
+    (tmp_path / "b.part").symlink_to(tmp_path / "mine")
+    before = os.umask(0o022)
+    try:
+        for name in "ab":
+            write_text(tmp_path / name, "x")
+    finally:
+        os.umask(before)
+    assert [(f.name, f.stat().st_mode & 0o777) for f in sorted(tmp_path.iterdir())] == [("a", 0o644), ("b", 0o644)]
+
+
 def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
     file = tmp_path / "a"
     write_text(file, "old")
@@ -58,10 +73,10 @@ def test_two_writers_do_not_meet(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    for file in (tmp_path / "a" / "b.part", tmp_path / "a" / "c"):
-        file.symlink_to("/dev/full")
-    with pytest.raises(ValueError, match=r"b cannot be written: No space left on device"):
+    (tmp_path / "a" / "c").symlink_to("/dev/full")
+    with pytest.raises(ValueError, match=r"b cannot be written: File too large"), full():
         write_text(tmp_path / "a" / "b", "x")
+    assert [file.name for file in (tmp_path / "a").iterdir()] == ["c"]
     with pytest.raises(ValueError, match=r"c cannot be written: No space left on device"):
         append_rows(tmp_path / "a" / "c", [{"x": 1}])
 
@@ -173,3 +188,20 @@ def test_a_copy_shares_nothing(tmp_path: Path, whole: bool, monkeypatch: pytest.
     old = os.umask(0)
     os.umask(old)
     assert not (tmp_path / "copy").is_symlink() and (tmp_path / "copy").stat().st_mode & 0o777 == 0o666 & ~old
+
+
+def test_a_copied_folder_is_ones_own(tmp_path: Path) -> None:
+    """Its folders too have the umask's mode, whatever those of the source have."""
+    source = tmp_path / "base"
+    (source / "deep").mkdir(parents=True)
+    (source / "deep" / "a").write_text("a")
+    (source / "b").symlink_to(source / "deep" / "a")
+    (source / "deep").chmod(0o555)
+    copy_folder(source, tmp_path / "copy")
+    (tmp_path / "copy" / "deep" / "a").write_text("mine")
+    (tmp_path / "copy" / "b").write_text("mine")
+    (tmp_path / "copy" / "deep" / "new").touch()
+    assert (source / "b").read_text() == "a" and (tmp_path / "copy" / "deep").stat().st_mode & 0o200
+    (source / "gone").symlink_to("nowhere")
+    with pytest.raises(ValueError, match="base/gone does not exist"):
+        copy_folder(source, tmp_path / "again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,9 @@ def test_captions_that_cannot_be_are_one_line(sampler: Sampler) -> None:
         sampler.images([])
     with pytest.raises(ValueError, match="zebra"):
         sampler.images(["a red zebra"])
+    # as a command line has a byte that is not UTF-8; no tokenizer takes it
+    with pytest.raises(ValueError, match=r"^sample: caption 'a \\udcff' holds .*the byte 0xff, which is not UTF-8$"):
+        sampler.images(["a red seven", os.fsdecode(b"a \xff")])
 
 
 def test_a_run_is_loaded(tmp_path: Path) -> None:

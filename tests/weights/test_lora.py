@@ -28,6 +28,7 @@ from emf.recipes import RECIPES, digits, sana_1600m
 from emf.sample.emf_pipeline import EMFPipeline
 from emf.weights import lora
 from emf.weights.lora import export_adapters, put_on, read_adapters
+from emf.weights.tensors import read_metadata
 
 LORA = LoraConfig(rank=3, alpha=6)
 TABLES = {"scale_shift_table", *(f"transformer_blocks.{i}.scale_shift_table" for i in range(2))}
@@ -108,14 +109,19 @@ def test_the_pipeline_puts_them_on_a_published_base(trained: tuple[Path, TextToI
     want = network.transformer(z, t, t / 2, c)
     torch.testing.assert_close(pipe.transformer(z, t, t / 2, c), want, rtol=1e-4, atol=1e-5)
     assert pipe.transformer.network.config.time_scale == 7.0
-    # saved whole, they are in its weights; a second time they are merged once more, and the rest stays
+    # saved whole, they are in its weights, and not merged a second time
     pipe.save_pretrained(tmp_path / "whole")
     again: Any = EMFPipeline.from_pretrained(tmp_path / "whole")
     torch.testing.assert_close(again.transformer(z, t, t / 2, c), pipe.transformer(z, t, t / 2, c))
-    again.load_lora_weights(tmp_path / "lora")
+    for act in (
+        lambda: pipe.load_lora_weights(tmp_path / "lora"),
+        lambda: again.load_lora_weights(tmp_path / "lora"),
+        lambda: EMFPipeline.from_pretrained(tmp_path / "whole", adapters=tmp_path / "lora"),
+    ):
+        with pytest.raises(ValueError, match="lora is merged in these weights already$"):
+            act()
     once, twice = (p.transformer.network.state_dict() for p in (pipe, again))
-    moved = {name for name in once if not torch.equal(once[name], twice[name])}
-    assert len(moved) == 16 and all(".to_" in name for name in moved)
+    assert all(torch.equal(once[name], twice[name]) for name in once)
 
 
 @torch.no_grad()
@@ -169,6 +175,71 @@ def test_adapters_of_others(kind: str, tmp_path: Path) -> None:
     put_on(base, read_adapters(tmp_path / "lora"), "lora")
     z, t, c = sana.inputs()
     torch.testing.assert_close(base.eval()(z, t, None, c), sana.velocity(theirs.eval()), rtol=1e-4, atol=1e-5)
+
+
+def test_an_export_with_adapters_knows_them(
+    trained: tuple[Path, TextToImage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever number format the adapters were written in; others are merged as well."""
+    from emf.weights import export
+
+    run, network = trained
+    config = lora.load_run(run)[0]
+    monkeypatch.setattr(export, "load", lambda run: (config, network))
+    export_adapters(run, tmp_path / "float16", "float16")
+    export_adapters(run, tmp_path / "bfloat16", "bfloat16")
+    export.export(run, tmp_path / "whole", dtype="float32")
+    sana.randomize(network, seed=5)
+    export_adapters(run, tmp_path / "other")
+    pipe: Any = EMFPipeline.from_pretrained(tmp_path / "whole")
+    for name in ("float16", "bfloat16"):
+        with pytest.raises(ValueError, match=f"{name} is merged in these weights already"):
+            pipe.load_lora_weights(tmp_path / name)
+    pipe.load_lora_weights(tmp_path / "other")
+    assert len(pipe.transformer.network.adapters) == 2
+
+
+UNREADABLE: dict[str, dict[str, Any]] = {
+    "holds adapters of the kind 'IA3'; expected LORA": {"peft_type": "IA3"},
+    "was made with bias 'all', which is not read here": {"bias": "all"},
+    "was made with fan_in_fan_out": {"fan_in_fan_out": True},
+    "was made with use_dora": {"use_dora": True},
+    "was made with modules_to_save": {"modules_to_save": ["proj_out"]},
+    "was made with alpha_pattern": {"alpha_pattern": {"to_q": 8}},
+    "was made with layer_replication": {"layer_replication": [[0, 2]]},
+    "was made with init_lora_weights pissa_niter_4": {"init_lora_weights": "pissa_niter_4"},
+    "says r 5, and holds adapters of rank 3": {"r": 5},
+    "has lora_alpha nan; expected a number other than 0": {"lora_alpha": float("nan")},
+    "has lora_alpha 0; ": {"lora_alpha": 0},
+    "has lora_alpha True; ": {"lora_alpha": True},
+    "has lora_alpha None; ": {"lora_alpha": None},
+    "has use_rslora 'no'; expected true or false": {"use_rslora": "no"},
+}
+
+
+@pytest.mark.parametrize("says", UNREADABLE)
+def test_settings_that_ask_for_more_are_one_line(says: str, trained: tuple[Path, TextToImage], tmp_path: Path) -> None:
+    export_adapters(trained[0], tmp_path / "lora")
+    file = tmp_path / "lora" / lora.PEFT_SETTINGS
+    settings = json.loads(file.read_text())
+    read_adapters(tmp_path / "lora")
+    file.write_text(json.dumps(settings | {"bias": None, "use_rslora": None}))  # absent
+    read_adapters(tmp_path / "lora")
+    file.write_text(json.dumps(settings | UNREADABLE[says]))
+    with pytest.raises(ValueError, match=f"^lora: {tmp_path}/lora {says}"):
+        read_adapters(tmp_path / "lora")
+
+
+@pytest.mark.parametrize("file", [lora.PEFT, lora.FULL])
+def test_factors_of_nan_are_named(file: str, trained: tuple[Path, TextToImage], tmp_path: Path) -> None:
+    export_adapters(trained[0], tmp_path / "lora")
+    path = tmp_path / "lora" / file
+    state, said = load_file(path), read_metadata(path)
+    name = next(iter(state))
+    state[name].view(-1)[0] = float("nan")
+    save_file(state, path, said)
+    with pytest.raises(ValueError, match=rf"{file}: of .* there is NaN or inf"):
+        read_adapters(tmp_path / "lora")
 
 
 def test_what_does_not_fit_is_one_line(trained: tuple[Path, TextToImage], tmp_path: Path) -> None:

@@ -124,3 +124,11 @@ def test_what_goes_wrong_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (tmp_path / "d" / "x.safetensors").symlink_to("/dev/full")
         with refused("x.safetensors cannot be written: No space left on device"):
             write(tmp_path / "d", "x", items({"x": torch.zeros(10**5)}))
+
+
+def test_of_two_state_dicts_it_is_said_which_is_read(tmp_path: Path) -> None:
+    """As a trainer's own checkpoints have them; the optimizer's entry is none."""
+    file, own = tmp_path / "a.pth", {"x": torch.zeros(2)}
+    torch.save({"state_dict": own, "state_dict_ema": {"x": torch.ones(2)}, "optimizer": {}}, file)
+    with pytest.warns(UserWarning, match=r"a.pth holds state_dict and state_dict_ema; state_dict is read"):
+        assert torch.equal(Weights([file]).read("x"), own["x"])

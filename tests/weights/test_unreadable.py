@@ -93,6 +93,21 @@ def test_how_a_checkpoint_was_made(tmp_path: Path) -> None:
     assert said(lambda: checkpoints.read_made(whole)) == f"resume: {file} does not exist"
 
 
+def test_a_folder_of_checkpoints_is_not_called_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is to be resumed would start again, and drop the rows of its log."""
+    part = checkpoints.begin(tmp_path, 1)
+    checkpoints.write_checkpoint(part, {"x": torch.zeros(2)}, "{}", Made(1, 1, 0))
+    assert checkpoints.finish(part, 1) == checkpoints.newest(tmp_path)
+
+    def refuse(path: Path) -> list[str]:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    for read in (checkpoints.checkpoints, checkpoints.newest):
+        line = said(lambda read=read: read(tmp_path))
+        assert line == f"{tmp_path / checkpoints.FOLDER} cannot be read: Permission denied"
+
+
 def test_folders_that_libraries_read(tmp_path: Path) -> None:
     """transformers and diffusers say of such a file that it is not there, or name no file."""
     import transformers

@@ -1,0 +1,66 @@
+"""A dataclass from what a JSON file holds, its names and kinds of values checked."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import MISSING, fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from emf.files.reading import read_object
+
+T = TypeVar("T")
+WORDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text", NoneType: "null"}
+
+
+def filled(kind: type[T], tree: Any, where: str) -> T:
+    """The dataclass `kind` with the values of a JSON object. where: the file, for errors. Raises ValueError on a name
+    that it does not know, one that is missing, a value of another kind, and on what the dataclass itself refuses."""
+    if not isinstance(tree, dict):
+        raise ValueError(f"{where} is no JSON object")
+    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    if unknown := sorted(tree.keys() - known.keys()):
+        raise ValueError(f"{where}: {unknown[0]!r} is not known; expected {', '.join(known)}")
+    needed = [name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [name for name in needed if name not in tree]:
+        raise ValueError(f"{where} lacks {', '.join(missing)}")
+    hints = get_type_hints(kind)
+    for name, value in tree.items():
+        if not _fits(value, hints[name]):
+            raise ValueError(f"{where}: {name} {repr(value)[:40]}; expected {_words(hints[name])}")
+    try:
+        return kind(**tree)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def read_fields(kind: type[T], path: Path, who: str) -> T:
+    """The dataclass `kind` that a JSON file holds; see filled and emf.files.read_object. Raises ValueError."""
+    return filled(kind, read_object(path, who), f"{who}: {path}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value that JSON can hold is of the kind of a field."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is Literal:
+        return any(type(value) is type(part) and value == part for part in parts)
+    if origin in (list, dict):
+        inner = value.values() if origin is dict and isinstance(value, dict) else value
+        return isinstance(value, origin) and all(_fits(item, parts[-1]) for item in inner)
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return hint is Any or type(value) is hint
+
+
+def _words(hint: Any) -> str:
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, parts))}"
+    if origin in (Union, UnionType):
+        return " or ".join(map(_words, parts))
+    if origin in (list, dict):
+        return f"{'a list' if origin is list else 'an object'}, each {_words(parts[-1])}"
+    return WORDS.get(hint, "another kind of value")
