@@ -11,7 +11,18 @@ EVAL = [
     *("sentencepiece", "transformers", "tyro"),
 ]
 TRAIN = [*EVAL, "deepspeed", "nvtx", "peft"]
-TEST = [*TRAIN, "hypothesis", "mypy", "numba", "pytest", "pytest-benchmark", "pytest-xdist", "ruff", "webdataset"]
+TEST = [
+    *TRAIN,
+    "hypothesis",
+    "kernels",
+    "mypy",
+    "numba",
+    "pytest",
+    "pytest-benchmark",
+    "pytest-xdist",
+    "ruff",
+    "webdataset",
+]
 
 setup(
     name="emf-meanflow",

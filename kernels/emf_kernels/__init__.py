@@ -22,6 +22,7 @@ with launch.decorating():
     from .ops.rmsnorm import rmsnorm
     from .ops.silu import silu
     from .ops.time_embedding import time_embedding
+from . import hub_layers as layers
 from .sdpa import scaled_dot_product_attention
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "gated_residual",
     "gated_residual_adaln",
     "glumbconv",
+    "layers",
     "lift",
     "linear",
     "linear_attention",

@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emf_kernels.dual import check
-from emf_kernels.function import function
-from emf_kernels.op import Case, Cost, Op
-from emf_kernels.tiles import cdiv, empty, norm, norm_dot, rows, strides
+from ..dual import check
+from ..function import function
+from ..op import Case, Cost, Op
+from ..tiles import cdiv, empty, norm, norm_dot, rows, strides
 
 
 def reference(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:

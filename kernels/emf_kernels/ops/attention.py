@@ -30,15 +30,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emf_kernels import attention_library as library
-from emf_kernels import launch
-from emf_kernels.dual import check
-from emf_kernels.function import function, requires_grad
-from emf_kernels.op import Op
-from emf_kernels.ops.attention_backward import _bwd_bias, _bwd_kv, _bwd_q
-from emf_kernels.ops.attention_cases import CASES, cost, inputs
-from emf_kernels.ops.attention_forward import _fwd
-from emf_kernels.tiles import cdiv, empty, fitting, next_power_of_2, precision, strides, wide
+from .. import attention_library as library
+from .. import launch
+from ..dual import check
+from ..function import function, requires_grad
+from ..op import Op
+from ..tiles import cdiv, empty, fitting, next_power_of_2, precision, strides, wide
+from .attention_backward import _bwd_bias, _bwd_kv, _bwd_q
+from .attention_cases import CASES, cost, inputs
+from .attention_forward import _fwd
 
 
 def reference(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from emf_kernels.ops.attention_forward import LOG2E, _dead, _pairs, _sequence, _tile
+from .attention_forward import LOG2E, _dead, _pairs, _sequence, _tile
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emf_kernels.op import Case, Cost
+from ..op import Case, Cost
 
 QKV = ("q", "k", "v")
 BENCH = frozenset({"bench"})

@@ -18,11 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emf_kernels import launch
-from emf_kernels.dual import check
-from emf_kernels.function import function
-from emf_kernels.op import Case, Cost, Op
-from emf_kernels.tiles import cdiv, empty, next_power_of_2, strides
+from .. import launch
+from ..dual import check
+from ..function import function
+from ..op import Case, Cost, Op
+from ..tiles import cdiv, empty, next_power_of_2, strides
 
 
 def reference(x: Tensor, gate: Tensor | None, h: Tensor) -> Tensor:

@@ -17,11 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emf_kernels.dual import check
-from emf_kernels.function import function
-from emf_kernels.op import Case, Cost, Op
-from emf_kernels.tiles import cdiv, empty, norm, norm_dot, rows, strides
-
+from ..dual import check
+from ..function import function
+from ..op import Case, Cost, Op
+from ..tiles import cdiv, empty, norm, norm_dot, rows, strides
 from .adaln import reference as adaln_reference
 from .gated_residual import reference as gated_residual_reference
 

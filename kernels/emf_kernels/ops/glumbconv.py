@@ -25,12 +25,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from emf_kernels import launch
-from emf_kernels.dual import Dual, check
-from emf_kernels.function import function
-from emf_kernels.op import Case, Cost, Op
-from emf_kernels.tiles import cdiv, empty, next_power_of_2, strides
-
+from .. import launch
+from ..dual import Dual, check
+from ..function import function
+from ..op import Case, Cost, Op
+from ..tiles import cdiv, empty, next_power_of_2, strides
 from .silu import reference as silu
 
 

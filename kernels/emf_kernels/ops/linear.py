@@ -16,8 +16,8 @@ from torch import Tensor
 # forward-mode rule.
 from torch.nn.functional import linear as affine
 
-from emf_kernels.dual import Dual, check
-from emf_kernels.op import Case, Cost, Op
+from ..dual import Dual, check
+from ..op import Case, Cost, Op
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -26,12 +26,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emf_kernels import launch
-from emf_kernels.dual import check, widened
-from emf_kernels.function import function
-from emf_kernels.op import Case, Cost, Op
-from emf_kernels.tiles import cdiv, empty, next_power_of_2, precision, relu, rounded, rows, strides
-
+from .. import launch
+from ..dual import check, widened
+from ..function import function
+from ..op import Case, Cost, Op
+from ..tiles import cdiv, empty, next_power_of_2, precision, relu, rounded, rows, strides
 from .rmsnorm import backward as rmsnorm_backward
 from .rmsnorm import reference as rmsnorm_reference
 

@@ -20,10 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emf_kernels.dual import check, widened
-from emf_kernels.function import function
-from emf_kernels.op import Case, Cost, Op
-from emf_kernels.tiles import cdiv, elements, empty, offset, planes, size
+from ..dual import check, widened
+from ..function import function
+from ..op import Case, Cost, Op
+from ..tiles import cdiv, elements, empty, offset, planes, size
 
 
 def reference(

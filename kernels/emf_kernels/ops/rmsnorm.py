@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emf_kernels.dual import check, widened
-from emf_kernels.function import function
-from emf_kernels.op import Case, Cost, Op
-from emf_kernels.tiles import cdiv, empty, rows, strides
+from ..dual import check, widened
+from ..function import function
+from ..op import Case, Cost, Op
+from ..tiles import cdiv, empty, rows, strides
 
 
 def reference(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:

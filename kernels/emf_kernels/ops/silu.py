@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from emf_kernels.dual import Dual, check
-from emf_kernels.op import Case, Cost, Op
+from ..dual import Dual, check
+from ..op import Case, Cost, Op
 
 
 def reference(x: Tensor) -> Tensor:

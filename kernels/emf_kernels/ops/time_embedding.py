@@ -20,10 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emf_kernels.dual import check
-from emf_kernels.function import function
-from emf_kernels.op import Case, Cost, Op
-from emf_kernels.tiles import empty, next_power_of_2
+from ..dual import check
+from ..function import function
+from ..op import Case, Cost, Op
+from ..tiles import empty, next_power_of_2
 
 
 def reference(t: Tensor, r: Tensor | None, scale: float = 1.0, dim: int = 256) -> Tensor | tuple[Tensor, Tensor]:
