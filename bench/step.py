@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from bench.meters import Count, Held, kernels_launched, process_peak_bytes
 from bench.ops import GPU, OUT, core, device_name, peak_bytes, revision
 from bench.providers import SIZES, Setting, Step, providers
-from emf.train.plan import peak_flops
+from emf.train.hardware import peak_flops
 from emf_kernels import backend
 
 SWEEP = [(size, batch) for batch in (4, 1, 8, 2) for size in ("1.6b-1024", "1.6b-512")]

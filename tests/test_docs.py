@@ -118,9 +118,9 @@ def test_every_flag_is_one_of_its_commands(page: Path, capsys: pytest.CaptureFix
     for words in every:
         flags = [word.split("=")[0] for word in words if re.match(r"--?[a-z]", word)]
         plain = [word for word in words[1:] if re.fullmatch(r"[a-z][\w.-]*", word)]
-        if words[0] == "train":
+        if words[0] in ("train", "plan"):
             recipe = plain[0] if plain and plain[0] in RECIPES else "digits"
-            command = f"train {recipe}"
+            command = f"{words[0]} {recipe}"
         else:
             command = " ".join([words[0], *plain[:1]]) if words[0] in GROUPS and plain else words[0]
         if command in GROUPS:

@@ -26,7 +26,7 @@ ROOMS = [
     ["emf.flow", "emf.flow_config", "emf.model"],
     ["emf.conditioning"],
     ["emf.data"],
-    ["emf.config", "emf.recipes", "emf.arguments"],
+    ["emf.config", "emf.recipes", "emf.arguments", "emf.idle"],
     ["emf.network"],
     ["emf.weights"],
     ["emf.sample", "emf.pipeline"],

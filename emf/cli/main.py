@@ -26,6 +26,10 @@ def _train() -> None:
     """Train a recipe, or a config.json again (`emf train --help`)."""
 
 
+def _plan() -> None:
+    """Memory, operations, days and files of the same `emf train`, before it is started (`emf plan --help`)."""
+
+
 def _evaluate() -> None:
     """Score: digits (a run of the small world), geneval, dpg or hps (a folder of images)."""
 
@@ -44,7 +48,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": _evaluate,
     "analyze": _analyze,
     "report": pages.report,
-    "plan": planning.plan,
+    "plan": _plan,
     "convert": weights.convert,
     "data": _data,
     "cache": data.cache,
@@ -52,7 +56,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "release": weights.release,
     "paper": pages.paper,
 }
-"""In the order of `emf --help`. Those of a group, and train, have their line of help here alone."""
+"""In the order of `emf --help`. Those of a group, train and plan have their line of help here alone."""
 
 GROUPS: dict[str, dict[str, Callable[..., None]]] = {
     "evaluate": {
@@ -85,6 +89,9 @@ def main() -> None:
     arguments, prog, chosen = sys.argv[1:], "emf", COMMANDS
     if arguments[:1] == ["train"]:
         return train(arguments[1:])
+    if arguments[:1] == ["plan"]:
+        with report_errors():
+            return planning.plan(arguments[1:])
     if arguments and arguments[0] in GROUPS:
         prog, chosen, arguments = f"emf {arguments[0]}", GROUPS[arguments[0]], arguments[1:]
     with report_errors(), cleaned_up():

@@ -10,9 +10,13 @@ import torch
 from torch import Tensor
 
 from emf.data import digits
-from emf.data.batches import Batches
+from emf.data.batches import Batches, DataConfig
+from emf.data.cache import Cache, read_settings
+from emf.data.drops import Drops
+from emf.data.sources import find_files, parse_source
 from emf.files import SETTINGS
 from emf.flow import seed_of
+from emf.model.autoencoder import Identity, dcae_config, load_dcae
 
 TOKEN_PIXELS = 384  # of the crop that BLIP3o-NEXT's image tokenizer sees
 
@@ -40,27 +44,21 @@ class Pictures:
     """Images with captions, from their files or from a cache; encoded here where no cache has done it."""
 
     def __init__(self, batches: Batches, encoder: Any, device: torch.device) -> None:
-        from emf.data.cache import Cache
         from emf.data.images import Images
         from emf.data.mixture import Dataset
-        from emf.data.sources import parse_source
-        from emf.model.autoencoder import Identity, load_dcae
 
         b, d = batches, batches.data
         self.batches, self.encoder, self.device = batches, encoder, device
         self.latent: Any = None
         self.tokenizer: Any = None
-        if len(d.sources) == 1 and (Path(d.sources[0]) / SETTINGS).is_file():
-            store: Any = Cache(Path(d.sources[0]))
-            if b.token_scale and store.settings["tokenizer"] is None:
-                raise ValueError(f"data: {d.sources[0]} holds no image tokens; cache it again with --ta-tok")
+        if cached := cache_of(d):
+            store: Any = Cache(cached)
         else:
             self.latent = load_dcae(d.vae, device=device) if d.vae else Identity()
             if b.token_scale:
-                if d.ta_tok is None:
-                    raise ValueError("data: BLIP3o-NEXT reads the image's tokens; give --data.ta-tok or a cache")
                 from emf.conditioning.ta_tok import load_ta_tok
 
+                assert d.ta_tok is not None  # see check_sources
                 self.tokenizer = load_ta_tok(d.ta_tok, scale=b.token_scale).to(device)
             small = TOKEN_PIXELS if b.token_scale else None
             store = Images([parse_source(text) for text in d.sources], d.size, small, d.listings)
@@ -103,6 +101,49 @@ class Pictures:
         tokens = [s.ids for s in samples if s.ids is not None]
         ids = self.encoder.from_codes(torch.stack(tokens)) if tokens and self.batches.token_scale else None
         return x, *self.encoder.tokenize([s.caption for s in samples], ids)
+
+
+def cache_of(data: DataConfig) -> Path | None:
+    """The folder that emf cache wrote, where the sources are one."""
+    first = Path(data.sources[0]) if len(data.sources) == 1 else None
+    return first if first and (first / SETTINGS).is_file() else None
+
+
+def check_sources(batches: Batches) -> None:
+    """Raises ValueError, before any network is built, where the sources are not there, need an autoencoder or an image
+    tokenizer that was not given, or are a cache, which has been given one in vain."""
+    d, channels = batches.data, batches.latent[0]
+    if not d.sources:
+        return
+    if cached := cache_of(d):
+        _check_cache(cached, batches)
+        return
+    for path in (parse_source(text).path for text in d.sources):
+        if not os.path.isdir(path):
+            find_files(path, Drops())
+    if d.vae is not None:
+        dcae_config(d.vae)
+    elif channels != Identity.channels:
+        raise ValueError(
+            f"data: the model takes latents of {channels} channels, and {d.sources[0]} holds images; give --data.vae, "
+            "which makes them, or a folder from emf cache"
+        )
+    if batches.token_scale and d.ta_tok is None:
+        raise ValueError("data: BLIP3o-NEXT reads the image's tokens; give --data.ta-tok or a cache")
+    if d.ta_tok is not None and not d.ta_tok.is_file():
+        raise ValueError(f"ta_tok: no file {d.ta_tok}; expected TA-Tok's ta_tok.pth")
+
+
+def _check_cache(folder: Path, batches: Batches) -> None:
+    """Raises ValueError where a cache lacks the image tokens, and on settings of what it has decided already."""
+    d, settings = batches.data, read_settings(folder)
+    if batches.token_scale and settings["tokenizer"] is None:
+        raise ValueError(f"data: {folder} holds no image tokens; cache it again with --ta-tok")
+    if d.size not in (DataConfig().size, settings["size"]):
+        raise ValueError(f"config: data.size {d.size} has no effect: {folder} holds crops of {settings['size']} pixels")
+    for name in ("ta_tok", "listings"):
+        if (value := getattr(d, name)) is not None:
+            raise ValueError(f"config: data.{name} {value} has no effect: {folder} is a cache; leave it out")
 
 
 def feed(batches: Batches, encoder: Any, device: torch.device) -> Feed:

@@ -213,14 +213,15 @@ def scan(sources: Iterable[Source], drops: Drops, listings: Path | None = None) 
     """The index of every source, in order; drops takes what is no sample.
 
     listings: a JSON file to keep the tars' members in; tars that did not change are not read again.
-    Raises ValueError on a source without a sample.
+    Raises ValueError on a source without a sample, and on listings where no source is of tars.
     """
     from emf.show.progress import bars
 
-    kept, indices = TarListings(listings), []
+    kept, indices, some_tars = TarListings(listings), list[Index](), False
     with bars(transient=True) as progress:
         for source in sources:
             tars, root, files = find_files(source.path, drops)
+            some_tars |= tars
             task = progress.add_task(f"scan {source.path}", total=len(files) if tars else 1)
             rows: list[tuple[str, Entry, Entry, bool]] = []
             members_of = _tar_members if tars else _folder_members
@@ -236,6 +237,10 @@ def scan(sources: Iterable[Source], drops: Drops, listings: Path | None = None) 
             keys, image, caption, is_json = zip(*rows, strict=True)
             entries = np.array(image, np.int64), np.array(caption, np.int64)
             indices.append(Index(source, files, list(keys), *entries, np.array(is_json, bool)))
+    if listings and indices and not some_tars:
+        raise ValueError(
+            f"data: listings {listings} would keep what is in tars, and no source is of tars; leave it out"
+        )
     kept.save()
     if not indices:
         raise ValueError("data: no source; name at least one tar, pattern of tars or folder")

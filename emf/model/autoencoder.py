@@ -80,12 +80,8 @@ class DCAE:
         return decode(self.module, latents.to(self._place["device"]))
 
 
-def load_dcae(folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> DCAE:
-    """The autoencoder in a diffusers folder: the folder itself, or its subfolder `vae`.
-
-    Raises ValueError where there is none, where weights are missing, and where its config names no scaling_factor
-    (diffusers would take 1).
-    """
+def dcae_config(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """(file, contents) of the config of the autoencoder in a diffusers folder; see load_dcae."""
     expected = "a diffusers folder with vae/config.json, or an autoencoder's own with config.json"
     config = next((f for f in (folder / "vae" / "config.json", folder / "config.json") if f.is_file()), None)
     if config is None:
@@ -96,6 +92,16 @@ def load_dcae(folder: Path, dtype: torch.dtype = torch.float32, device: str | to
         raise ValueError(f"latent: {config} is of class {kind}; expected AutoencoderDC")
     if not isinstance(factor, (int, float)) or not factor > 0:
         raise ValueError(f"latent: {config} names no scaling_factor above 0 (SANA's f32c32 has 0.41407)")
+    return config, settings
+
+
+def load_dcae(folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> DCAE:
+    """The autoencoder in a diffusers folder: the folder itself, or its subfolder `vae`.
+
+    Raises ValueError where there is none, where weights are missing, and where its config names no scaling_factor
+    (diffusers would take 1).
+    """
+    config, _ = dcae_config(folder)
     from diffusers import AutoencoderDC
 
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from emf.config import Config
+from emf.config import Config, RunConfig
 from emf.recipes import digits, digits_base
 from emf.sample.sampling_settings import GUIDANCE
 
@@ -105,7 +105,8 @@ def emf(start: Part, name: str, budget: Budget) -> Part:
 
 def ablated(part: Part, name: str) -> Part:
     """EMF with one setting changed, and not scored on the way."""
-    c = replace(part.config, run=replace(part.config.run, eval_every=0))
+    run = replace(part.config.run, eval_every=0, eval_prompts=RunConfig().eval_prompts)
+    c = replace(part.config, run=run)
     changed = {
         "embedders copied": replace(c, embedder_init="duplicate"),
         "times x 1": replace(c, transformer=replace(c.transformer, time_scale=1.0)),

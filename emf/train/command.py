@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from emf.arguments import NEEDS_EXTRA, parse, to_arguments
 from emf.config import Config
@@ -22,7 +22,9 @@ except ImportError:
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
+    """What `emf train` is asked for, and `emf plan` too."""
+
     config: Annotated[Config, tyro.conf.arg(name="")]
     out: Path | None = None
     """Folder for the run: config.json, metrics.jsonl and checkpoints are written here."""
@@ -30,34 +32,48 @@ class _Run:
     """Continue from the newest checkpoint in --out; where there is none, begin."""
 
 
-def parse_train(arguments: list[str]) -> tuple[Config, Path, bool]:
-    """(config, out, resume) from `<recipe | config.json> --out DIR [--resume] [--field value ...]`. Sizes of the folder
-    that --init names go before the recipe's, and what the command line says goes before both."""
+USAGE = {
+    "train": "--out DIR [--resume] [--field value ...]\n\n"
+    "Trains in this process; `deepspeed --module emf.train ...` takes the same arguments, for several ranks.",
+    "plan": "[--gpus N] [--memory GIB] [--field value ...]\n\n"
+    "Says what the same `emf train` would hold, compute and write: memory by ZeRO stage, operations, days, disk.",
+}
+Asked = TypeVar("Asked", bound=Run)
+
+
+def parse_run(arguments: list[str], kind: type[Asked], verb: str) -> Asked:
+    """`<recipe | config.json> [--field value ...]` behind a verb, as that kind of request. Sizes of the folder that
+    --init names go before the recipe's, and what the command line says goes before both."""
     names = ", ".join(RECIPES)
     first = arguments[0] if arguments else "--help"
     if first in ("-h", "--help"):
-        print("usage: emf train RECIPE|CONFIG.json --out DIR [--resume] [--field value ...]\n")
-        print(
-            "Trains in this process; `deepspeed --module emf.train ...` takes the same arguments, for several ranks.\n"
-        )
+        print(f"usage: emf {verb} RECIPE|CONFIG.json {USAGE[verb]}\n")
         for name, recipe in RECIPES.items():
             print(f"  {name:20} {(recipe.__doc__ or '').splitlines()[0]}")
-        print("\n`emf train RECIPE --help` lists every field with its default.")
+        print(f"\n`emf {verb} RECIPE --help` lists every field with its default.")
         raise SystemExit(0)
     if first in RECIPES:
         config = RECIPES[first]()
     elif first.endswith(".json"):
         config = from_file(Path(first))
     elif Path(first).is_file():
-        raise ValueError(f"train: {first} is a file, but no .json; give a run's config.json, or one of {names}")
+        raise ValueError(f"{verb}: {first} is a file, but no .json; give a run's config.json, or one of {names}")
     elif first.startswith("-"):
-        raise ValueError(f"train: the recipe comes first: emf train RECIPE {first} ...; recipes are {names}")
+        raise ValueError(f"{verb}: the recipe comes first: emf {verb} RECIPE {first} ...; recipes are {names}")
     else:
-        raise ValueError(f"train: no recipe {first!r}; recipes are {names}, or give a config.json")
+        raise ValueError(f"{verb}: no recipe {first!r}; recipes are {names}, or give a config.json")
     known = to_arguments(_known_to_init(arguments[1:], config))
-    parsed = parse(_Run, [*known, *arguments[1:]], f"emf train {first}", default=_Run(config))
-    for name, text in _texts(parsed.config):  # config.json could not hold a byte that is not UTF-8
+    asked: Asked = parse(kind, [*known, *arguments[1:]], f"emf {verb} {first}", default=kind(config))
+    for name, text in _texts(asked.config):  # config.json could not hold a byte that is not UTF-8
         check_text(text, f"config: {name} {text!r}")
+    if asked.config.recipe != config.recipe:
+        raise ValueError(f"{verb}: --recipe {asked.config.recipe} has no effect; say it in the place of {first}")
+    return asked
+
+
+def parse_train(arguments: list[str]) -> tuple[Config, Path, bool]:
+    """(config, out, resume) from `<recipe | config.json> --out DIR [--resume] [--field value ...]`."""
+    parsed = parse_run(arguments, Run, "train")
     if parsed.out is None:
         raise ValueError("train: say where to write: --out DIR")
     return parsed.config, parsed.out, parsed.resume

@@ -17,13 +17,22 @@ from emf_kernels import Dual, primal
 BACKEND = "inductor"
 
 
-def quicken(transformer: Transformer, config: Config, stage: int, micro_batch: int, device: torch.device) -> None:
-    """Let the blocks run as the config asks, at a ZeRO stage. Raises ValueError where that does not work."""
+def check_quick(config: Config, engine: dict[str, Any]) -> None:
+    """Raises ValueError where the blocks cannot run as the config asks, at the ZeRO stage and micro-batch of an
+    engine's config: before anything is built."""
+    stage, micro_batch = engine["zero_optimization"]["stage"], engine["train_micro_batch_size_per_gpu"]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if config.graphs:
         check_graphs(config, stage, micro_batch, device)
-        transformer.graphs = Graphs(transformer.through, transformer.transformer_blocks)
     if config.compile:
         check_compile(stage, device)
+
+
+def quicken(transformer: Transformer, config: Config) -> None:
+    """Let the blocks run as the config asks, where check_quick found that they can."""
+    if config.graphs:
+        transformer.graphs = Graphs(transformer.through, transformer.transformer_blocks)
+    if config.compile:
         for block in transformer.transformer_blocks:
             block.forward = compiled(block)
 

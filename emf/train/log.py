@@ -12,7 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from emf.config import Config
 from emf.files import append_rows, mend_rows, write_rows, write_text
-from emf.train.plan import forward_flops, peak_flops
+from emf.train.costs import forward_flops
+from emf.train.hardware import peak_flops
 
 
 def memory_mib() -> float:

@@ -15,18 +15,19 @@ from torch import Tensor
 
 from emf import config as configs
 from emf.config import Config
-from emf.data.feed import Feed, feed
+from emf.data.feed import Feed, check_sources, feed
 from emf.errors import Diverged, seen_alone
 from emf.evaluate.digits_scorer import Scorer
+from emf.idle import check_idle
 from emf.sample.sampling_settings import GUIDANCE
 from emf.train.batch import Batch, batches
-from emf.train.faster import quicken
+from emf.train.faster import check_quick, quicken
 from emf.train.log import Log, memory_mib, speed
 from emf.train.objective import descended, learning_rate, losses
 from emf.train.ranges import mark_network, span
 from emf.train.takeover import own_folder
 from emf.train.validation import validate
-from emf.train.zero import Engine, process_group
+from emf.train.zero import Engine, engine_config, overruled, process_group
 from emf.weights.checkpoints import checkpoints
 from emf.weights.start import resumed, started, with_encoder
 
@@ -39,14 +40,19 @@ def train(config: Config, out: Path | str, resume: bool = False) -> None:
     the gradient or the weights are not finite. A KeyboardInterrupt says whether there is a checkpoint to go on from."""
     out, config = Path(out), with_encoder(config)
     config.check_given()
+    check_idle(config)
+    check_sources(config.batches)
     with process_group() as (rank, world), own_folder(out, config, resume, rank) as saved, advised(out):
+        check_quick(config, engine_config(config, world, out))
         if rank == 0 and resume and not saved:
             print(f"{out} holds no checkpoint to continue from; the run starts at step 0", flush=True)
         torch.manual_seed(config.seed)
         network = resumed(config, saved[-1]) if saved else started(config)
         mark_network(network)
         engine = Engine(network, config, out)
-        quicken(network.transformer, config, engine.stage, engine.micro_batch, engine.device)
+        quicken(network.transformer, config)
+        if rank == 0 and (said := overruled(config)):
+            print(f"{config.zero.json} overrules the config: {', '.join(said)}", flush=True)
         start = engine.load(saved[-1]) if saved else 0
         if start > config.steps:
             raise ValueError(f"resume: {saved[-1]} is at step {start} already, past --steps {config.steps}")

@@ -1,196 +1,376 @@
-"""What a training run needs before it is started: parameters, memory by ZeRO stage, operations, days (`emf plan`).
+"""What a training run needs before it is started (`emf plan`): what it holds by ZeRO stage, trains, computes, writes.
 
-Activations are those of the fused kernels: what each op of a block keeps for backward, counted from its code and held
-to measured bytes by tests/train/test_plan.py. Everything is for one GPU unless it says otherwise.
+A plan is of a config, as `emf train` has it. Weights are counted on the meta device: none is read. Everything is for
+one GPU unless it says otherwise.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from emf.model.sizes import TransformerConfig
-from emf.model.transformer import Transformer
-from emf.recipes import BATCH, EMF_TRAINS, RECIPES, SAMPLES
+from emf.config import Config
+from emf.data.cache import read_settings
+from emf.data.feed import cache_of
+from emf.data.sources import parse_source
+from emf.idle import check_idle
+from emf.model.autoencoder import dcae_config
+from emf.model.text_to_image import TextToImage
+from emf.network.outline import PROMPT, outline, tokens_of
+from emf.recipes import SAMPLES
+from emf.train.costs import activation_bytes, counted, forward_flops
+from emf.train.hardware import PEAK_FLOPS, Hardware
+from emf.train.zero import engine_config, exchanged
+from emf.weights.checkpoints import saved_names
+from emf.weights.start import with_encoder
 
 GIB = 2**30
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
-"""Dense bfloat16 operations a second, by data sheet."""
+TA_TOK = 500_000_000
+"""Parameters of BLIP3o-NEXT's image tokenizer, about: SigLIP2's so400m and its codebook. Its file does not say them
+without being read."""
+DCAE: dict[str, Any] = dict(
+    encoder_block_types=["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+    decoder_block_types=["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+    encoder_block_out_channels=[128, 256, 512, 512, 1024, 1024],
+    decoder_block_out_channels=[128, 256, 512, 512, 1024, 1024],
+    encoder_layers_per_block=[2, 2, 2, 3, 3, 3],
+    decoder_layers_per_block=[3, 3, 3, 3, 3, 3],
+    encoder_qkv_multiscales=[[], [], [], [5], [5], [5]],
+    decoder_qkv_multiscales=[[], [], [], [5], [5], [5]],
+    downsample_block_type="Conv",
+    upsample_block_type="interpolate",
+    latent_channels=32,
+    scaling_factor=0.41407,
+)
+"""SANA's autoencoder, f32c32 (arXiv 2410.10733), where no folder is there to tell."""
 
 
-def peak_flops(device: str) -> float | None:
-    """Of a device by the name that CUDA gives it; None where it is not in PEAK_FLOPS."""
-    return next((peak for chip, peak in PEAK_FLOPS.items() if chip in device), None)
-
-
-PAPER_STEPS = {"4 steps near their best": 10_000, "2 steps": 70_000, "1 step": 90_000}
-"""Optimizer steps of the paper's figure 4 (arXiv 2604.18168)."""
-QWEN3_17B = 1_409_410_048 + 217_210 * 2048
-"""BLIP3o-NEXT's language model with its image vocabulary, head tied: counted in its published weights
-(arXiv 2510.15857)."""
-CONNECTOR = 10_033_920
+CAUSAL: Any = {"full_attention": None}
+"""A mask for Qwen3 of which nothing is computed: on the meta device no value can be looked at."""
 
 
 @dataclass(frozen=True)
-class Model:
-    """A published model: its transformer, tokens of its condition, and what else is held in memory."""
+class Part:
+    """A part of what a run holds."""
 
-    transformer: TransformerConfig
-    condition: int
-    others: int = 0
-    """Parameters beside the transformer: frozen language model and connector. Text states that come from a cache need
-    none."""
-
-
-_SANA = TransformerConfig(dual_time=True)
-MODELS = {
-    "sana-1.5-1.6b": Model(_SANA, 300),
-    "sana-1.5-4.8b": Model(replace(_SANA, num_layers=60), 300),
-    "blip3o-next-3b": Model(_SANA, 730, QWEN3_17B + CONNECTOR),
-}
-
-
-def parameters(config: TransformerConfig) -> tuple[int, int]:
-    """(all, trained) of the transformer, where EMF's part of it is trained."""
-    with torch.device("meta"):
-        net = Transformer(config)
-    trained = tuple(name.removeprefix("transformer.") for name in EMF_TRAINS)
-    sizes = {name: p.numel() for name, p in net.named_parameters()}
-    return sum(sizes.values()), sum(n for name, n in sizes.items() if name.startswith(trained))
-
-
-def activation_bytes(config: TransformerConfig, tokens: int, condition: int, itemsize: int = 2) -> dict[str, float]:
-    """Bytes a sample: `block`, what one block keeps for backward; `input`, what it keeps under checkpointing; `rest`,
-    outside the blocks; `tangent`, what is alive of tangents at most, for a sample that carries one."""
-    C, F, N, M = config.channels, int(config.mlp_ratio * config.channels), tokens, condition
-    # x, h, q k v, o, its projection; x, q before and after its norm, o; x, h, the feed-forward's output
-    by_token = 14 * C + 3 * F
-    by_text = 3 * C  # k before and after its norm, v
-    norms = 4 * (8 * N + M + config.num_cross_attention_heads * N)  # float32 statistics of norms and softmax
-    states = 4 * C * (config.attention_head_dim + 1)  # linear attention's sums, float32
-    block = itemsize * (N * by_token + M * by_text + 6 * C) + norms + states  # 6 C: its modulation
-    text = M * (config.caption_channels + 4 * C)  # the caption's projection, GELU and norm
-    times = 2 * (256 + 4 * C) + 2 * C
-    pixels = N * config.patch_size**2 * (config.in_channels + config.out_channels)
-    rest = itemsize * (text + times + pixels + 2 * N * C)
-    return dict(block=block, input=itemsize * N * C, rest=rest, tangent=itemsize * N * (2 * C + 3 * F))
-
-
-def forward_flops(config: TransformerConfig, tokens: int, condition: int) -> float:
-    """Operations of a sample's forward: products, convolutions and attention."""
-    C, F, N, M = config.channels, int(config.mlp_ratio * config.channels), tokens, condition
-    linear = 2 * (N * (4 * C * C + 2 * C * C + 3 * C * F) + M * 2 * C * C)
-    mixing = 4 * N * M * C + 4 * N * C * (config.attention_head_dim + 1) + 2 * 9 * N * 2 * F
-    ends = 2 * N * C * config.patch_size**2 * (config.in_channels + config.out_channels)
-    ends += 2 * M * (config.caption_channels * C + C * C) + 2 * 2 * (256 * C + 7 * C * C)
-    return config.num_layers * (linear + mixing) + ends
+    name: str
+    parameters: int
+    trained: int = 0
 
 
 @dataclass(frozen=True)
 class Plan:
     """What was asked, and what it needs."""
 
-    model: str
-    gpus: int
-    memory: float
-    rows: list[dict[str, Any]]
-    """A ZeRO stage each: GiB of weights, gradients, optimizer, ema; activations kept and checkpointed; whether they
-    fit."""
-    total: int
-    trained: int
+    config: Config
+    hardware: Hardware
+    stage: int
+    """ZeRO stage of the run, a DeepSpeed JSON's included."""
     micro_batch: int
-    share: float
-    step_flops: float
-    step_seconds: float
-    days: dict[str, float]
-    cache_gib: dict[str, float]
+    parts: list[Part]
+    rows: list[dict[str, Any]]
+    """A ZeRO stage each: GiB of weights, gradients, optimizer, ema, buffers (DeepSpeed's for communication) and beside
+    (what is held whole and not trained: autoencoder, image tokenizer); activations kept and recomputed; `host`, GiB of
+    a rank in the host's memory."""
+    flops: dict[str, float]
+    """Operations of an optimizer step, over all GPUs, by what computes."""
+    checkpoint: float
+    """Bytes of a checkpoint; `run.keep` of them stay, and there is one more while it is written."""
+    cached: int
+    """Bytes of a sample in a cache; 0 where the run has none."""
+    samples: int
+    """How many the cache holds, or, where it is not there, how many EMF was trained on."""
+    images: bool
+    """The run encodes images as it goes."""
+
+    @property
+    def total(self) -> int:
+        return sum(p.parameters for p in self.parts)
+
+    @property
+    def trained(self) -> int:
+        return sum(p.trained for p in self.parts)
+
+    @property
+    def step_flops(self) -> float:
+        return sum(self.flops.values())
+
+    @property
+    def step_seconds(self) -> float:
+        return self.step_flops / (self.hardware.gpus * self.hardware.mfu * PEAK_FLOPS[self.hardware.gpu])
+
+    @property
+    def days(self) -> float:
+        """Of the whole run."""
+        return self.config.steps * self.step_seconds / 86400
+
+    @property
+    def kind(self) -> str:
+        """Which activations the run has."""
+        return "recomputed" if self.config.transformer.checkpointing else "kept"
+
+    def needs(self, stage: int, kind: str) -> float:
+        """GiB of a GPU at a ZeRO stage, with activations kept or recomputed."""
+        row = self.rows[stage]
+        return float(sum(row[k] for k in STATE) + row[kind])
 
 
-def plan(
-    model: str,
-    gpus: int = 8,
-    memory: float = 80.0,
-    *,
-    resolution: int = 1024,
-    micro_batch: int = 1,
-    batch_size: int = BATCH,
-    share: float = 0.5,
-    mfu: float = 0.4,
-    gpu: str = "H100",
-    offload: bool = False,
-) -> Plan:
-    """Plan a run of one of MODELS. Raises ValueError on what is not there or cannot be.
+STATE = ("weights", "gradients", "optimizer", "ema", "buffers", "beside")
 
-    share: of the samples with r < t, which carry a tangent (EMF: 0.25 to 0.75 over training). memory: GiB a GPU.
-    offload: the optimizer's states lie in the host's memory.
-    """
-    if model not in MODELS:
-        raise ValueError(f"plan: no model {model!r}; there are {', '.join(MODELS)}")
-    if gpu not in PEAK_FLOPS:
-        raise ValueError(f"plan: no GPU {gpu!r}; there are {', '.join(PEAK_FLOPS)}")
-    if min(gpus, micro_batch, batch_size, memory) <= 0 or not 0 <= share <= 1 or not 0 < mfu <= 1:
-        raise ValueError(
-            f"plan: gpus {gpus}, memory {memory}, micro-batch {micro_batch}, batch size {batch_size}, share {share}, "
-            f"mfu {mfu}; expected at least 1 GPU and sample, some memory, a share in [0, 1], an mfu in (0, 1]"
+
+def plan(config: Config, hardware: Hardware | None = None) -> Plan:
+    """Plan the run of a config. Raises ValueError where the run would be refused for its settings; folders that are not
+    there are no fault, a plan is made elsewhere too."""
+    hardware, config = hardware or Hardware(), with_encoder(config)
+    check_idle(config)
+    settings = engine_config(config, hardware.gpus)
+    half = settings["bf16"]["enabled"]
+    network = outline(config).to(torch.bfloat16 if half else torch.float32)
+    stage, micro = settings["zero_optimization"]["stage"], settings["train_micro_batch_size_per_gpu"]
+    images, beside = _encodes(config), list[Part]()
+    encoding: dict[str, float] = {}
+    if images:
+        beside, encoding = _beside(config)
+    parts = [*_parts(network), *beside]
+    trained = {name: p.numel() for name, p in network.named_parameters() if p.requires_grad}
+    state: dict[str, float] = dict(total=sum(p.numel() for p in network.parameters()), trained=sum(trained.values()))
+    flops, text_kept = _text(config, network, micro)
+    kept = _activations(config, network, micro, 2 if half else 4, text_kept)
+    rows = [
+        _row(at, config, hardware, settings, state | dict(beside=4 * sum(p.parameters for p in beside))) | kept
+        for at in range(4)
+    ]
+    flops = _transformer_flops(config, network) | flops | {k: config.batch_size * v for k, v in encoding.items()}
+    cached, samples = _cache(config)
+    return Plan(
+        config,
+        hardware,
+        stage,
+        micro,
+        parts,
+        rows,
+        flops,
+        _checkpoint(config, network, half, stage),
+        cached,
+        samples,
+        images,
+    )
+
+
+def _parts(network: TextToImage) -> list[Part]:
+    """What the network is made of."""
+
+    def part(name: str, chosen: Mapping[str, Tensor]) -> Part:
+        return Part(
+            name, sum(p.numel() for p in chosen.values()), sum(p.numel() for p in chosen.values() if p.requires_grad)
         )
-    if resolution % 32 or resolution < 32 or batch_size % (gpus * micro_batch):
-        raise ValueError(
-            f"plan: resolution {resolution} must be a multiple of 32, batch size {batch_size} a multiple of "
-            f"{gpus} GPUs x micro-batch {micro_batch}"
-        )
-    m, tokens = MODELS[model], (resolution // 32) ** 2
-    total, trained = parameters(m.transformer)
-    a = activation_bytes(m.transformer, tokens, m.condition)
-    layers = m.transformer.num_layers
-    tangent = micro_batch * share * a["tangent"]
-    kept = micro_batch * (layers * a["block"] + a["rest"]) + tangent
+
+    transformer = dict(network.transformer.named_parameters())
+    adapters = {k: p for k, p in transformer.items() if ".lora_" in k}
+    found = [part("transformer", {k: p for k, p in transformer.items() if k not in adapters})]
+    found += [part("adapters", adapters)] if adapters else []
+    names = {"language_model": "language model", "model": "text encoder"}
+    for name, module in network.encoder.named_children():
+        found.append(part(names.get(name, name), dict(module.named_parameters())))
+    return found
+
+
+def _encodes(config: Config) -> bool:
+    """Whether the run encodes images as it goes: where its sources are no cache. One that is not there is taken for a
+    cache, unless its name is that of a tar or a pattern."""
+    paths = [parse_source(text).path for text in config.data.sources]
+    if not paths or cache_of(config.data):
+        return False
+    return len(paths) > 1 or Path(paths[0]).exists() or any(c in paths[0] for c in "*?[{") or paths[0].endswith(".tar")
+
+
+def _beside(config: Config) -> tuple[list[Part], dict[str, float]]:
+    """(the networks that encode images in a run, in float32; operations of a sample by their names)."""
+    found, flops, vae = list[Part](), dict[str, float](), config.data.vae
+    if config.transformer.in_channels != 3:
+        from diffusers import AutoencoderDC
+
+        with torch.device("meta"):
+            settings = dcae_config(vae)[1] if vae and vae.is_dir() else DCAE
+            module = AutoencoderDC.from_config(settings)
+        size = config.data.size
+        found.append(Part("autoencoder", sum(p.numel() for p in module.parameters())))
+        flops["autoencoder"], _ = counted(module, lambda: module.encode(torch.empty(1, 3, size, size)))
+    if config.condition.kind == "blip3o":
+        found.append(Part("image tokenizer", TA_TOK))
+        flops["image tokenizer"] = 2.0 * TA_TOK * 27**2
+    return found, flops
+
+
+def _text(config: Config, network: TextToImage, micro: int) -> tuple[dict[str, float], float]:
+    """({"text encoder": operations of a step}, bytes that it keeps for backward at a micro-batch)."""
+    (length, _), encoder = tokens_of(config), network.encoder
+    ids = torch.zeros(1, length, dtype=torch.int64, device="meta")
+
+    def read() -> Any:
+        if config.condition.kind == "small":
+            return encoder(ids, torch.ones_like(ids, dtype=torch.bool))
+        if config.condition.kind != "blip3o":
+            return encoder.model(input_ids=ids).last_hidden_state
+        states = encoder.language_model.model(input_ids=ids, attention_mask=CAUSAL, use_cache=False).last_hidden_state
+        return encoder.connector(states)
+
+    forward, kept = counted(encoder, read)
+    total = sum(p.numel() for p in encoder.parameters())
+    share = sum(p.numel() for p in encoder.parameters() if p.requires_grad) / total
+    flops, kept = forward * (1 + _further(config) + (1 + share if share else 0)), micro * kept
+    if config.condition.ar_weight:
+        sizes = encoder.language_model.config
+        # the logits of one row at a time, in bfloat16 and float32, with their softmax and gradient; made again in
+        # backward
+        flops += 2 * length * sizes.hidden_size * sizes.vocab_size * (2 + (2 if share else 0))
+        kept += length * sizes.vocab_size * (2 + 3 * 4)
+    return {"text encoder": config.batch_size * flops}, kept
+
+
+def _further(config: Config) -> int:
+    """Evaluations of the network without gradient that a step's loss asks for, beside the one that is trained."""
+    f = config.flow
+    if config.objective != "meanflow":
+        return 0
+    guided = (f.guidance != 1 or f.kappa != 0) + (f.kappa != 0)
+    along = f.along == "network" and f.derivative != "alpha"
+    return guided + along + {"jvp": 0, "difference": 2, "alpha": 1}[f.derivative]
+
+
+def _tokens(config: Config) -> int:
+    return (config.transformer.sample_size // config.transformer.patch_size) ** 2
+
+
+def _transformer_flops(config: Config, network: TextToImage) -> dict[str, float]:
+    """Operations of a step by name. A gradient by the input costs a forward, one by the weights that share of it which
+    is trained."""
+    blocks = {k: p for k, p in network.transformer.transformer_blocks.named_parameters() if ".lora_" not in k}
+    share = sum(p.numel() for p in blocks.values() if p.requires_grad) / sum(p.numel() for p in blocks.values())
+    forward = config.batch_size * forward_flops(config.transformer, _tokens(config), tokens_of(config)[1])
+    again = 1 if config.transformer.checkpointing else 0
+    flops = {"transformer": forward * (2 + share + again)}
+    if config.objective == "meanflow" and config.flow.derivative == "jvp":
+        flops["tangents"] = forward * sum(config.flow.share) / 2
+    if further := _further(config):
+        flops["further evaluations"] = forward * further
+    return flops
+
+
+def _activations(config: Config, network: TextToImage, micro: int, itemsize: int, text: float) -> dict[str, float]:
+    """GiB of a micro-batch, kept or recomputed, with as many tangents as it can have."""
+    sizes, layers = config.transformer, config.transformer.num_layers
+    a = activation_bytes(sizes, _tokens(config), tokens_of(config)[1], itemsize)
+    carry = 0
+    if config.objective == "meanflow" and config.flow.derivative == "jvp" and max(config.flow.share) > 0:
+        carry = min(micro, math.floor(micro * max(config.flow.share)) + 1)
+    tangent = carry * a["tangent"] + text
+    kept = micro * (layers * a["block"] + a["rest"]) + tangent
     # under checkpointing one block is whole at a time, with its gradients beside it
-    checkpointed = micro_batch * (layers * a["input"] + 2 * a["block"] + a["rest"]) + tangent
-    rows = []
-    for stage in range(4):
-        split = [gpus if stage >= least else 1 for least in (3, 2, 1)]
-        parts = dict(
-            weights=2 * (total + m.others) / split[0],
-            gradients=2 * trained / split[1],
-            optimizer=0.0 if offload else 12 * trained / split[2],  # float32 master, two moments
-            ema=4 * trained / (gpus if stage else 1),  # of the master weights, sharded as they are
-            activations=kept,
-            checkpointed=checkpointed,
-        )
-        state = sum(parts[k] for k in ("weights", "gradients", "optimizer", "ema"))
-        row: dict[str, Any] = dict(stage=stage) | {k: v / GIB for k, v in parts.items()}
-        row |= dict(fits=(state + kept) / GIB < memory, fits_checkpointed=(state + checkpointed) / GIB < memory)
-        rows.append(row)
-    forward = forward_flops(m.transformer, tokens, m.condition)
-    flops = batch_size * forward * (3 + share)
-    seconds = flops / (gpus * mfu * PEAK_FLOPS[gpu])
-    latents = m.transformer.in_channels * tokens * 2 * SAMPLES / GIB
-    cache = {"latents": latents, "image-token ids": 729 * 4 * SAMPLES / GIB}
-    whole = RECIPES["sana-1.5-1.6b-paper"]().steps
-    days = {what: n * seconds / 86400 for what, n in (PAPER_STEPS | {"the whole run": whole}).items()}
-    return Plan(model, gpus, memory, rows, total + m.others, trained, micro_batch, share, flops, seconds, days, cache)
+    recomputed = micro * (layers * a["input"] + 2 * a["block"] + a["rest"]) + tangent
+    return dict(kept=kept / GIB, recomputed=recomputed / GIB)
 
 
-def show(p: Plan) -> None:
-    """The plan as tables on the terminal."""
+def _row(
+    stage: int, config: Config, hardware: Hardware, settings: dict[str, Any], state: dict[str, float]
+) -> dict[str, float]:
+    """GiB of what is held at a ZeRO stage, without activations."""
+    ranks, half, offload = hardware.gpus, settings["bf16"]["enabled"], config.zero.offload and stage > 0
+    size, total, trained = 2 if half else 4, state["total"], state["trained"]
+    by_weights, by_gradients, by_states = (ranks if stage >= least else 1 for least in (3, 2, 1))
+    # two moments; and float32 weights, which ZeRO keeps beside float32 ones too
+    optimizer = trained * (12 if half or stage else 8) / by_states
+    ema = 4 * trained / by_states if config.optim.ema else 0.0
+    held = dict(
+        weights=size * total / by_weights,
+        gradients=size * trained / by_gradients,
+        optimizer=0.0 if offload else optimizer,
+        ema=0.0 if config.optim.ema_cpu else ema,
+        buffers=size * exchanged(settings, stage, int(total), int(trained)),
+        beside=state["beside"],
+        host=(optimizer if offload else 0.0) + (ema if config.optim.ema_cpu else 0.0),
+    )
+    return dict(stage=stage) | {k: v / GIB for k, v in held.items()}
+
+
+def _checkpoint(config: Config, network: TextToImage, half: bool, stage: int) -> float:
+    """Bytes of a checkpoint: the averaged weights in float32, and what DeepSpeed needs to go on."""
+    every, saved = dict(network.named_parameters()), saved_names(network, config)
+    trained = sum(p.numel() for p in every.values() if p.requires_grad)
+    partial = saved != every.keys()
+    module = trained if partial else sum(p.numel() for p in every.values())
+    engine = 12 * trained if half or stage else 8 * trained
+    engine += (2 if half else 4) * (module - (trained if stage == 3 else 0))
+    return float(4 * sum(every[name].numel() for name in saved) + engine)
+
+
+def _cache(config: Config) -> tuple[int, int]:
+    """(bytes of a sample in a cache, how many samples)."""
+    if config.condition.kind == "small":
+        return 0, 0
+    folder = cache_of(config.data)
+    settings = read_settings(folder) if folder else dict(dtype="bfloat16", counts=[SAMPLES])
+    latent = math.prod(config.batches.latent) * (2 if settings["dtype"] == "bfloat16" else 4)
+    ids = 4 * (27 // config.condition.scale) ** 2 if config.condition.kind == "blip3o" else 0
+    return latent + ids, sum(settings["counts"])
+
+
+def show(p: Plan, out: Path | None = None) -> None:
+    """The plan as tables on the terminal. out: the run's folder, whose disk is looked at."""
     from emf.show.table import console, terminal
 
-    rows, out = [], console()
+    c, screen, recipe = p.config, console(), p.config.recipe
+    rows = [[part.name, f"{part.parameters:,}", f"{part.trained:,}"] for part in p.parts]
+    rows.append(["together", f"{p.total:,}", f"{p.trained:,}"])
+    screen.print(terminal(("what the run holds", "parameters", "trained"), rows, words=[0]))
+    rows = []
     for row in p.rows:
-        state = sum(row[k] for k in ("weights", "gradients", "optimizer", "ema"))
-        cells = [str(row["stage"]), *(f"{row[k]:.1f}" for k in ("weights", "gradients", "optimizer", "ema"))]
-        for kind, fits in (("activations", "fits"), ("checkpointed", "fits_checkpointed")):
-            mark = "" if row[fits] else f" > {p.memory:g}"
-            cells += [f"{row[kind]:.1f}", f"{state + row[kind]:.1f}{mark}"]
+        own = row["stage"] == p.stage
+        cells = [f"{'>' if own else ''}{row['stage']}", *(f"{row[k]:.1f}" for k in STATE)]
+        for kind in ("kept", "recomputed"):
+            needs = p.needs(row["stage"], kind)
+            cells += [f"{row[kind]:.1f}", f"{needs:.1f}" + (f" > {p.hardware.memory:g}" * (needs > p.hardware.memory))]
         rows.append(cells)
-    heads = ("ZeRO", "weights", "grads", "optim", "EMA", "kept", "sum", "recomputed", "sum")
-    out.print(terminal(heads, rows, f"{p.model}: GiB a GPU, micro-batch {p.micro_batch}, {p.gpus} GPUs"))
-    out.print(f"{p.total / 1e9:.2f}B parameters, {p.trained / 1e9:.2f}B of them trained")
-    out.print(
-        f"{p.step_flops / 1e15:.1f} PFLOP a step, a share of {p.share:g} with r < t; {p.step_seconds:.2f} s expected: "
-        + ", ".join(f"{what} {days:.1f} days" for what, days in p.days.items())
+    heads = ("ZeRO", "weights", "grads", "optim", "EMA", "buffers", "others", "activations", "sum", "recomputed", "sum")
+    where = f"{p.hardware.gpus} GPU{'s' * (p.hardware.gpus > 1)}"
+    screen.print(terminal(heads, rows, f"{recipe}: GiB a GPU, {where}, micro-batch {p.micro_batch}"))
+    needs, host = p.needs(p.stage, p.kind), p.rows[p.stage]["host"]
+    fits = "fits" if needs <= p.hardware.memory else "does not fit"
+    screen.print(
+        f"this run: ZeRO {p.stage}, activations {p.kind}: {needs:.1f} GiB of {p.hardware.memory:g}, {fits}"
+        + (f"; {host:.1f} GiB a rank in the host's memory" if host else "")
     )
-    sizes = ", ".join(f"{k} {v:.1f} GiB" for k, v in p.cache_gib.items())
-    out.print(f"a cache of {SAMPLES:,} samples: {sizes}")
+    shares = ", ".join(f"{k} {v / p.step_flops:.0%}" for k, v in p.flops.items() if v)
+    screen.print(
+        f"a step of {c.batch_size} samples: {amount(p.step_flops)}FLOP ({shares}); {p.step_seconds:.2g} s expected; "
+        f"{c.steps:,} steps: {p.days:.2g} days"
+    )
+    disk = (c.run.keep + 1) * p.checkpoint
+    line = (
+        f"a checkpoint: {p.checkpoint / GIB:.2f} GiB; {c.run.keep} are kept, {disk / GIB:.2f} GiB while one is written"
+    )
+    if out is not None:
+        free = shutil.disk_usage(next(f for f in (out, *out.absolute().parents) if f.exists())).free
+        line += f"; {free / GIB:.1f} GiB free at {out}" + (", which is too little" * (free < disk))
+    screen.print(line)
+    if p.cached:
+        screen.print(
+            f"a cache: {p.cached / 1024:.1f} KiB a sample, {p.samples:,} of them {p.cached * p.samples / GIB:.1f} GiB"
+        )
+    if c.condition.kind == "blip3o":
+        screen.print(f"prompts are taken to have {PROMPT} tokens")
+
+
+def amount(number: float) -> str:
+    """A number with a prefix: 1.2 P for 1.2e15."""
+    for sign, size in (("P", 1e15), ("T", 1e12), ("G", 1e9)):
+        if number >= size:
+            return f"{number / size:.3g} {sign}"
+    return f"{number:.3g} "

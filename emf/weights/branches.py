@@ -14,10 +14,22 @@ from emf_kernels import time_embedding
 
 BRANCHES = ("time_embed_t", "time_embed_r")
 """EMF's two embedders: of the end time t, and of the interval t - r."""
+SCALES = ("time_scale", "base_time_scale")
+"""What the header of a file with the two says of them, under the names of TransformerConfig."""
 PREFIX = "transformer.time_embed"
 SECOND = ("emb.timestep_embedder.linear_2.weight", "emb.timestep_embedder.linear_2.bias")
 REFITTED = ("emb.timestep_embedder.linear_1.weight", "emb.timestep_embedder.linear_1.bias", *SECOND)
 ZEROED = (*SECOND, "linear.bias")
+
+
+def scales(config: TransformerConfig) -> dict[str, str]:
+    """What the header of a file of weights is to say of its time embedders; empty where it has none."""
+    return {k: str(getattr(config, k)) for k in SCALES} if config.dual_time else {}
+
+
+def has_time_branches(state: dict[str, Tensor]) -> bool:
+    """Whether a state dict of TextToImage has EMF's two embedders."""
+    return any(k.startswith(f"{PREFIX}_t.") for k in state)
 
 
 def add_time_branches(state: dict[str, Tensor], config: TransformerConfig, how: str) -> dict[str, Tensor]:
@@ -30,7 +42,7 @@ def add_time_branches(state: dict[str, Tensor], config: TransformerConfig, how: 
     interval branch's second layer and last bias are zero.
     Returns the state unchanged if the branches are there. Raises ValueError if there is no time_embed.
     """
-    if any(k.startswith(f"{PREFIX}_t.") for k in state):
+    if has_time_branches(state):
         return state
     source = {k.removeprefix(f"{PREFIX}."): v for k, v in state.items() if k.startswith(f"{PREFIX}.")}
     if not source:

@@ -56,8 +56,10 @@ def newest(run: Path) -> Path:
         return run
     saved = checkpoints(run)
     if not saved:
+        why = "" if run.is_dir() else ", for there is no such folder"
         raise ValueError(
-            f"{run} holds no checkpoint; expected a run's folder, or a folder with model.safetensors and config.json"
+            f"{run} holds no checkpoint{why}; expected a run's folder, one of its checkpoints, or a folder from emf "
+            "export or emf convert"
         )
     return saved[-1]
 

@@ -11,6 +11,7 @@ import torch
 from emf.model.sizes import TransformerConfig
 from emf.model.transformer import Transformer
 from emf.weights.adapter_settings import STAMP
+from emf.weights.branches import SCALES
 from emf.weights.layouts import dual_file, read_config
 from emf.weights.tensors import Weights, find, load_weights, read_metadata
 
@@ -23,7 +24,7 @@ def exported_sizes(folder: Path) -> TransformerConfig:
         return config
     said = read_metadata(dual)
     try:
-        scales: dict[str, Any] = {k: float(said[k]) for k in ("time_scale", "base_time_scale")}
+        scales: dict[str, Any] = {k: float(said[k]) for k in SCALES}
     except (KeyError, ValueError):
         raise ValueError(f"{dual} does not say its time_scale and base_time_scale; export again") from None
     try:

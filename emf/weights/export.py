@@ -25,13 +25,14 @@ from emf.config import Config
 from emf.files import copy_file, copy_folder, refuse_existing, whole_file, whole_folder
 from emf.model.sizes import TransformerConfig
 from emf.model.state import STEMS, variant
+from emf.recipes import from_file
 from emf.show.progress import count_bytes
 from emf.weights import tensors
 from emf.weights.adapter_settings import STAMP, stamp_in
-from emf.weights.branches import BRANCHES
+from emf.weights.branches import BRANCHES, scales
 from emf.weights.card import write_card
 from emf.weights.carried import INDEX, carry, settings_of
-from emf.weights.checkpoints import WEIGHTS, newest
+from emf.weights.checkpoints import SETTINGS, WEIGHTS, newest
 from emf.weights.folders import load
 from emf.weights.layouts import DUAL, part_of, read_settings, to_diffusers
 
@@ -93,9 +94,10 @@ def merged(transformer: nn.Module) -> dict[str, Tensor]:
 def release(run: Path, out: Path) -> int:
     """A run's averaged weights in float16 as one file; returns its bytes. Raises ValueError where `out` exists."""
     refuse_existing(out, "release: ")
-    state = tensors.read_weights(newest(run) / WEIGHTS)
+    checkpoint = newest(run)
+    state, sizes = tensors.read_weights(checkpoint / WEIGHTS), from_file(checkpoint / SETTINGS).transformer
     with whole_file(out) as part:
-        tensors.write_file(part, tensors.items(state, torch.float16))
+        tensors.write_file(part, tensors.items(state, torch.float16), metadata=scales(sizes))
     return out.stat().st_size
 
 
@@ -151,8 +153,7 @@ def write_export(
         # One file of any size: diffusers maps it.
         tensors.write_file(folder / "diffusion_pytorch_model.safetensors", main, advance)
         if beside:
-            said = {k: str(getattr(config, k)) for k in ("time_scale", "base_time_scale")}
-            said |= {STAMP: " ".join(adapters)} if adapters else {}
+            said = scales(config) | ({STAMP: " ".join(adapters)} if adapters else {})
             (folder / DUAL).parent.mkdir()
             tensors.write_file(folder / DUAL, beside, advance, said)
         (folder / "config.json").write_text(_json(to_diffusers(config)))

@@ -23,7 +23,7 @@ from emf.files import parse_json, read_object, refuse_existing, whole_folder
 from emf.model.layers import TimeEmbed
 from emf.model.transformer import SINUSOID, Transformer
 from emf.weights.adapter_settings import STAMP, scale_of, stamp_in, stamp_of
-from emf.weights.branches import BRANCHES
+from emf.weights.branches import BRANCHES, SCALES
 from emf.weights.folders import load_run
 from emf.weights.tensors import Weights, items, read_metadata, write_file
 
@@ -35,7 +35,6 @@ DIFFUSERS, DIFFUSERS_SETTINGS, DIFFUSERS_PREFIX = (
     "transformer.",
 )
 FULL = "trained_in_full.safetensors"
-SCALES = ("time_scale", "base_time_scale")
 FACTORS = (".lora_A.weight", ".lora_B.weight")
 
 

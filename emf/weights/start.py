@@ -9,17 +9,18 @@ from typing import Any
 from torch import Tensor
 
 from emf.config import Config
+from emf.idle import chosen
 from emf.model.sizes import TransformerConfig
 from emf.model.text_to_image import TextToImage
 from emf.model.transformer import Transformer
 from emf.network.build import adapt, assemble, build
 from emf.recipes import from_file
 from emf.weights import checkpoints
-from emf.weights.branches import add_time_branches
-from emf.weights.checkpoints import SETTINGS, WEIGHTS, newest, saved_names
+from emf.weights.branches import SCALES, add_time_branches, has_time_branches
+from emf.weights.checkpoints import MADE, SETTINGS, WEIGHTS, newest, saved_names
 from emf.weights.converted import is_base, load_converted, read_converted
 from emf.weights.diffusers_folder import exported_sizes, load_exported_transformer
-from emf.weights.tensors import load_weights, read_weights
+from emf.weights.tensors import load_weights, read_metadata, read_weights
 
 ASSETS = Path(__file__).parents[1] / "assets"
 FREE = ("checkpointing", "sample_size", "dual_time")
@@ -41,8 +42,10 @@ def started(config: Config) -> TextToImage:
         network = assemble(config, _converted(config, source))
     else:
         network = assemble(config, Transformer(config.transformer))
-        state = _read_folder(source, config) if source.is_dir() else read_init(source)
+        state = _read_folder(source, config) if source.is_dir() else _read_file(source, config)
         if config.transformer.dual_time:
+            if has_time_branches(state):
+                _refuse_embedder_init(source, config)
             state = add_time_branches(state, config.transformer, config.embedder_init)
         _take(network, config, state, source)
     adapt(network, config)
@@ -96,13 +99,38 @@ def _read_folder(source: Path, config: Config) -> dict[str, Tensor]:
         transformer = load_exported_transformer(source / "transformer")
         _check_sizes(source, transformer.config, config)
         return {f"transformer.{k}": v for k, v in transformer.state_dict().items()}
-    theirs = _run_at(source)
+    _check_run(source, _run_at(source), config)
+    return read_weights(newest(source) / WEIGHTS)
+
+
+def _check_run(source: Path, theirs: Config, config: Config) -> None:
+    """Raises ValueError where a run, from which `source` is, has adapters or other sizes than the config's."""
     if theirs.lora.rank:
         raise ValueError(
             f"config: init {source} has adapters beside its weights; emf export merges them: give its folder"
         )
     _check_sizes(source, theirs.transformer, config)
-    return read_weights(newest(source) / WEIGHTS)
+
+
+def _read_file(source: Path, config: Config) -> dict[str, Tensor]:
+    """The weights of a file that a run starts from, in float32. Raises ValueError where it is missing or broken, and
+    where a checkpoint's config.json beside it, or the file's own header, tells of other sizes or time scales."""
+    state = read_init(source)
+    if source.name == WEIGHTS and (source.parent / MADE).is_file():
+        _check_run(source, from_file(source.parent / SETTINGS), config)
+    elif source.is_file() and has_time_branches(state):
+        scales = {k: float(v) for k, v in read_metadata(source).items() if k in SCALES}
+        _check_sizes(source, replace(config.transformer, **scales), config)  # type: ignore[arg-type]
+    return state
+
+
+def _refuse_embedder_init(source: Path, config: Config) -> None:
+    """Raises ValueError where a way to make time embedders was chosen for weights that have trained ones."""
+    if "embedder_init" in chosen(config):
+        raise ValueError(
+            f"config: embedder_init {config.embedder_init} has no effect: init {source} has its time embedders "
+            "already; leave it out"
+        )
 
 
 def _run_at(source: Path) -> Config:
@@ -135,7 +163,9 @@ def _converted(config: Config, folder: Path) -> Transformer:
     _check_sizes(folder, converted.transformer, config)
     if not config.transformer.dual_time:  # the branches are made anew from what will have been trained
         del network.time_embed_t, network.time_embed_r
-    elif converted.made not in (None, config.embedder_init):
+    elif converted.made is None:
+        _refuse_embedder_init(folder, config)
+    elif converted.made != config.embedder_init:
         raise ValueError(
             f"config: embedder_init {config.embedder_init}, but those of init {folder} were made by {converted.made}; "
             f"say --embedder-init {converted.made}, or convert with --embedder-init {config.embedder_init}"

@@ -31,7 +31,8 @@ COMMANDS = {
     "analyze disentanglement": ["NAME=KIND:FOLDER", "--unit", "--fraction"],
     "analyze steps": ["NAME=FOLDER", "--guidance", "--per-tag"],
     "report": ["a run's folder", "report.html"],
-    "plan": ["MODEL", "--gpus", "--micro-batch", "--mfu"],
+    "plan": ["usage: emf plan", *RECIPES, "--gpus", "--memory"],
+    "plan digits": ["--gpus", "--memory", "--mfu", "--zero.stage {0,1,2,3}", "--transformer.time-scale", "--out"],
     "convert": ["SOURCE", "--allow-missing", "--shard-gb"],
     "data": ["inspect"],
     "data inspect": ["SOURCES", "--size", "--limit"],
@@ -80,7 +81,9 @@ HELPED = [*(ROOT / "emf" / "cli").glob("*.py")]
 HELPED += [
     ROOT / "emf" / f"{name}.py" for name in ("config", "flow_config", "data/batches", "data/world", "model/sizes")
 ]
-HELPED += [ROOT / "emf" / f"{name}.py" for name in ("analyze/choices", "evaluate/drawing", "train/command")]
+HELPED += [
+    ROOT / "emf" / f"{name}.py" for name in ("analyze/choices", "evaluate/drawing", "train/command", "train/hardware")
+]
 
 
 @pytest.mark.parametrize("file", HELPED, ids=lambda file: str(file.relative_to(ROOT)))

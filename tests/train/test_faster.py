@@ -56,12 +56,21 @@ def test_compiled_blocks_train_as_eager_ones(
     assert_same_training(tmp_path / "run", straight, base)
 
 
+def build_nothing() -> None:
+    from emf.train import loop
+
+    def started(*_: object) -> None:
+        raise AssertionError("a network was built")
+
+    loop.started = started  # type: ignore[assignment]
+
+
 def test_compile_where_it_does_not_work_is_one_line(recipe: list[str], tmp_path: Path) -> None:
     for flags, message in (
         ("--compile True --zero.stage 3", "config: compile True does not go with ZeRO 3"),
         ("--graphs True", "config: graphs True needs a GPU"),
     ):
-        result = train(tmp_path, *recipe, "--out", str(tmp_path / "run"), *flags.split())
+        result = train(tmp_path, *recipe, "--out", str(tmp_path / "run"), *flags.split(), before=build_nothing)
         assert result.code == 2 and message in result.text and "Traceback" not in result.text, result.text
         assert not (tmp_path / "run").exists()
 

@@ -13,7 +13,7 @@ pytest.importorskip("deepspeed")
 
 from emf.config import Config
 from emf.recipes import digits
-from emf.train.zero.settings import OWN_KEYS, engine_config
+from emf.train.zero.settings import OVERRULED, OWN_KEYS, engine_config, known_keys, overruled
 
 
 def with_json(folder: Path, tree: dict[str, Any]) -> Config:
@@ -56,3 +56,55 @@ def test_a_value_of_another_kind_is_one_line(tree: dict[str, Any], message: str,
     with pytest.raises(ValueError) as told:
         engine_config(with_json(tmp_path, tree), 1)
     assert str(told.value) == f"config: zero.json {tmp_path}/own.json sets {message}"
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"zero_stage": 2}, "zero_stage, which DeepSpeed does not know"),
+        ({"gradient_cliping": 1.0}, "gradient_cliping, which DeepSpeed does not know; did you mean gradient_clipping?"),
+        ({"qqq": {}}, "qqq, which DeepSpeed does not know"),
+        ({"enabled": True}, "enabled, which DeepSpeed does not know"),
+        (
+            {"optimizer": {"parameters": {}}},
+            "optimizer.parameters, which DeepSpeed does not know; did you mean optimizer.",
+        ),
+        ({"fp16": {"enabled": True}}, "fp16.enabled; use --zero.dtype bfloat16 instead"),
+    ],
+)
+def test_a_key_that_nothing_reads_is_refused(tree: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as told:
+        engine_config(with_json(tmp_path, tree), 1)
+    assert str(told.value).startswith(f"config: zero.json {tmp_path}/own.json sets {message}")
+
+
+def test_what_deepspeed_reads_is_known() -> None:
+    ours = engine_config(replace(digits(), run=replace(digits().run, monitor=("csv", "wandb", "tensorboard"))), 1)
+    assert ours.keys() <= known_keys()
+    more = {"fp16", "flops_profiler", "comms_logger", "wall_clock_breakdown", "communication_data_type", "aio"}
+    assert more <= known_keys() and "enabled" not in known_keys()
+
+
+def test_what_overrules_the_config_is_said(tmp_path: Path) -> None:
+    """In one line at the start; what agrees with it is not, and what was chosen on both sides is refused."""
+    tree = {
+        "gradient_clipping": 0.5,
+        "optimizer": {"params": {"betas": [0.8, 0.9], "weight_decay": 0.0}},
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    }
+    config = with_json(tmp_path, tree)
+    assert overruled(config) == [
+        "gradient_clipping 0.5 (not optim.clip 1.0)",
+        "optimizer.params.betas [0.8, 0.9] (not optim.betas 0.9 0.99)",
+        "bf16.enabled True (not zero.dtype float32)",
+        "zero_optimization.stage 2 (not zero.stage 0)",
+        "zero_optimization.offload_optimizer.device cpu (not zero.offload False)",
+    ]
+    both = replace(config, optim=replace(config.optim, clip=2.0))
+    with pytest.raises(ValueError) as told:
+        engine_config(both, 1)
+    line = f"config: zero.json {tmp_path}/own.json sets gradient_clipping 0.5, and optim.clip is 2.0; say it once"
+    assert str(told.value) == line
+    assert overruled(replace(config, optim=replace(config.optim, clip=0.5)))[0].startswith("optimizer.params.betas")
+    assert {name.split(".")[0] for name in OVERRULED.values()} == {"optim", "zero"}

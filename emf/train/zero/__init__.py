@@ -20,6 +20,6 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 from emf.train.zero.engine import Engine  # noqa: E402
 from emf.train.zero.group import gather, process_group  # noqa: E402
-from emf.train.zero.settings import engine_config  # noqa: E402
+from emf.train.zero.settings import engine_config, exchanged, overruled  # noqa: E402
 
-__all__ = ["Engine", "engine_config", "gather", "process_group"]
+__all__ = ["Engine", "engine_config", "exchanged", "gather", "overruled", "process_group"]

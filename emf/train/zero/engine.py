@@ -12,12 +12,14 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from emf.config import Config
 from emf.files import check_readable, why, written
+from emf.idle import chosen
 from emf.model.text_to_image import TextToImage
 from emf.train.ranges import span
 from emf.train.zero.group import gather
@@ -29,7 +31,8 @@ from emf.weights.checkpoints import Made, saved_names
 
 def parameter_groups(network: TextToImage, config: Config) -> list[tuple[list[nn.Parameter], float]]:
     """(weights that are trained, the factor on their learning rate). The condition's path, which is the text encoder
-    and the projection of its states, has a factor of its own. Raises ValueError where nothing is trained."""
+    and the projection of its states, has a factor of its own. Raises ValueError where nothing is trained, and where
+    that factor was chosen and none of the path is."""
     slow: list[nn.Parameter] = []
     fast: list[nn.Parameter] = []
     for name, p in network.named_parameters():
@@ -38,6 +41,11 @@ def parameter_groups(network: TextToImage, config: Config) -> list[tuple[list[nn
     groups = [(params, factor) for params, factor in ((fast, 1.0), (slow, config.optim.condition_lr)) if params]
     if not groups:
         raise ValueError(f"config: trained {config.trained} leaves no weight to train")
+    if not slow and "optim.condition_lr" in chosen(config):
+        raise ValueError(
+            f"config: optim.condition_lr {config.optim.condition_lr} has no effect: it needs the text encoder or the "
+            "caption's projection to be trained; leave it out"
+        )
     return groups
 
 
@@ -69,7 +77,7 @@ class Engine:
         try:
             parameters = [{"params": params} for params, _ in groups]
             self.engine, *_ = deepspeed.initialize(model=network, model_parameters=parameters, config=settings)
-        except (AssertionError, KeyError, TypeError, ValueError, ImportError) as error:
+        except (AssertionError, KeyError, TypeError, ValueError, ImportError, DeepSpeedConfigError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"config: DeepSpeed refuses its config, zero.json included: {reason}") from None
         if self.stage == 3:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from emf.config import Config
 from emf.files import read_object
+from emf.idle import chosen, leaves, shown
 
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}
 OWN_KEYS = {  # what the config alone decides: said in a DeepSpeed JSON it would be overruled, or have no effect
@@ -26,7 +29,17 @@ OWN_KEYS = {  # what the config alone decides: said in a DeepSpeed JSON it would
     "curriculum_learning": "--data.sources and their weights",
     "zero_optimization.compute_grad_norm": "the default, which finds a step that is not finite,",
     "bf16.check_grad_overflow": "the default, which finds a step that is not finite,",
+    "bfloat16": "--zero.dtype",  # an earlier name of bf16, which DeepSpeed reads where there is no bf16
 }
+OVERRULED = {  # what a DeepSpeed JSON may say in the place of a setting
+    "gradient_clipping": "optim.clip",
+    "optimizer.params.betas": "optim.betas",
+    "optimizer.params.weight_decay": "optim.weight_decay",
+    "bf16.enabled": "zero.dtype",
+    "zero_optimization.stage": "zero.stage",
+    "zero_optimization.offload_optimizer.device": "zero.offload",
+}
+OPTIMIZER_KEYS = ("type", "params", "legacy_fusion")
 
 
 def engine_config(config: Config, world: int, out: Path | None = None) -> dict[str, Any]:
@@ -71,6 +84,7 @@ def engine_config(config: Config, world: int, out: Path | None = None) -> dict[s
         own = read_object(config.zero.json, "config: zero.json")
         check_own_json(config.zero.json, own)
         _check_kinds(config.zero.json, derived, own)
+        overruled(config)
         derived = _merge(derived, own)
     automatic = [name for name, value in _leaves(derived) if value == "auto"]
     if automatic:
@@ -80,17 +94,80 @@ def engine_config(config: Config, world: int, out: Path | None = None) -> dict[s
     return derived
 
 
+def exchanged(settings: dict[str, Any], stage: int, total: int, trained: int) -> int:
+    """Elements of the buffers by which DeepSpeed exchanges gradients, and at stage 3 weights, in an engine's config."""
+    zero = DeepSpeedZeroConfig(**settings["zero_optimization"])
+    bucket = int(zero.reduce_bucket_size) if stage else 0
+    return bucket + (min(total, int(zero.max_live_parameters)) if stage == 3 else 0)
+
+
 def check_own_json(path: Path, own: Any) -> None:
     """Raises ValueError on a DeepSpeed JSON that DeepSpeed, or the training loop, would not follow."""
     if not isinstance(own, dict):
         raise ValueError(f"config: zero.json {path} holds {type(own).__name__}; expected an object")
     if taken := [key for key in OWN_KEYS if _holds(own, key)]:
         raise ValueError(f"config: zero.json {path} sets {taken[0]}; use {OWN_KEYS[taken[0]]} instead")
-    known = {value for value in vars(deepspeed.runtime.constants).values() if isinstance(value, str)}
-    known |= {"zero_optimization", "activation_checkpointing", "comms_logger", "flops_profiler"}
-    for key in own.keys() - known:  # DeepSpeed takes any key, and ignores what it does not know
-        if close := difflib.get_close_matches(key, known, n=1, cutoff=0.8):
-            raise ValueError(f"config: zero.json {path} sets {key}; did you mean {close[0]}?")
+    if isinstance(own.get("fp16"), dict) and own["fp16"].get("enabled"):
+        raise ValueError(f"config: zero.json {path} sets fp16.enabled; use --zero.dtype bfloat16 instead")
+    # DeepSpeed takes any key, and ignores what it does not know; within its other sections it does not
+    for at, inside, known in (("", own, known_keys()), ("optimizer.", own.get("optimizer"), {*OPTIMIZER_KEYS})):
+        for key in sorted(inside.keys() - known) if isinstance(inside, dict) else ():
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+            meant = f"; did you mean {at}{close[0]}?" if close else ""
+            raise ValueError(f"config: zero.json {path} sets {at}{key}, which DeepSpeed does not know{meant}")
+
+
+class _Asked(dict[str, Any]):
+    """A DeepSpeed config that keeps which of its sections were asked for, whether it has them or not."""
+
+    def __init__(self, **sections: Any) -> None:
+        super().__init__(**sections)
+        self.names: set[str] = set()
+
+    def __contains__(self, key: object) -> bool:
+        self.names.add(str(key))
+        return super().__contains__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.names.add(key)
+        return super().get(key, default)
+
+    def keys(self) -> Any:
+        return self  # DeepSpeed says `in config.keys()` too
+
+
+@cache
+def known_keys() -> frozenset[str]:
+    """The sections that the installed DeepSpeed reads in its JSON."""
+    asked = _Asked(train_micro_batch_size_per_gpu=1)
+    deepspeed.DeepSpeedConfig(asked)
+    return frozenset(asked.names)
+
+
+def overruled(config: Config) -> list[str]:
+    """What the DeepSpeed JSON of a config says in the place of its settings, each in words. Raises ValueError where
+    such a setting was chosen too, and is another: one of the two would have no effect."""
+    if config.zero.json is None:
+        return []
+    own, own_settings, found = read_object(config.zero.json, "config: zero.json"), leaves(config), []
+    for key, name in OVERRULED.items():
+        theirs, ours = _at(own, key), own_settings[name]
+        told = {"zero.dtype": ours == "bfloat16", "zero.offload": "cpu" if ours else "none"}.get(name, ours)
+        if theirs is None or theirs == "auto" or theirs == (list(told) if isinstance(told, tuple) else told):
+            continue
+        if name in chosen(config):
+            raise ValueError(
+                f"config: zero.json {config.zero.json} sets {key} {theirs}, and {name} is {shown(ours)}; say it once"
+            )
+        found.append(f"{key} {theirs} (not {name} {shown(ours)})")
+    return found
+
+
+def _at(tree: Any, key: str) -> Any:
+    """A tree's value at a key, the keys of its levels put together by points; None where it has none."""
+    for name in key.split("."):
+        tree = tree.get(name) if isinstance(tree, dict) else None
+    return tree
 
 
 def _check_kinds(path: Path, ours: dict[str, Any], own: dict[str, Any], at: str = "") -> None:

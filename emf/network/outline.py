@@ -1,0 +1,109 @@
+"""A config's network on the meta device: every weight with its name and shape, and none in memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from emf.conditioning.load import LENGTHS
+from emf.conditioning.small import Connector, SmallEncoder
+from emf.config import Config, LoraConfig
+from emf.data.digits import WORDS
+from emf.files import read_object
+from emf.model.text_to_image import TextToImage
+from emf.model.transformer import Transformer
+from emf.network.build import adapt, choose_trained
+
+PROMPT = 128
+"""Tokens of a caption with what BLIP3o-NEXT puts around it; a longer caption makes a longer row."""
+INSTRUCTION = 290
+"""Tokens that SANA's instruction adds to a row of Gemma's."""
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "blip3o": dict(
+        model_type="qwen3",
+        vocab_size=217_210,
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=True,
+    ),
+    "gemma": dict(
+        model_type="gemma2",
+        vocab_size=256_000,
+        hidden_size=2304,
+        intermediate_size=9216,
+        num_hidden_layers=26,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=256,
+    ),
+}
+"""The text encoders of the recipes, where no folder is there to tell: BLIP3o-NEXT's Qwen3 1.7B with its image
+vocabulary (arXiv 2510.15857), SANA's Gemma-2 2B (arXiv 2408.00118)."""
+
+
+def outline(config: Config) -> TextToImage:
+    """The network that a run of the config builds, on the meta device, with what is trained marked. Sizes of a
+    pretrained text encoder are those of its folder, where that is there, else the published ones. Raises ValueError
+    where neither tells them, where its states do not fit the transformer, and what emf.network.build says of names."""
+    with torch.device("meta"):
+        network = TextToImage(_encoder(config), Transformer(config.transformer))
+        choose_trained(network, replace(config, lora=LoraConfig()))
+        adapt(network, config)
+    return network
+
+
+def _encoder(config: Config) -> nn.Module:
+    kind, width = config.condition.kind, config.transformer.caption_channels
+    if kind == "small":
+        return SmallEncoder(config.encoder, WORDS)
+    import transformers
+
+    sizes: Any = transformers.AutoConfig.for_model(**sizes_of_encoder(config))
+    if kind == "blip3o":
+        language = transformers.Qwen3ForCausalLM(sizes)
+        return nn.ModuleDict({"language_model": language, "connector": Connector(sizes.hidden_size, width)})
+    if sizes.hidden_size != width:
+        raise ValueError(
+            f"config: the {kind} encoder gives states of {sizes.hidden_size} channels, the transformer takes {width} "
+            "(transformer.caption_channels)"
+        )
+    name = {"gemma": "Gemma2Model", "clip": "CLIPTextModel", "t5": "T5EncoderModel"}[kind]
+    return nn.ModuleDict({"model": getattr(transformers, name)(sizes)})
+
+
+def sizes_of_encoder(config: Config) -> dict[str, Any]:
+    """The config.json of the pretrained text encoder of a run, from its folder where that is there."""
+    kind, folder = config.condition.kind, folder_of_encoder(config)
+    for file in (folder / part / "config.json" for part in ("language_model", "text_encoder", "") if folder):
+        if file.is_file():
+            return read_object(file, "conditioning")
+    if kind not in PUBLISHED:
+        raise ValueError(f"config: nothing tells the sizes of the {kind} encoder; give its --condition.folder")
+    return PUBLISHED[kind]
+
+
+def folder_of_encoder(config: Config) -> Path | None:
+    """Where the pretrained text encoder's folder is; none where it is not there."""
+    c = config.condition
+    folder = c.folder or (config.init if c.kind == "blip3o" else None)
+    return folder if folder and folder.is_dir() else None
+
+
+def tokens_of(config: Config) -> tuple[int, int]:
+    """(tokens that the text encoder reads for a sample, states that the transformer attends to)."""
+    c = config.condition
+    if c.kind == "small":
+        return WORDS.length, WORDS.length
+    if c.kind == "blip3o":
+        image = (27 // c.scale) ** 2
+        return PROMPT + 2 + image + 3, 1 + image  # <im_start>, <S0>; <im_end>, <|im_end|>, newline
+    length = LENGTHS[c.kind]
+    return length + (INSTRUCTION if c.kind == "gemma" else 0), length
