@@ -7,10 +7,10 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 EVAL = [
-    *("braceexpand", "diffusers", "matplotlib", "pillow", "rich", "safetensors", "scikit-learn", "scipy"),
+    *("braceexpand", "diffusers", "ftfy", "matplotlib", "pillow", "rich", "safetensors", "scikit-learn", "scipy"),
     *("sentencepiece", "transformers", "tyro"),
 ]
-TRAIN = [*EVAL, "deepspeed", "nvtx", "peft"]
+TRAIN = [*EVAL, "deepspeed", "nvtx", "peft", "psutil"]
 TEST = [
     *TRAIN,
     "hypothesis",

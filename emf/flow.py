@@ -69,20 +69,25 @@ def meanflow_loss(
     flow: FlowConfig,
     *,
     progress: float = 1.0,
+    dropped: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(weighted loss, mean squared error), both [B]: u_theta against v - (t - r) stopgrad(du/dt), by one dual pass.
     when is (t, r, b), as `times` draws them.
 
     The tangent is (v, 0, 1) along (z, r, t), for the first b samples; in the others r = t multiplies it by zero, so
-    they carry none. null, the network without its condition, is called for guidance inside the target only; samples
-    whose condition was dropped have the same optimum with it as without.
+    they carry none. null, the network without its condition, is called for guidance inside the target only. dropped [B]
+    bool: samples whose condition was dropped, which have no guidance.
     """
     t, r, b = when
-    z, v = path(x, e, t)
-    v = target_velocity(network, null, z, v, t, flow)
-    along = v if flow.along == "data" else instantaneous(network, z, t)
+    z, data = path(x, e, t)
+    v = target_velocity(network, null, z, data, t, flow, dropped=dropped)
+    # MeanFlow's tangent runs along the velocity of its target, guidance included; TiM's difference along the path.
+    along = data if flow.derivative == "difference" else v
+    if flow.along == "network":
+        along = instantaneous(network, z, t)
     scale = torch.ones_like(t)
-    if flow.derivative == "jvp":
+    alpha = alpha_at(progress, flow) if flow.derivative == "alpha" else 0.0
+    if flow.derivative != "difference" and not alpha:
         dual = network(Dual(z, along[:b]), Dual(t, torch.ones_like(t[:b])), r)
         u, u_dot = dual.primal, dual.tangent
     else:
@@ -90,7 +95,6 @@ def meanflow_loss(
         if flow.derivative == "difference":
             u_dot = difference(network, z, t, r, along, flow.difference_step)
         else:
-            alpha = scheduled(flow.alpha, progress, flow)
             u_dot = alpha_derivative(network, z, t, r, v, alpha)
             # Towards alpha 0 its error is alpha times MeanFlow's. Its squares L, divided by alpha, then have MeanFlow's
             # gradient, and the weight is MeanFlow's as alpha^2p / (L + c)^p: in all alpha L / (L + c) at p = 1, as in
@@ -107,16 +111,21 @@ def instantaneous(network: Network, z: Tensor, t: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def target_velocity(network: Network, null: Network, z: Tensor, v: Tensor, t: Tensor, flow: FlowConfig) -> Tensor:
-    """v with guidance inside the target (FlowConfig.guidance), where t lies in its interval."""
+def target_velocity(
+    network: Network, null: Network, z: Tensor, v: Tensor, t: Tensor, flow: FlowConfig, *, dropped: Tensor | None = None
+) -> Tensor:
+    """v with guidance inside the target (FlowConfig.guidance), where t lies in its interval; the plain v of samples
+    whose condition was dropped, dropped [B] bool, as in MeanFlow's released code."""
     omega, kappa, (low, high) = flow.guidance, flow.kappa, flow.guidance_interval
     if omega == 1 and kappa == 0:
         return v
     guided = omega * v + (1 - omega - kappa) * null(z, t, t)
     if kappa:
         guided = guided + kappa * network(z, t, t)
-    inside = ((low <= t) & (t <= high)).reshape(-1, *[1] * (v.ndim - 1))
-    return torch.where(inside, guided, v)
+    inside = (low <= t) & (t <= high)
+    if dropped is not None:
+        inside = inside & ~dropped
+    return torch.where(inside.reshape(-1, *[1] * (v.ndim - 1)), guided, v)
 
 
 @torch.no_grad()
@@ -127,11 +136,22 @@ def difference(network: Network, z: Tensor, t: Tensor, r: Tensor, along: Tensor,
     return (ends[0] - ends[1]) / (2 * step)
 
 
+def alpha_at(progress: float, flow: FlowConfig) -> float:
+    """alpha-Flow's alpha at a training progress in [0, 1]: from the first value of flow.alpha to its second along a
+    sigmoid, as in its released code. Less than 0.005 is 0, where MeanFlow's own target takes over; what lacks less than
+    0.005 of 1 is 1."""
+    s = 1 / (1 + math.exp(-25 * (min(max(progress, 0.0), 1.0) - 0.5)))
+    alpha = (1 - s) * flow.alpha[0] + s * flow.alpha[1]
+    return 0.0 if alpha < 0.005 else 1.0 if alpha > 0.995 else alpha
+
+
 @torch.no_grad()
 def alpha_derivative(network: Network, z: Tensor, t: Tensor, r: Tensor, v: Tensor, alpha: float) -> Tensor:
     """The du/dt [B, ...] with which MeanFlow's target is alpha-Flow's: alpha v + (1 - alpha) u(z_s, r, s), s = alpha r
-    + (1 - alpha) t, z_s = z - (t - s) v (arXiv 2510.20771; reconstructed from its limits: alpha 1 is trajectory flow
-    matching, 1/2 a shortcut model, towards 0 MeanFlow)."""
+    + (1 - alpha) t, z_s = z - (t - s) v (arXiv 2510.20771 and its released code; alpha 1 is trajectory flow matching,
+    1/2 a shortcut model, towards 0 MeanFlow)."""
+    if alpha == 1:
+        return torch.zeros_like(z)
     s = alpha * r + (1 - alpha) * t
     shape = (-1, *[1] * (z.ndim - 1))
     near = network(z - (t - s).reshape(shape).to(z.dtype) * v, s, r)

@@ -33,15 +33,18 @@ class FlowConfig:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Times t at which there is guidance inside the target."""
     along: Literal["data", "network"] = "data"
-    """What the tangent runs along: e - x (MeanFlow, EMF), or the network's own u(z, t, t), at one more forward without
-    gradient (improved MeanFlow's v-loss, arXiv 2512.02012: || u + (t - r) stopgrad(du/dt) - v ||^2)."""
+    """What the tangent runs along: e - x (MeanFlow, EMF; with guidance inside the target, the guided velocity), or the
+    network's own u(z, t, t), at one more forward without gradient (improved MeanFlow's v-loss, arXiv 2512.02012:
+    || u + (t - r) stopgrad(du/dt) - v ||^2)."""
     derivative: Literal["jvp", "difference", "alpha"] = "jvp"
-    """du/dt by one dual pass; by a central difference along the path (TiM, arXiv 2509.04394), for networks that know no
-    Duals, at two more forwards; or alpha-Flow's target without a derivative (arXiv 2510.20771), at one."""
+    """du/dt by one dual pass; by a central difference along the path, with guidance too (TiM, arXiv 2509.04394), for
+    networks that know no Duals, at two more forwards; or alpha-Flow's target without a derivative (arXiv 2510.20771),
+    at one, until its alpha is 0, which is by one dual pass."""
     difference_step: float = 0.005
     """Distance in t of the central difference to either side."""
-    alpha: tuple[float, float] = (1.0, 0.05)
-    """alpha-Flow's alpha at progress 0 and 1: at 1 trajectory flow matching, towards 0 MeanFlow."""
+    alpha: tuple[float, float] = (1.0, 0.0)
+    """alpha-Flow's alpha at progress 0 and 1, between them along a sigmoid: 1 is trajectory flow matching, 0 MeanFlow,
+    exactly so below 0.005."""
     zero_share: float = 0.0
     """Share of the samples with r < t whose r is 0 (TiM: 0.2, a tenth of all): pairs for the one-step sampler."""
 
@@ -55,7 +58,7 @@ class FlowConfig:
             "kappa": (0 <= self.kappa < 1, "at least 0 and below 1"),
             "guidance_interval": (0 <= low <= high <= 1, "two times in [0, 1], the smaller first"),
             "difference_step": (0 < self.difference_step < 0.5, "above 0 and below 0.5"),
-            "alpha": (min(self.alpha) > 0 and max(self.alpha) <= 1, "above 0 and at most 1"),
+            "alpha": (min(self.alpha) >= 0 and max(self.alpha) <= 1, "two numbers in [0, 1]"),
             "weight_p": (math.isfinite(self.weight_p) and self.weight_p >= 0, "at least 0"),
             "weight_c": (math.isfinite(self.weight_c) and self.weight_c > 0, "positive"),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from emf.flow import (
     FlowConfig,
+    alpha_at,
     alpha_derivative,
     difference,
     guided,
@@ -181,6 +183,49 @@ def test_guidance_with_kappa_in_its_interval(toy: Any) -> None:
     assert torch.equal(got[[0, 3]], v[[0, 3]]) and flow.built_in == pytest.approx(1.2)
 
 
+@pytest.mark.parametrize("kappa", [0.0, 0.5])
+@pytest.mark.parametrize("derivative", ["jvp", "difference", "alpha"])
+def test_a_dropped_sample_has_no_guidance(toy: Any, derivative: Any, kappa: float) -> None:
+    """The second: its loss is the one without guidance, and the others' do not change with it. As in the released codes
+    of MeanFlow."""
+    network, null, x, e, t, r = toy
+    dropped = torch.tensor([False, True, False, False])
+    how: dict[str, Any] = dict(derivative=derivative, alpha=(0.3, 0.3), guidance=1.5, kappa=kappa)
+    flow, plain = FlowConfig(**how), FlowConfig(derivative=derivative, alpha=(0.3, 0.3))
+    got, every, bare = (
+        meanflow_loss(network, null, x, e, (t, r, 3), f, dropped=d)[1]
+        for f, d in ((flow, dropped), (flow, None), (plain, None))
+    )
+    assert got[1] == bare[1] != every[1]
+    assert torch.equal(got[[0, 2, 3]], every[[0, 2, 3]]) and (every[:3] != bare[:3]).all()
+
+
+@pytest.mark.parametrize("guidance", [1.0, 1.5])
+def test_tims_difference_runs_along_the_path_with_guidance_too(toy: Any, guidance: float) -> None:
+    """Central differences of u at x_t = (1 - t) x + t e, as in TiM's released code; the target's velocity is guided."""
+    network, null, x, e, t, r = toy
+    flow = FlowConfig(derivative="difference", guidance=guidance, weight_p=0.0)
+    loss, _ = meanflow_loss(network, null, x, e, (t, r, 3), flow)
+
+    def u(t: Tensor) -> Tensor:
+        return network((1 - broadcast(t)) * x + broadcast(t) * e, t, r)
+
+    z, v = path(x, e, t)
+    v = guidance * v + (1 - guidance) * null(z, t, t)
+    target = v - broadcast(t - r) * (u(t + 0.005) - u(t - 0.005)) / 0.01
+    torch.testing.assert_close(loss, (u(t) - target.detach()).square().sum((1, 2, 3)))
+
+
+def test_meanflows_tangent_runs_along_the_guided_velocity(toy: Any) -> None:
+    network, null, x, e, t, r = toy
+    loss, _ = meanflow_loss(network, null, x, e, (t, r, 3), FlowConfig(guidance=1.5, weight_p=0.0))
+    z, v = path(x, e, t)
+    v = (1.5 * v - 0.5 * null(z, t, t)).detach()
+    u, u_dot = torch.func.jvp(lambda z, t: network(z, t, r), (z, t), (v, torch.ones_like(t)))
+    want = (u - v + broadcast(t - r) * u_dot.detach()).square().sum((1, 2, 3))
+    torch.testing.assert_close(loss, want)
+
+
 def test_v_loss_is_improved_meanflow(toy: Any) -> None:
     """|| u + (t - r) sg(du/dt) - v ||^2 with du/dt along the network's own velocity, its gradient too."""
     network, null, x, e, t, r = toy
@@ -216,10 +261,17 @@ def test_alpha_flow_goes_from_flow_matching_to_meanflow(toy: Any) -> None:
         moved = lambda z, t, r: _plus(network(z, t, r), w)  # noqa: E731
         return torch.autograd.grad(meanflow_loss(moved, null, x, e, (t, r, 4), flow, progress=progress)[0].sum(), w)[0]
 
-    alpha = FlowConfig(derivative="alpha", alpha=(1.0, 1e-4), weight_p=0.0)
+    alpha = FlowConfig(derivative="alpha", weight_p=0.0)
     u = network(z, t, r)
     torch.testing.assert_close(gradient(alpha, 0.0), 2 * (u - v).sum(0).detach())
-    torch.testing.assert_close(gradient(alpha, 1.0), gradient(FlowConfig(weight_p=0.0), 1.0), rtol=1e-2, atol=1e-2)
+    assert torch.equal(gradient(alpha, 1.0), gradient(FlowConfig(weight_p=0.0), 1.0))  # exactly MeanFlow in the end
+    exact = torch.func.jvp(lambda z, t: network(z, t, r), (z, t), (v, torch.ones_like(t)))[1].detach()
+    near = alpha_derivative(
+        network, z, t, r, v, 1e-4
+    )  # of u at z_s and s: its target is v - (t - r) du/dt as alpha -> 0
+    target = lambda u_dot: v - broadcast(t - r) * u_dot  # noqa: E731
+    error = lambda u_dot: (u - target(u_dot)).detach()[:3]  # noqa: E731
+    torch.testing.assert_close(error(near) / 1e-4, error(exact), rtol=1e-2, atol=1e-2)
     half = alpha_derivative(network, z, t, r, v, 0.5)  # a shortcut: half a step by v, the rest by the network
     s = (t + r) / 2
     want = 0.5 * v + 0.5 * network(z - broadcast(t - s) * v, s, r).detach()
@@ -244,11 +296,34 @@ def test_alpha_flow_is_weighted_as_written(toy: Any, alpha: float, p: float) -> 
     torch.testing.assert_close(error, squares.detach() / 48)
 
 
+def test_alpha_follows_the_released_schedule() -> None:
+    """A sigmoid of slope 25 over the whole of training, from 1 to 0 and cut 0.005 before either."""
+    flow = FlowConfig(derivative="alpha")
+    at = [alpha_at(k / 100, flow) for k in range(101)]
+    assert at[:29] == [1.0] * 29 and at[72:] == [0.0] * 29  # sigmoid(25 (0.5 - 0.29)) = 0.9948
+    want = [1 / (1 + math.exp(25 * (k / 100 - 0.5))) for k in range(29, 72)]
+    assert at[29:72] == pytest.approx(want, rel=1e-12) and at[50] == 0.5
+    assert alpha_at(-1, flow) == 1 and alpha_at(2, flow) == 0
+    assert alpha_at(0.5, FlowConfig(alpha=(0.8, 0.2))) == pytest.approx(0.5)
+    assert alpha_at(0.9, FlowConfig(alpha=(0.004, 0.004))) == 0 and alpha_at(0.1, FlowConfig(alpha=(0.3, 0.3))) == 0.3
+
+
+def test_at_alpha_1_nothing_but_the_velocity_is_asked(toy: Any) -> None:
+    network, null, x, e, t, r = toy
+    calls: list[Any] = []
+    counted = lambda z, t, r: calls.append(r) or network(z, t, r)  # noqa: E731
+    meanflow_loss(counted, null, x, e, (t, r, 3), FlowConfig(derivative="alpha"), progress=0.0)
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
-def test_alpha_flow_has_meanflows_gradient_towards_zero(toy: Any, p: float) -> None:
-    """At any weight, where c is too small to count."""
+def test_alpha_flow_has_meanflows_gradient_towards_zero(toy: Any, p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At any weight, where c is too small to count, and alpha is not cut."""
+    from emf import flow as module
+
     network, null, x, e, t, r = toy
     gradients = []
+    monkeypatch.setattr(module, "alpha_at", lambda progress, flow: flow.alpha[0])
     for flow in (
         FlowConfig(derivative="alpha", alpha=(1e-4, 1e-4), weight_p=p, weight_c=1e-12),
         FlowConfig(weight_p=p, weight_c=1e-12),
@@ -272,7 +347,7 @@ def test_a_share_of_pairs_ends_at_zero() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [dict(share=(0.1, 1.1)), dict(spread=(-1.0, 1.0)), dict(guidance=0.0), dict(kappa=1.0), dict(alpha=(1.0, 0.0)),
+    [dict(share=(0.1, 1.1)), dict(spread=(-1.0, 1.0)), dict(guidance=0.0), dict(kappa=1.0), dict(alpha=(1.0, -0.1)),
      dict(guidance_interval=(0.8, 0.2)), dict(difference_step=0.0), dict(weight_c=0.0), dict(zero_share=2.0)],
 )  # fmt: skip
 def test_settings_out_of_range_are_named(wrong: Any) -> None:

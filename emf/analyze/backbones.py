@@ -21,7 +21,7 @@ from emf.sample.sampling_settings import SMALL_AT_ONCE, Settings
 from emf.show.progress import track
 from emf.weights.checkpoints import newest
 from emf.weights.converted import is_base
-from emf.weights.folders import load_run
+from emf.weights.folders import load, text_parts
 
 Picture = Callable[[str, int, int], Image.Image]
 """(backbone, steps, number of the prompt) -> its image."""
@@ -63,7 +63,7 @@ class Backbones:
             file = self.folder(name) / f"{n}.npy"
             if not file.exists():
                 if name not in networks:
-                    networks[name] = load_run(self.runs[name])
+                    networks[name] = load(self.runs[name])
                 config, network = networks[name]
                 how = replace(self.settings, steps=n, batch=SMALL_AT_ONCE)
                 drawn = Sampler(config, network, source=self.runs[name]).images(self.texts, how).numpy()
@@ -98,7 +98,9 @@ class Backbones:
 
 def draws_digits(folder: Path) -> bool:
     """Whether a backbone draws the digits' world. Raises ValueError where it is a run of another objective."""
-    if (folder / "model_index.json").is_file() or is_base(folder):
+    if (folder / "model_index.json").is_file():
+        return bool(text_parts(folder)["kind"] == "small")
+    if is_base(folder):
         return False
     tree = read(newest(folder) / "config.json")
     check_flow_matching(folder, tree.get("objective"))

@@ -23,7 +23,7 @@ from emf.analyze.encoders import CUT, TextVectors
 from emf.analyze.figures import plot_scores
 from emf.analyze.names import EncoderName, folder_stamp
 from emf.analyze.outcome import Outcome, Row, check_out, claim
-from emf.analyze.pairs import Pairs, choose_captions, choose_queries, read_pairs
+from emf.analyze.pairs import Pairs, choose_captions, choose_queries, read_pairs, readable
 from emf.analyze.retrieval import BLOCK, cosine, mean_vector, nearest
 from emf.analyze.vectors import Gathered, VectorCache
 from emf.device import device as checked
@@ -155,6 +155,7 @@ def run_discriminability(
     settings |= asdict(protocol) | {"text": asdict(how)}
     named = {e.name: f"{e.kind}:{e.folder}" for e in encoders}
     claim(out, settings | {"encoders": named}, "encoders", (PLOT, SHEET))
+    pairs = readable(pairs, str(data))
     chosen = choose_captions(pairs.image, protocol.captions, protocol.seed)
     captions, image = [pairs.captions[i] for i in chosen], pairs.image[chosen]
     queries = choose_queries(image, protocol.queries or None, protocol.seed)

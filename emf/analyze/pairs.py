@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from emf.analyze.choices import Choice
 from emf.data.drops import Drops
 from emf.data.images import read_caption
 from emf.data.sources import Source, read_part, scan
-from emf.files import files_in, open_image, read_json, why
+from emf.files import BrokenImage, files_in, open_image, read_json, why
 from emf.show.progress import track
 
 
@@ -111,6 +112,36 @@ def read_source(path: str) -> Pairs:
 
     keys = [f"{index.keys[row]} {index.image[row][2]}" for row in rows]  # the bytes too: a name may get another image
     return Pairs(captions, np.arange(len(rows)), keys, opened, list(drops.lines()))
+
+
+def readable(pairs: Pairs, source: str) -> Pairs:
+    """The pairs whose image can be read. The others are dropped by name: every image is opened once, before captions
+    are encoded for hours. source: what the pairs are of. Raises ValueError where none is left."""
+    drops = Drops()
+
+    def look(i: int) -> bool:
+        try:
+            pairs.open(i)
+        except BrokenImage as error:
+            drops.add(pairs.keys[i], source, error.reason, error.detail)
+        except ValueError as error:
+            drops.add(pairs.keys[i], source, "file cannot be read", str(error))
+        else:
+            return True
+        return False
+
+    n = len(pairs.keys)
+    with ThreadPoolExecutor() as pool:
+        good = np.array(list(track(pool.map(look, range(n)), "images", n, disable=n < 1000)))
+    kept = np.flatnonzero(good)
+    if not len(kept):
+        raise ValueError(f"analyze: {source} holds no image that can be read; {'; '.join(drops.lines())}")
+    number, rows = np.cumsum(good) - 1, good[pairs.image]
+    captions = [text for text, row in zip(pairs.captions, rows, strict=True) if row]
+    keys = [pairs.keys[i] for i in kept]
+    return Pairs(
+        captions, number[pairs.image[rows]], keys, lambda i: pairs.open(int(kept[i])), [*pairs.notes, *drops.lines()]
+    )
 
 
 def choose_captions(image: np.ndarray, choice: Choice, seed: int) -> np.ndarray:

@@ -38,7 +38,8 @@ def generate(
         guidance: classifier-free guidance, 1 is none; default: 1.25 for the digits, else 2
         seed: seed of the noise
         n: how many images to draw of each caption
-        flow_matching: sample the instantaneous velocity with Euler's method instead
+        flow_matching: sample the instantaneous velocity with Euler's method instead: of a trained run that of its
+            start, where it is there
         vae: a diffusers folder with the autoencoder; default: that of the run's data, or of the export
         batch: how many images are computed at once
         dtype: number format that the transformer computes in; default: float32 on a CPU, bfloat16 on a GPU
@@ -67,6 +68,9 @@ def generate(
     guidance = sampler.guidance if guidance is None else guidance
     how = replace(sampler.settings, steps=steps, guidance=guidance, seed=seed, batch=batch)
     told = dict(steps=steps, guidance=guidance, seed=seed, run=str(run), flow_matching=flow_matching)
+    if sampler.note:
+        print(sampler.note, file=sys.stderr)
+        told["note"] = sampler.note
     for first in range(0, len(every), batch):
         here = every[first : first + batch]
         numbers = range(first, first + len(here))

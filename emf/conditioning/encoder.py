@@ -82,6 +82,10 @@ class Encoder(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
 
 def set_frozen(model: nn.Module) -> None:
     """Eval mode, no gradients."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -84,12 +85,25 @@ class Clip:
     def texts(self, texts: Sequence[str]) -> Tensor:
         """n texts -> [n, E] float32, unit length; what exceeds the context is cut off."""
         length = int(self.model.config.text_config.max_position_embeddings)
-        clean = [" ".join(html.unescape(html.unescape(t)).split()) for t in texts]
         ids = self.tokenizer(
-            clean, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+            [clean(t) for t in texts], padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         ).input_ids.to(self.model.device)
         states = self.model.text_model(input_ids=ids).last_hidden_state
         return _unit(self.model.text_projection(states[torch.arange(len(ids), device=ids.device), ids.argmax(-1)]))
+
+
+def clean(text: str) -> str:
+    """A text as open_clip cleans and splits it before it looks for tokens: broken Unicode is mended, typographic quotes
+    and full-width letters are made plain, HTML's names of letters are read, white space is one blank.
+
+    The names of OpenAI's special tokens are text there, of three words. Those of open_clip's own, <start_of_text> and
+    <end_of_text>, are text here too, which they are not there.
+    """
+    import ftfy  # where a text is scored alone
+
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    text = re.sub(r"<\|(startoftext|endoftext)\|>", r"<| \1 |>", text, flags=re.IGNORECASE)
+    return " ".join(text.split())
 
 
 def _unit(x: Tensor) -> Tensor:

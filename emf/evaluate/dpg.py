@@ -6,33 +6,28 @@ in transformers: another network's scores are of another scale, and labelled so.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from PIL import Image
 
 from emf.device import AUTO
-from emf.device import device as find_device
 from emf.evaluate.benchmark import (
     Result,
     Row,
     check_images,
     mean,
     score_images,
-    stamp,
     stamps,
     write_results,
 )
-from emf.evaluate.clip import normalized, pretrained
-from emf.files import files_in, numbered_jsonl, open_image, read_csv
+from emf.evaluate.vqa import BLIP, IMAGES, VQA, BlipVQA, RecordedVQA
+from emf.files import files_in, open_image, read_csv
 
-BLIP = "Salesforce/blip-vqa-base"
-PROMPTS, IMAGES = 1065, 4
+PROMPTS = 1065
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,9 @@ class Quirks:
     """Which of the official script's quirks are kept."""
 
     skip_first_row: bool = True
-    """The csv's first question is never asked; the item whose questions depend on it is then left out."""
+    """The csv is read as the official script reads it. Its first question is never asked, and the item is left out
+    where a question that depends on it is reached; of an item whose rows do not stand together, the last that do
+    count."""
     last_crop_categories: bool = True
     """The category tables count the last of the four images alone, before children fall with their parents; else all
     four, after."""
@@ -61,106 +58,9 @@ Items = dict[str, dict[int, Question]]
 """Item id -> proposition id -> question, in the file's order."""
 
 
-class VQA(Protocol):
-    """What answers the questions."""
-
-    label: str
-    settings: dict[str, Any]
-    deviations: list[str]
-
-    def answers(self, name: str, crop: int, image: Image.Image, questions: Mapping[int, str]) -> dict[int, str]:
-        """The answer to each question about an image: number `crop` of the grid `name`."""
-
-
-class RecordedVQA:
-    """Answers from a jsonl file: {"filename", "crop" (0..3), "answers": {proposition id: answer}} a line."""
-
-    label = "DPG-Bench (recorded answers)"
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.said: dict[tuple[str, int], dict[int, str]] = {}
-        for number, row in numbered_jsonl(file):
-            try:
-                crop, answers = (row["filename"], row["crop"]), row["answers"].items()
-                self.said[crop] = {int(k): a for k, a in answers if a is not None}
-            except (KeyError, TypeError, AttributeError, ValueError) as error:
-                raise ValueError(f"{file}:{number} lacks {error}; expected filename, crop and answers") from None
-            if wrong := [a for a in self.said[crop].values() if not isinstance(a, str)]:
-                raise ValueError(f'{file}:{number} has the answer {json.dumps(wrong[0])}; expected text, as in "yes"')
-        self.settings = {"answers": stamp(file)}
-        self.deviations = [f"answers were read from {file.name}, not made here; comparable if they are mPLUG's"]
-
-    def check(self, asked: Mapping[str, Iterable[int]]) -> None:
-        """Raises ValueError where the file lacks an answer; asked: propositions by name of the grid."""
-        for name, questions in asked.items():
-            for crop in range(IMAGES):
-                self._said(name, crop, questions)
-
-    def _said(self, name: str, crop: int, questions: Iterable[int]) -> dict[int, str]:
-        said = self.said.get((name, crop), {})
-        if missing := [q for q in questions if q not in said]:
-            raise ValueError(f"{self.file} has no answer to proposition {missing[0]} of {name}, crop {crop}")
-        return {q: said[q] for q in questions}
-
-    def answers(self, name: str, crop: int, image: Image.Image, questions: Mapping[int, str]) -> dict[int, str]:
-        """See VQA. Raises ValueError where the file lacks an answer."""
-        return self._said(name, crop, questions)
-
-
-@dataclass
-class BlipVQA:
-    """BLIP's visual question answering through transformers. Use BlipVQA.load()."""
-
-    model: Any
-    """BlipForQuestionAnswering."""
-    tokenizer: Any
-    settings: dict[str, Any] = field(default_factory=dict)
-    batch: int = 16
-    """Questions at once."""
-    label: str = "DPG-Bench (BLIP-VQA; not comparable to mPLUG)"
-
-    def __post_init__(self) -> None:
-        self.deviations = [
-            "answers are BLIP-VQA's instead of mPLUG's: not comparable with official or the paper's numbers"
-        ]
-
-    @classmethod
-    def load(cls, model: str = BLIP, device: str = AUTO) -> BlipVQA:
-        """From a folder or a Hub name. Raises ValueError, saying what to put where."""
-        from transformers import AutoTokenizer, BlipForQuestionAnswering
-
-        place = find_device(device)
-        network = pretrained(BlipForQuestionAnswering, model, "DPG-Bench's VQA network").to(place)
-        return cls(network, pretrained(AutoTokenizer, model, "DPG-Bench's VQA network"), {"vqa": model})
-
-    @torch.no_grad()
-    def answers(self, name: str, crop: int, image: Image.Image, questions: Mapping[int, str]) -> dict[int, str]:
-        """See VQA."""
-        size = int(self.model.config.vision_config.image_size)
-        pixels = normalized(image.resize((size, size), Image.Resampling.BICUBIC)).to(self.model.device)
-        by_length: dict[int, list[tuple[int, list[int]]]] = defaultdict(list)
-        for q, text in questions.items():
-            ids = self.tokenizer(text).input_ids
-            by_length[len(ids)].append((q, ids))
-        said: dict[int, str] = {}
-        # never padded: BLIP's decoder attends to the question's padding, so a batch would change the answers
-        for same in by_length.values():
-            for i in range(0, len(same), self.batch):
-                part = same[i : i + self.batch]
-                tokens = self.model.generate(
-                    input_ids=torch.tensor([ids for _, ids in part], device=self.model.device),
-                    pixel_values=pixels.expand(len(part), -1, -1, -1),
-                    do_sample=False,
-                    max_new_tokens=10,
-                )
-                texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-                said |= {q: text for (q, _), text in zip(part, texts, strict=True)}
-        return {q: said[q].strip() for q in questions}
-
-
 def read_questions(file: Path, skip_first_row: bool = True) -> Items:
-    """The items of dpg_bench.csv. Raises ValueError, naming file and line, on what cannot be read."""
+    """The items of dpg_bench.csv; skip_first_row: see Quirks. Raises ValueError, naming file and line, on what cannot
+    be read."""
     columns = {"item_id", "proposition_id", "dependency", "tuple", "question_natural_language"}
     if not file.is_file():
         raise ValueError(f"{file} does not exist; put DPG-Bench's dpg_bench.csv (ELLA's repository) there")
@@ -168,7 +68,11 @@ def read_questions(file: Path, skip_first_row: bool = True) -> Items:
     if lacking := columns - (rows[0][1].keys() if rows else set()):
         raise ValueError(f"{file} lacks the column {min(lacking)}; expected DPG-Bench's dpg_bench.csv")
     items: Items = {}
+    before = None
     for line, row in rows[skip_first_row:]:
+        if skip_first_row and row["item_id"] != before:
+            items[row["item_id"]] = {}
+        before = row["item_id"]
         try:
             parents = tuple(int(p) for p in row["dependency"].split(",") if int(p))
             question = Question(row["question_natural_language"], row["tuple"].split("(")[0].strip(), parents)
@@ -181,17 +85,27 @@ def read_questions(file: Path, skip_first_row: bool = True) -> Items:
 
 
 def incomplete(questions: Mapping[int, Question]) -> bool:
-    """Whether a question's parent is missing: the official script then drops the item."""
+    """Whether a question's parent is missing."""
     return any(p not in questions for q in questions.values() for p in q.parents)
 
 
-def fall(questions: Mapping[int, Question], scores: Mapping[int, float]) -> dict[int, float]:
+def hopeless(questions: Mapping[int, Question]) -> bool:
+    """Whether a missing parent is reached whatever the answers are: it is a question's first."""
+    return any(q.parents and q.parents[0] not in questions for q in questions.values())
+
+
+def fall(questions: Mapping[int, Question], scores: Mapping[int, float]) -> dict[int, float] | None:
     """Scores with 0 for every question of which a parent has 0, in the file's order: so it passes on to later
-    grandchildren."""
+    grandchildren. None where a parent is reached that is missing: the official script then drops the item. It looks at
+    a question's parents in their order, up to the first that has 0."""
     fallen = dict(scores)
     for q, question in questions.items():
-        if any(fallen[p] == 0 for p in question.parents):
-            fallen[q] = 0.0
+        for p in question.parents:
+            if p not in fallen:
+                return None
+            if fallen[p] == 0:
+                fallen[q] = 0.0
+                break
     return fallen
 
 
@@ -201,14 +115,15 @@ def marks(answers: Mapping[str, str]) -> dict[int, float]:
 
 
 def summarize(rows: Sequence[Row], items: Items, quirks: Quirks) -> tuple[float, dict[str, dict[str, float]]]:
-    """(overall, tables of level 1 and level 2), in percent. rows: filename, item and answers of each crop."""
+    """(overall, tables of level 1 and level 2), in percent. rows: filename, item and answers of each crop, of items
+    that are not dropped."""
     overall = []
     level1: dict[str, list[float]] = defaultdict(list)
     level2: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         questions = items[row["item"]]
         plain = [marks(answers) for answers in row["answers"]]
-        fallen = [fall(questions, m) for m in plain]
+        fallen = [f for m in plain if (f := fall(questions, m)) is not None]
         overall.append(mean(mean(f.values()) for f in fallen))
         for m in plain[-1:] if quirks.last_crop_categories else fallen:
             for q, question in questions.items():
@@ -252,15 +167,20 @@ def questions_of(
     names = list(names)
     if strange := next((n for n in names if _item(n) not in everything), None):
         raise ValueError(f"{root / strange} is of no item in {questions.name}; expected <item id>.png")
-    left_out = [n for n in names if _item(n) not in items or incomplete(items[_item(n)])]
+    lacking = hopeless if quirks.skip_first_row else incomplete
+    left_out = [n for n in names if _item(n) not in items or lacking(items[_item(n)])]
     if left_out and not quirks.skip_first_row:
         raise ValueError(f"{questions}: item {_item(left_out[0])} depends on a proposition that it does not have")
     if len(left_out) == len(names):
-        raise ValueError(
-            f"DPG-Bench: {root / left_out[0]} is all there is, and left out, as officially, since the first question "
-            f"of {questions.name} is skipped; add images of other items, or say --no-skip-first-row"
-        )
+        raise nothing_left(root / left_out[0], questions)
     return {n: items[_item(n)] for n in names if n not in left_out}
+
+
+def nothing_left(grid: Path, questions: Path) -> ValueError:
+    return ValueError(
+        f"DPG-Bench: {grid} is all there is, and left out, as officially, since the first question of {questions.name} "
+        "is skipped; add images of other items, or say --no-skip-first-row"
+    )
 
 
 def settings_of(vqa: VQA) -> dict[str, Any]:
@@ -300,6 +220,11 @@ def score_dpg(
 
     settings = settings_of(vqa)
     rows = score_images(out, settings, digests, score)
+    reached = [r for r in rows if any(fall(items[r["item"]], marks(said)) is None for said in r["answers"])]
+    rows = [r for r in rows if r not in reached]
+    left_out += [r["filename"] for r in reached]
+    if not rows:
+        raise nothing_left(root / left_out[0], questions)
     overall, tables = summarize(rows, items, quirks)
     result = Result(
         benchmark="DPG-Bench",

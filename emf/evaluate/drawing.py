@@ -20,7 +20,8 @@ class Drawing:
     steps: tuple[int, ...] = (1, 2, 4, 8)
     """Numbers of steps to draw with; with a folder of images the number that the table says."""
     flow_matching: bool = False
-    """Sample the instantaneous velocity with Euler's method: the baseline's rows, at 30, 4, 1."""
+    """Sample the instantaneous velocity with Euler's method, of a trained run that of its start: the baseline's rows,
+    at 30, 4, 1."""
     guidance: float | None = None
     """Classifier-free guidance, 1 is none; default: 1.25 for the digits, else 2."""
     seed: int = 0

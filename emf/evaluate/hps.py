@@ -207,7 +207,7 @@ def summarize(scores: Mapping[str, float]) -> tuple[float, float]:
 
 def settings_of(network: Mapping[str, Any], how: Mapping[str, Any]) -> dict[str, Any]:
     """What scores depend on beside the images: whose weights they are, and how it is computed."""
-    return {"benchmark": "HPSv2.1", **network, "half": how["half"], "antialias": how["antialias"]}
+    return {"benchmark": "HPSv2.1", **network, "half": how["half"], "antialias": how["antialias"], "cleaned": "ftfy"}
 
 
 def score_hps(
@@ -265,7 +265,7 @@ def score_hps(
 
 
 def _deviations(rows: Sequence[Row], styles: Sequence[str], half: bool, antialias: bool) -> list[str]:
-    said = ["prompts are cleaned without ftfy (repair of broken Unicode)"]
+    said = []
     if not half:
         said.append("float32 instead of autocast to float16")
     if antialias:

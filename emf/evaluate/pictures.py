@@ -9,6 +9,7 @@ never drawn again.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -121,6 +122,8 @@ def draw_pictures(items: Sequence[Item], texts: dict[str, str], out: Path, drawi
     guidance = sampler.guidance if drawing.guidance is None else drawing.guidance
     told = dict(checkpoint=str(drawing.checkpoint), weights=sampler.stamp, seed=drawing.seed, guidance=guidance)
     told |= dict(dtype=str(sampler.dtype), flow_matching=drawing.flow_matching)
+    if sampler.note and rank == 0:
+        print(sampler.note, file=sys.stderr)
     how = replace(sampler.settings, guidance=guidance, seed=drawing.seed, batch=drawing.batch)
     for steps in drawing.counts:
         folder = out / str(steps) / IMAGES

@@ -39,12 +39,16 @@ Colors = Callable[[str, Sequence[Detection]], Sequence[str | None]]
 
 
 def select(detections: Sequence[Detection], tag: str) -> list[Detection]:
-    """What GenEval looks at: above the tag's score, at most 16 a class; highest score first."""
-    least = COUNTING_SCORE if tag == "counting" else SCORE
+    """What GenEval looks at: above the tag's score, at most 16 a class; highest score first.
+
+    As in the official code scores and thresholds are float32, so that a score of 0.3 as float32 has it does not count;
+    and of equal scores the later detection comes first, for there the order is that of argsort, reversed.
+    """
+    least = np.float32(COUNTING_SCORE if tag == "counting" else SCORE)
     kept: list[Detection] = []
     seen: Counter[str] = Counter()
-    for d in sorted(detections, key=lambda d: -d.score):
-        if d.score > least and seen[d.label] < MOST:
+    for d in sorted(reversed(detections), key=lambda d: -np.float32(d.score)):
+        if np.float32(d.score) > least and seen[d.label] < MOST:
             seen[d.label] += 1
             kept.append(d)
     return kept
@@ -98,7 +102,8 @@ def check_metadata(metadata: Any, classes: Sequence[str], where: str) -> None:
 def evaluate(
     spec: dict[str, Any], detections: Sequence[Detection], threshold: float = 0.1, colors: Colors | None = None
 ) -> tuple[bool, str]:
-    """(correct, reason) of an image. spec: GenEval metadata; detections: all that count (select).
+    """(correct, reason) of an image. spec: GenEval metadata; detections: all that count (select); of equal scores the
+    first counts more.
 
     For each included class the `count` highest-scored detections are taken; colours and positions are asked of those,
     positions only where the colours hold. Only `exclude` catches surplus. A position is asked against an earlier entry,
@@ -106,7 +111,7 @@ def evaluate(
     """
     colors = colors or (lambda label, found: [d.color for d in found])
     by_label = defaultdict(list)
-    for d in sorted(detections, key=lambda d: -d.score):
+    for d in sorted(detections, key=lambda d: -np.float32(d.score)):
         by_label[d.label].append(d)
     reasons: list[str] = []
     groups: list[list[Detection] | None] = []  # of each entry, what was found; None where it does not hold

@@ -179,6 +179,8 @@ def _unscored(what: str, run: Path, config: dict[str, Any]) -> Html:
     if _draws_digits(config):
         return page.missing(what, f"emf evaluate digits {run}")
     how = " --flow-matching" if config.get("objective") == "flow_matching" else ""
+    if config.get("data", {}).get("vae") is None:  # a run on a cache need not know of it
+        how += " --vae SANA"
     command = f"emf evaluate geneval --prompts evaluation_metadata.jsonl --checkpoint {run}{how} --out DIR"
     return Html(f'<p class="missing">This run draws no digits: {page.code(command)} draws and scores it, in DIR.</p>')
 

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from emf.config import Config
 from emf.data.digits import TAGS, prompts
 from emf.evaluate.digits_scorer import Scorer, calibrate
 from emf.files import check_writable, write_json
-from emf.model.text_to_image import TextToImage
 from emf.sample.sampler import Sampler, to_uint8
 from emf.sample.sampling_settings import SMALL_AT_ONCE, Settings
 from emf.show.progress import track
 from emf.show.sheet import captioned, write_sheet
 from emf.show.table import console, terminal
-from emf.weights.folders import load_run
-from emf.weights.start import started
+from emf.weights.folders import load_run, load_start
 
 EULER, FEW = (1, 4, 30), (1, 2, 4, 8)
-
-
-def load_base(config: Config) -> TextToImage:
-    """The flow-matching network that a MeanFlow run started from."""
-    if config.init is None:
-        raise ValueError("evaluate: the run started from random weights, so there is no base to compare with")
-    base = replace(config, objective="flow_matching", transformer=replace(config.transformer, dual_time=False))
-    return started(base).eval()
 
 
 def evaluate_run(run: Path, per_tag: int, guidance: float, seed: int) -> dict[str, Any]:
@@ -45,7 +33,7 @@ def evaluate_run(run: Path, per_tag: int, guidance: float, seed: int) -> dict[st
     check_writable(run / "scores.json", "evaluate: ")
     specs = prompts(per_tag)
     meanflow = config.objective == "meanflow"
-    base = Sampler(config, load_base(config) if meanflow else network, source="the base" if meanflow else run)
+    base = Sampler(config, load_start(config).network if meanflow else network, source="the base" if meanflow else run)
     rows = [("fm", n, base) for n in EULER]
     if meanflow:
         rows += [("emf", n, Sampler(config, network, source=run)) for n in FEW]

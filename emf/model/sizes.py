@@ -27,6 +27,7 @@ class TransformerConfig:
     sample_size: int = 32
     """Pixels, or latents, along a side of a sample."""
     norm_eps: float = 1e-6
+    """The small number in the blocks' layer norms. In the last norm it is 1e-6, whatever this is."""
     interpolation_scale: float | None = None
     """Fixed 2-D sinusoidal positions added to the patches, at this scale (SANA at 2048 and 4096 px: 1 and 2; none
     below)."""

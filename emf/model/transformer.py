@@ -26,6 +26,7 @@ from emf.model.sizes import TransformerConfig
 from emf_kernels import each, primal
 
 SINUSOID = 256  # width of the sinusoid in every published SANA
+OUT_EPS = 1e-6  # of the last norm, fixed in diffusers' class whatever its norm_eps
 
 
 class Transformer(nn.Module):
@@ -78,7 +79,7 @@ class Transformer(nn.Module):
             h = ops.gated_residual(h, None, where.to(x.device, x.dtype).expand(x.shape[0], -1, -1))
         h = (self.graphs or self.through)(h, m, c, mask, height=height, width=width)
         shift, scale = ops.modulation(e, self.scale_shift_table)
-        return image(self.proj_out(ops.adaln(h, scale, shift, config.norm_eps)), p, height, width)
+        return image(self.proj_out(ops.adaln(h, scale, shift, OUT_EPS)), p, height, width)
 
     def through(self, h: Value, m: Value, c: Tensor, mask: Tensor | None, height: int, width: int) -> Any:
         """h [B, N, C] after all blocks."""

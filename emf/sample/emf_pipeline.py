@@ -1,35 +1,35 @@
-"""EMF as a diffusers pipeline: few-step sampling with u(z_t, r, t) from a folder that `emf export` wrote, as in
-`EMFPipeline.from_pretrained("out")(prompt_embeds=states, num_inference_steps=2, guidance_scale=1.5).images`."""
+"""EMF as a diffusers pipeline: few-step pictures from a folder that `emf export` wrote, by the sampler of `emf
+generate`, as in `EMFPipeline.from_pretrained("out")("a red cube", num_inference_steps=2).images`."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
-from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 from torch import Tensor
 
-from emf.model.autoencoder import decode
+from emf.conditioning.encoder import Encoder
+from emf.flow import seed_of
+from emf.model.autoencoder import decode, load_dcae
 from emf.model.sizes import TransformerConfig
-from emf.model.state import variant
 from emf.model.transformer import Transformer
-from emf.sample.sampler import check_finite, latents_of
-from emf.sample.sampling_settings import GUIDANCE_PIPELINE
+from emf.sample.sampler import States, check_finite, conditions_of, latents_of, noise_of, to_uint8
+from emf.sample.sampling_settings import SEEDS, Settings, default_guidance
 from emf.weights.diffusers_folder import load_exported_transformer
-from emf.weights.export import PARTS, write_export
+from emf.weights.export import write_export
+from emf.weights.folders import export_config, export_encoder, text_parts
 from emf.weights.layouts import DUAL, dual_file
 from emf.weights.lora import put_on, read_adapters
 
-Conditioning = Callable[[list[str]], tuple[Tensor, Tensor, Tensor | None]]
-"""Prompts -> (states [B, M, caption channels], the null condition's states of that shape, mask [B, M] or None)."""
+Generators = torch.Generator | list[torch.Generator] | None
 
 
 class EMFTransformer(ModelMixin, ConfigMixin):
@@ -69,9 +69,11 @@ class EMFTransformer(ModelMixin, ConfigMixin):
 
 
 class EMFPipeline(DiffusionPipeline):
-    """Images by EMF's sampler in 1, 2, 4, 8 steps. Without a vae, latents; without conditioning, from prompt_embeds.
+    """Images by EMF's sampler in 1, 2, 4, 8 steps. Without a vae, latents; without a text encoder, from prompt_embeds.
 
-    It maps diffusers' arguments on the sampler of emf.sample.sampler, and takes conditions and noise from its caller.
+    It says diffusers' arguments in those of `emf generate`, and computes by the same functions (emf.sample.sampler): of
+    the same weights, seed, prompts and settings both give the same pictures, bit for bit.
+    text_encoder: an Encoder of emf.conditioning, which brings its tokenizer.
     """
 
     model_cpu_offload_seq: Any = "text_encoder->transformer->vae"
@@ -84,36 +86,50 @@ class EMFPipeline(DiffusionPipeline):
         vae: Any = None,
         text_encoder: Any = None,
         tokenizer: Any = None,
-        conditioning: Any = None,
     ) -> None:
         super().__init__()
         self.register_modules(
             transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
         )
-        self.conditioning: Conditioning | None = conditioning
         self.scale = 1 if vae is None else int(vae.spatial_compression_ratio)
-        self.processor = VaeImageProcessor(vae_scale_factor=self.scale)
+        self.guidance, self.built_in = default_guidance(None), 1.0
+        """Guidance where a call says none; how much of it the transformer was trained with."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[Any], **kwargs: Any) -> Any:
-        """A folder from `emf export`; kwargs are DiffusionPipeline.from_pretrained's (torch_dtype, vae=None, ...),
-        conditioning (see Conditioning), and adapters: a folder from `emf export --adapters`, which is merged into
-        the transformer; the base may then be SANA as it was published. Raises ValueError where it is another."""
+        """A folder from `emf export`. kwargs are DiffusionPipeline.from_pretrained's: transformer, vae and text_encoder
+        in the place of the folder's (None: without), torch_dtype of transformer and text encoder. The autoencoder stays
+        float32, as in `emf generate`.
+
+        adapters: a folder from `emf export --adapters`, which is merged into the transformer; the base may then be SANA
+        as it was published. Raises ValueError where the folder is another.
+        """
         folder, adapters = Path(pretrained_model_name_or_path), kwargs.pop("adapters", None)
-        kwargs.setdefault("transformer", None)
-        if kwargs["transformer"] is None:
-            dtype = kwargs.get("torch_dtype") or kwargs.get("dtype") or torch.float32
-            if not isinstance(dtype, torch.dtype):
-                raise ValueError(f"pipeline: torch_dtype {dtype!r}; expected one dtype for all parts")
-            kwargs["transformer"] = EMFTransformer.from_export(
-                folder / "transformer", dtype, adapters and Path(adapters)
-            )
+        dtype = kwargs.get("torch_dtype") or kwargs.get("dtype") or torch.float32
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"pipeline: torch_dtype {dtype!r}; expected one dtype for all parts")
+        if (transformer := kwargs.get("transformer")) is None:
+            transformer = EMFTransformer.from_export(folder / "transformer", dtype, adapters and Path(adapters))
         elif adapters is not None:
             raise ValueError("pipeline: adapters go with the folder's transformer; give no other, or load_lora_weights")
-        if "variant" not in kwargs:  # of parts that were published as one alone; diffusers knows which parts those are
-            found = (variant(folder / part) for part in PARTS if kwargs.get(part, part) is not None)
-            kwargs["variant"] = next((name for name in found if name), None)
-        return super().from_pretrained(str(folder), **kwargs)
+        if "vae" not in kwargs and (folder / "vae").is_dir():
+            kwargs["vae"] = load_dcae(folder).module
+        kind, encoder = text_parts(folder)["kind"], kwargs.pop("text_encoder", ...)
+        config = export_config(folder, transformer.network.config) if kind else None
+        if encoder is ...:
+            encoder = None if config is None else export_encoder(folder, config).to(dtype).eval()
+        elif not (encoder is None or isinstance(encoder, Encoder)):
+            raise ValueError(
+                f"pipeline: text_encoder is {type(encoder).__name__}; expected one of emf.conditioning.load, or None"
+            )
+        if kwargs.pop("tokenizer", None) is not None:
+            raise ValueError("pipeline: a text encoder brings its own tokenizer; give none")
+        kwargs |= {"transformer": transformer, "text_encoder": None, "tokenizer": None}
+        pipe = super().from_pretrained(str(folder), **kwargs)
+        pipe.register_modules(text_encoder=encoder, tokenizer=getattr(encoder, "tokenizer", None))
+        pipe.guidance = default_guidance(kind)
+        pipe.built_in = 1.0 if config is None else config.flow.built_in
+        return pipe
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
@@ -149,64 +165,123 @@ class EMFPipeline(DiffusionPipeline):
         prompt_attention_mask: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         num_inference_steps: int = 1,
-        guidance_scale: float = GUIDANCE_PIPELINE,
+        guidance_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        negative_prompt_attention_mask: Tensor | None = None,
     ) -> Any:
-        """Images for prompts (with a conditioning) or for their states.
+        """Images of prompts, or of their states.
 
         prompt_embeds [B, M, caption channels], prompt_attention_mask [B, M]: what the transformer attends to.
-        negative_prompt_embeds: the null condition's states, of the same shape or [1, ...]; None: zeros. BLIP3o-NEXT's
-                                null is its connector's output for zeros; give that one.
+        negative_prompt_embeds: the null condition's states, of the same shape or [1, ...]; None: the text encoder's
+            own for prompts, zeros for prompt_embeds. BLIP3o-NEXT's null is its connector's output for zeros; give that
+            one. Their mask, negative_prompt_attention_mask, is their own; None: all are attended to.
         num_inference_steps: equal steps of z_r = z_t - (t - r) u(z_t, r, t)
-        guidance_scale: u_null + w (u - u_null); 1 evaluates once a step. EMF's released code samples with 1.5 and 2.
+        guidance_scale: u_null + w (u - u_null); 1 evaluates once a step. None: that of `emf generate`.
         height, width: of the images, multiples of the autoencoder's factor; None: what the transformer was made for
-        latents: noise [B, C, H, W] instead of drawing it by `generator`
+        generator: its seed is that of `emf generate`, and gives the same pictures, wherever it lies; used again, it
+            gives others. Of a list each is an image's. None: a random seed.
+        latents: noise [B, C, H, W] instead of drawing it
         output_type: "pil", "np", "pt" or "latent". Raises ValueError on what does not fit, and NotFinite
             where an image holds NaN or inf.
         """
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("pipeline: give either prompt or prompt_embeds")
-        if prompt is not None:
-            if self.conditioning is None:
-                raise ValueError(
-                    "pipeline: no conditioning reads prompts here; give prompt_embeds, or conditioning=..."
-                )
-            prompts = [prompt] if isinstance(prompt, str) else prompt
-            prompt_embeds, null, prompt_attention_mask = self.conditioning(prompts)
-            negative_prompt_embeds = null if negative_prompt_embeds is None else negative_prompt_embeds
-        assert prompt_embeds is not None
-        model, device, dtype = self.transformer.network.config, self._execution_device, self.transformer.dtype
-        side = model.sample_size * self.scale
-        shape = (len(prompt_embeds), model.in_channels, (height or side) // self.scale, (width or side) // self.scale)
-        if any(n % (self.scale * model.patch_size) for n in (height or side, width or side)):
-            raise ValueError(
-                f"pipeline: {height or side} x {width or side} pixels; expected multiples of "
-                f"{self.scale * model.patch_size}"
-            )
-        if output_type != "latent" and self.vae is None:
+        if prompt is not None and self.text_encoder is None:
+            raise ValueError("pipeline: no text encoder reads prompts here; give prompt_embeds, or a text_encoder")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"pipeline: output_type {output_type!r}; expected pil, np, pt or latent")
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        n = len(prompts) if prompt_embeds is None else len(prompt_embeds)  # type: ignore[arg-type]
+        guidance = self.guidance if guidance_scale is None else guidance_scale
+        how = Settings(steps=num_inference_steps, guidance=guidance)
+        shape = self._shape(height, width)
+        if output_type != "latent" and self.vae is None and shape[0] != 3:
             raise ValueError('pipeline: no vae to decode with; give one, or output_type="latent"')
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        elif tuple(latents.shape) != shape:
-            raise ValueError(f"pipeline: latents {tuple(latents.shape)}; expected {shape}")
-        c = prompt_embeds.to(device, dtype)
-        zeros = torch.zeros_like(c)
-        null = zeros if negative_prompt_embeds is None else zeros + negative_prompt_embeds.to(device, dtype)
-        mask = None if prompt_attention_mask is None else prompt_attention_mask.to(device, torch.bool)
-        images: Any = latents_of(
-            self.transformer,
-            latents.to(device),
-            (c, mask),
-            (null, mask),
-            steps=num_inference_steps,
-            guidance=guidance_scale,
-        )
-        if output_type != "latent":
-            images = self.processor.postprocess(check_finite(decode(self.vae, images)), output_type=output_type)
+        if latents is not None and tuple(latents.shape) != (n, *shape):
+            raise ValueError(f"pipeline: latents {tuple(latents.shape)}; expected {(n, *shape)}")
+        seeds = seeds_of(generator, n)
+        own = None if negative_prompt_embeds is None else (negative_prompt_embeds, negative_prompt_attention_mask)
+        device, dtype, done = self._execution_device, self.transformer.dtype, []
+        for part in (slice(i, i + how.batch) for i in range(0, n, how.batch)):
+            condition, null = self._conditions(
+                prompts and prompts[part], seeds[part], _part((prompt_embeds, prompt_attention_mask), part, n)
+            )
+            if own is not None:
+                null = _part(own, part, n)
+            noise = noise_of(seeds[part], shape) if latents is None else latents[part]
+            images: Any = latents_of(
+                self.transformer,
+                noise.to(device),
+                *(_placed(states, len(noise), device, dtype) for states in (condition, null)),
+                steps=how.steps,
+                guidance=guidance / self.built_in,
+            )
+            if output_type != "latent" and self.vae is not None:  # one at a time, as in `emf generate`
+                images = check_finite(torch.cat([decode(self.vae, z[None]) for z in images]))
+            done.append(images)
         self.maybe_free_model_hooks()
+        images = _as(output_type, torch.cat(done))
         return ImagePipelineOutput(images) if return_dict else (images,)
+
+    def _shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+        """Of the latents of an image. Raises ValueError on pixels that make no whole number of patches."""
+        model = self.transformer.network.config
+        side, patch = model.sample_size * self.scale, self.scale * model.patch_size
+        sides = height or side, width or side
+        if any(n % patch for n in sides):
+            raise ValueError(f"pipeline: {sides[0]} x {sides[1]} pixels; expected multiples of {patch}")
+        return model.in_channels, sides[0] // self.scale, sides[1] // self.scale
+
+    def _conditions(self, prompts: list[str] | None, seeds: list[int], given: Any) -> tuple[Any, Any]:
+        """(condition, null) of a batch: the text encoder's, or what was given and zeros."""
+        if prompts is None:
+            return given, (torch.zeros_like(given[0]), None)
+        return conditions_of(self.text_encoder, prompts, seeds, self._execution_device, self.transformer.dtype)
+
+
+def _part(states: tuple[Tensor | None, Tensor | None], part: slice, n: int) -> Any:
+    """States and mask of some of n images; what is given once holds for all."""
+    return tuple(x if x is None or len(x) != n else x[part] for x in states)
+
+
+def _placed(states: States, n: int, device: torch.device, dtype: torch.dtype) -> States:
+    """States and mask of n images, of which there may be one for all, where the transformer is."""
+    c, mask = states
+    return c.to(device, dtype).expand(n, -1, -1), None if mask is None else mask.to(device, torch.bool).expand(n, -1)
+
+
+def _as(output_type: str, images: Tensor) -> Any:
+    """Images [n, 3, H, W] in about [-1, 1], in diffusers' form of that name; latents as they are."""
+    if output_type == "latent":
+        return images
+    if output_type == "pil":
+        return [Image.fromarray(x) for x in to_uint8(images.cpu())]
+    images = (images / 2 + 0.5).clamp(0, 1)
+    return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def seeds_of(generator: Generators, n: int) -> list[int]:
+    """Seeds of n images, of their noise and of the image tokens that BLIP3o-NEXT draws before it: those that `emf
+    generate` gives to its images 0, 1, ... by the generator's seed. Of a list of n each is for one image, its first."""
+    if isinstance(generator, Sequence):
+        if len(generator) != n:
+            raise ValueError(f"pipeline: {len(generator)} generators; expected one, or one for each of {n} images")
+        return [seed_of(_seed(g), 0) for g in generator]
+    seed = _seed(generator)
+    return [seed_of(seed, i) for i in range(n)]
+
+
+def _seed(generator: torch.Generator | None) -> int:
+    """The seed that a generator was given. One that has been used already gives a further one, and none a random one:
+    by diffusers' custom a generator does not give the same pictures twice."""
+    if generator is None:
+        return int(torch.randint(SEEDS, ()))
+    unused = torch.Generator(generator.device).manual_seed(generator.initial_seed())
+    fresh = torch.equal(generator.get_state(), unused.get_state())
+    further = int(torch.randint(SEEDS, (), generator=generator, device=generator.device))
+    return generator.initial_seed() % SEEDS if fresh else further

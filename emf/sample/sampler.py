@@ -1,7 +1,8 @@
 """The one way from captions to images: captions -> condition -> latents -> decoder -> images.
 
 `emf generate`, validation during training, the benchmarks' pictures, the analyses and the paper in miniature call
-Sampler; EMFPipeline, which gets its conditions and its noise from its caller, calls `latents_of` and the same decoder.
+Sampler. EMFPipeline, whose caller may bring conditions and noise of its own, goes the same way by the same functions:
+`conditions_of`, `noise_of`, `latents_of`, `check_finite`, `to_uint8`.
 """
 
 from __future__ import annotations
@@ -27,14 +28,33 @@ from emf.flow import guided, sample, seed_of
 from emf.model.autoencoder import Latent, load_dcae
 from emf.model.text_to_image import TextToImage
 from emf.sample.image_tokens import tokenize
-from emf.sample.sampling_settings import GUIDANCE, GUIDANCE_PRETRAINED, Settings
+from emf.sample.sampling_settings import Settings, default_guidance
 from emf.weights.checkpoints import WEIGHTS
-from emf.weights.folders import load, weights_folder
+from emf.weights.folders import load, load_velocity, weights_folder
 
 TOKENS_APART = 2**40  # is added to an image's seed for its image tokens, which must not follow its noise
 
 States = tuple[Tensor, Tensor | None]
 """Condition states [B, M, C], and their key mask [B, M] bool; None: all M are attended to."""
+
+
+@torch.no_grad()
+def conditions_of(
+    encoder: Any, captions: Sequence[str], seeds: Sequence[int], device: torch.device, dtype: torch.dtype
+) -> tuple[States, States]:
+    """(condition, null) of captions, each with the mask of its own: what is attended to where there is no caption is
+    not what the caption's length says. seeds: of the images, see `tokenize`. Both are the same at every step, so they
+    are made once. Raises ValueError on a caption that the encoder cannot read."""
+    token_seeds = [TOKENS_APART + n for n in seeds]
+    ids, mask = (x.to(device) for x in tokenize(encoder, captions, token_seeds, progress=True))
+    dropped = torch.ones(len(captions), dtype=torch.bool, device=device)
+    (c, kept), (null, null_kept) = encoder(ids, mask), encoder(ids, mask, dropped)
+    return (c.to(dtype), kept), (null.to(dtype), null_kept)
+
+
+def noise_of(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Noise [n, *shape] float32 on the CPU, each image's by its own seed."""
+    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(n)) for n in seeds])
 
 
 @torch.no_grad()
@@ -105,6 +125,8 @@ class Sampler:
         """A digest of the weights: another one means other images."""
         self.source = source
         """Where the weights come from, for errors."""
+        self.note = ""
+        """Whose instantaneous velocity is sampled, where that is not plainly the run's."""
         self.seconds: dict[str, float] = {}
         """What the stages took so far: text, transformer, decoder."""
 
@@ -119,22 +141,29 @@ class Sampler:
     ) -> Sampler:
         """run: a run, one of its checkpoints, an export, or a folder from emf convert. vae: a diffusers folder with
         the autoencoder; None: that of the run's data, or of the export. dtype: None is float32 on a CPU, bfloat16 on a
-        GPU. flow_matching: sample the instantaneous velocity by Euler's method (`average` of Settings). Raises
-        ValueError on what does not fit, and NotFinite on weights that hold NaN or inf."""
+        GPU. flow_matching: sample the instantaneous velocity by Euler's method (`average` of Settings), that of the
+        run's start where it is there; `note` says whose it is. Raises ValueError on what does not fit, and NotFinite on
+        weights that hold NaN or inf."""
         place = find_device(device)
         run = Path(run)
-        config, network = load(run)
-        if config.objective == "flow_matching" and not flow_matching:
-            raise ValueError(f"generate: {run} was trained for flow matching alone; say --flow-matching")
+        note, place_of = "", run
+        if flow_matching:
+            found = load_velocity(run)
+            config, network, place_of, note = found.config, found.network, found.source, found.note
+        else:
+            config, network = load(run)
+            place_of = weights_folder(run)
+            if config.objective == "flow_matching":
+                raise ValueError(f"generate: {run} was trained for flow matching alone; say --flow-matching")
         network = network.to(place, getattr(torch, dtype or ("float32" if place.type == "cpu" else "bfloat16")))
         folder, channels = vae or config.data.vae, config.transformer.in_channels
         if folder is None and channels != 3:
             raise ValueError(f"generate: {run} gives latents of {channels} channels; name their autoencoder with --vae")
         autoencoder = None if folder is None else load_dcae(folder, device=place)
-        place_of = weights_folder(run)
         source = place_of / WEIGHTS if (place_of / WEIGHTS).is_file() else place_of
         how = Settings(average=not flow_matching)
-        sampler = cls(config, network, autoencoder, how, weights_stamp(run), source=source)
+        sampler = cls(config, network, autoencoder, how, weights_stamp(place_of), source=source)
+        sampler.note = note
         if fault := sampler.fault():
             raise NotFinite([], fault)
         return sampler
@@ -152,7 +181,7 @@ class Sampler:
     @property
     def guidance(self) -> float:
         """Where no settings say another: that of the network's world."""
-        return GUIDANCE if self.config.condition.kind == "small" else GUIDANCE_PRETRAINED
+        return default_guidance(self.config.condition.kind)
 
     @property
     def device(self) -> torch.device:
@@ -212,18 +241,11 @@ class Sampler:
         network, model, device = self.network, self.config.transformer, self.device
         guidance = self.guidance if how.guidance is None else how.guidance
         with timed(self.seconds, "text", device):
-            # The condition is the same at every step: it is encoded once, with and without the captions.
-            token_seeds = [TOKENS_APART + n for n in seeds]
-            ids, mask = (x.to(device) for x in tokenize(network.encoder, captions, token_seeds, progress=True))
-            dropped = torch.ones(len(captions), dtype=torch.bool, device=device)
-            states = network.encoder(ids, mask), network.encoder(ids, mask, dropped)
-            condition, null = ((s.to(self.dtype), kept) for s, kept in states)
+            condition, null = conditions_of(network.encoder, captions, seeds, device, self.dtype)
         with timed(self.seconds, "transformer", device):
-            shape = (model.in_channels, model.sample_size, model.sample_size)
-            noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(n)) for n in seeds])
             return latents_of(
                 network.transformer,
-                noise.to(device),
+                noise_of(seeds, (model.in_channels, model.sample_size, model.sample_size)).to(device),
                 condition,
                 null,
                 steps=how.steps,
@@ -239,12 +261,11 @@ class Sampler:
             return torch.cat([self.autoencoder.decode(z[None]).cpu() for z in latents])
 
 
-def weights_stamp(run: Path) -> str:
-    """A digest of a run's newest weights, an export's or a converted folder's: of names, sizes, and both ends of each
-    file."""
-    folder = weights_folder(run)
+def weights_stamp(source: Path) -> str:
+    """A digest of the weights in a folder, or in one file: of names, sizes, and both ends of each file."""
+    folder = source if source.is_dir() else source.parent
     digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.safetensors")):
+    for file in [source] if source.is_file() else sorted(source.rglob("*.safetensors")):
         size = file.stat().st_size
         with file.open("rb") as opened:
             ends = opened.read(2**16)

@@ -9,13 +9,16 @@ GUIDANCE = 1.25
 """Of the digits' world, where it scores best (profiles/LOG.md)."""
 GUIDANCE_PRETRAINED = 2.0
 """Of the other worlds: the one that EMF's released inference script samples with."""
-GUIDANCE_PIPELINE = 1.5
-"""Of EMFPipeline: the default of the function that this script calls."""
 
 SMALL_AT_ONCE = 64
 """Images of the digits' world that are computed at once where they are scored."""
 SEEDS = 2**43
 """Seeds that can be: with the images' numbers they make up numbers of 64 bits."""
+
+
+def default_guidance(kind: str | None) -> float:
+    """Where nothing else is said, by the kind of the text encoder."""
+    return GUIDANCE if kind == "small" else GUIDANCE_PRETRAINED
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from emf.train.objective import descended, learning_rate, losses
 from emf.train.ranges import mark_network, span
 from emf.train.takeover import own_folder
 from emf.train.validation import validate
-from emf.train.zero import Engine, engine_config, overruled, process_group
+from emf.train.zero import Engine, engine_config, launcher_left, overruled, process_group
 from emf.weights.checkpoints import checkpoints
 from emf.weights.start import resumed, started, with_encoder
 
@@ -84,11 +84,13 @@ def advised(out: Path) -> Iterator[None]:
 
 @contextmanager
 def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM has come, which then no longer ends the process: the step is finished and saved first."""
+    """Whether SIGTERM has come, which then no longer ends the process, or has ended DeepSpeed's launcher: the step is
+    finished and saved first."""
     asked: list[int] = []
+    left = launcher_left()
     before = signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
     try:
-        yield lambda: bool(asked)
+        yield lambda: bool(asked) or left()
     finally:
         signal.signal(signal.SIGTERM, before)
 

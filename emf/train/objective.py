@@ -57,5 +57,5 @@ def losses(config: Config, network: Any, batch: Batch, progress: float) -> tuple
     if config.objective == "flow_matching":
         loss, squared = flow_matching_loss(velocity, x, e, t)
     else:
-        loss, squared = meanflow_loss(velocity, null, x, e, (t, r, b), config.flow, progress=progress)
+        loss, squared = meanflow_loss(velocity, null, x, e, (t, r, b), config.flow, progress=progress, dropped=drop)
     return (loss + weight * own[-1] if own else loss), squared

@@ -65,10 +65,12 @@ def export(
     run, out = Path(run), Path(out)
     refuse_existing(out, WHO)
     config, network = load(run)
+    trained = network.encoder if network.own_encoder or config.condition.kind == "small" else None
+    if trained is not None and text is not None:
+        raise ValueError(f"export: {run} has a text encoder that was trained with it; leave --text out")
     if text is None and config.condition.kind == "blip3o":
         text = config.condition.folder or config.init
     state = {k: v.to(getattr(torch, dtype)) for k, v in merged(network.transformer).items()}
-    trained = network.encoder if network.own_encoder or config.condition.kind == "small" else None
     how = {k: getattr(config.condition, k) for k in ("kind", "scale", "window")}
     base = base or config.data.vae
     merged_in = network.transformer.adapters

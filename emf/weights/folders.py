@@ -3,23 +3,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from emf.config import ConditionConfig, Config
+from torch import nn
+
+from emf.config import ConditionConfig, Config, LoraConfig
 from emf.data.batches import DataConfig
 from emf.files import filled
+from emf.flow_config import FlowConfig
+from emf.model.sizes import EncoderConfig, TransformerConfig
 from emf.model.text_to_image import TextToImage
 from emf.network.build import encoder
 from emf.recipes import from_file
-from emf.weights.checkpoints import SETTINGS, newest
+from emf.weights.checkpoints import SETTINGS, WEIGHTS, checkpoints, newest
 from emf.weights.converted import is_base, load_converted
 from emf.weights.diffusers_folder import load_exported_transformer
 from emf.weights.layouts import part_of, read_settings
-from emf.weights.start import resumed
+from emf.weights.start import resumed, shipped, started
+from emf.weights.tensors import load_weights, read_weights
 
 KINDS = {"Gemma2Model": "gemma", "Gemma2ForCausalLM": "gemma", "CLIPTextModel": "clip", "T5EncoderModel": "t5"}
-"""Kinds of text encoders by transformers' classes."""
+KINDS |= {"SmallEncoder": "small"}
+"""Kinds of text encoders by their classes."""
 
 
 def load(folder: Path | str) -> tuple[Config, TextToImage]:
@@ -37,6 +44,55 @@ def weights_folder(folder: Path) -> Path:
     return folder if (folder / "model_index.json").is_file() or is_base(folder) else newest(folder)
 
 
+@dataclass(frozen=True)
+class Velocity:
+    """A network whose instantaneous velocity is sampled: flow matching, the baseline of few-step sampling."""
+
+    config: Config
+    network: TextToImage
+    source: Path
+    """Where its weights lie: a folder, or a file."""
+    note: str
+    """Whose velocity it is, where that is not plainly the folder's that was asked for."""
+
+
+def load_velocity(folder: Path | str) -> Velocity:
+    """What --flow-matching samples of a folder that `load` reads, on the CPU, in eval mode.
+
+    Of a run that was trained for few steps it is the start of the run: training has moved the weights that the run's
+    own velocity shares with u. Where its start is not there any more, and of a trained export, which does not know its
+    own, it is what it has, and the note says so. Raises ValueError as `load` does.
+    """
+    folder = Path(folder)
+    reason = "its start is not known"
+    if not (folder / "model_index.json").is_file() and not is_base(folder):
+        config = from_file(newest(folder) / SETTINGS)
+        if config.objective == "meanflow":
+            try:
+                found = load_start(config)
+                return replace(found, note=found.note or f"flow matching samples the start of {folder}, {config.init}")
+            except ValueError as error:
+                reason = f"its start cannot be had: {error}"
+    config, network = load(folder)
+    trained = config.objective == "meanflow"
+    note = f"flow matching samples {folder}'s own velocity, which training for few steps has moved; {reason}"
+    return Velocity(config, network, weights_folder(folder), note * trained)
+
+
+def load_start(config: Config) -> Velocity:
+    """The flow-matching network that a run with this config, trained for few steps, started from. Raises ValueError
+    where it started from random weights, or the start is not there."""
+    if config.init is None:
+        raise ValueError("the run started from random weights, so there is no base to compare with")
+    is_run = (config.init / WEIGHTS).is_file() or checkpoints(config.init)
+    if is_run and from_file(newest(config.init) / SETTINGS).objective == "meanflow":
+        return load_velocity(config.init)
+    sizes = replace(config.transformer, dual_time=False)
+    base = replace(config, objective="flow_matching", transformer=sizes, trained=(), lora=LoraConfig())
+    where = shipped(config.init)
+    return Velocity(base, started(base).eval(), weights_folder(where) if where.is_dir() else where, "")
+
+
 def load_run(run: Path) -> tuple[Config, TextToImage]:
     """(config, network with the averaged weights) of a run's folder or one of its checkpoints."""
     checkpoint = newest(run)
@@ -47,18 +103,38 @@ def load_run(run: Path) -> tuple[Config, TextToImage]:
 def load_export(folder: Path) -> tuple[Config, TextToImage]:
     """(config, network) of a folder in diffusers' layout with text parts: emf export's, or of a published SANA
     pipeline, which has no time embedders of EMF's. Raises ValueError where a part is missing."""
-    how = text_parts(folder)
-    if how["kind"] in (None, "small"):
+    if text_parts(folder)["kind"] is None:
         raise ValueError(f"{folder} holds no text parts known here; export with --text, or from a base that has some")
     transformer = load_exported_transformer(folder / "transformer")
-    config = Config(
+    config = export_config(folder, transformer.config)
+    return config, TextToImage(export_encoder(folder, config), transformer).eval()
+
+
+def export_config(folder: Path, transformer: TransformerConfig) -> Config:
+    """The config of an export with text parts, around a transformer of these sizes. Raises ValueError where what it
+    says of itself cannot be used."""
+    how, file = text_parts(folder), folder / "model_index.json"
+    small, told = how["kind"] == "small", read_settings(file).get("settings") or {}
+    built_in = told.get("built_in", 1.0) if isinstance(told, dict) else told
+    sizes = folder / "text_encoder" / "config.json"
+    return Config(
         recipe="export",
-        objective="meanflow" if transformer.config.dual_time else "flow_matching",
-        transformer=transformer.config,
-        condition=ConditionConfig(folder=folder, **how),  # type: ignore[arg-type]
+        objective="meanflow" if transformer.dual_time else "flow_matching",
+        transformer=transformer,
+        condition=ConditionConfig(folder=None if small else folder, **how),
+        encoder=filled(EncoderConfig, read_settings(sizes), f"weights: {sizes}") if small else EncoderConfig(),
+        flow=filled(FlowConfig, {"guidance": built_in}, f"weights: {file}: settings.built_in"),
         data=DataConfig(vae=folder if (folder / "vae").is_dir() else None),
     )
-    return config, TextToImage(encoder(config), transformer).eval()
+
+
+def export_encoder(folder: Path, config: Config) -> nn.Module:
+    """The text encoder of an export with this config."""
+    made = encoder(config)
+    if config.condition.kind == "small":
+        file = folder / "text_encoder" / WEIGHTS
+        load_weights(made, read_weights(file), str(file))
+    return made
 
 
 def text_parts(folder: Path) -> dict[str, Any]:
@@ -70,7 +146,10 @@ def text_parts(folder: Path) -> dict[str, Any]:
     told = index.get("_condition") or {}
     if told:  # which names the kind too
         filled(ConditionConfig, told, f"weights: {file}: _condition")
-    return how | told
+    how |= told
+    if how["kind"] == "small" and not (folder / "text_encoder").is_dir():  # exports of before did not have it
+        how["kind"] = None
+    return how
 
 
 def load_base(folder: Path) -> tuple[Config, TextToImage]:

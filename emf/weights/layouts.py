@@ -171,7 +171,6 @@ FIXED = dict(
     dropout=0.0,
     attention_bias=False,
     norm_elementwise_affine=False,
-    norm_eps=1e-6,
     guidance_embeds=False,
     timestep_scale=1.0,
 )
@@ -184,7 +183,7 @@ def read_config(path: Path) -> TransformerConfig:
     if (name := tree.get("_class_name", "SanaTransformer2DModel")) != "SanaTransformer2DModel":
         raise ValueError(f"convert: {path} is of {name}; expected SanaTransformer2DModel")
     known = {*SIZES, *FIXED, "out_channels", "cross_attention_dim", "mlp_ratio", "interpolation_scale", "qk_norm"}
-    known.add("guidance_embeds_scale")
+    known |= {"guidance_embeds_scale", "norm_eps"}
     if unknown := sorted(k for k in tree if k not in known and not k.startswith("_")):
         raise ValueError(f"convert: {path}: {unknown[0]} is not known here; expected {', '.join(sorted(known))}")
     for key, value in FIXED.items():
@@ -192,7 +191,8 @@ def read_config(path: Path) -> TransformerConfig:
             raise ValueError(f"convert: {path}: {key} {tree[key]} is not supported; expected {value}")
     if tree.get("qk_norm") not in (None, QK_NORM):
         raise ValueError(f"convert: {path}: qk_norm {tree['qk_norm']!r} is not known; expected null or {QK_NORM!r}")
-    sizes = {k: tree[k] for k in (*SIZES, "out_channels", "mlp_ratio", "interpolation_scale") if k in tree}
+    further = ("out_channels", "mlp_ratio", "norm_eps", "interpolation_scale")
+    sizes = {k: tree[k] for k in (*SIZES, *further) if k in tree}
     if sizes.get("out_channels") is None:
         sizes["out_channels"] = tree.get("in_channels", 32)
     config = filled(TransformerConfig, sizes | {"qk_norm": tree.get("qk_norm") is not None}, f"convert: {path}")
@@ -212,6 +212,7 @@ def to_diffusers(config: TransformerConfig) -> dict[str, Any]:
         "out_channels": config.out_channels,
         "cross_attention_dim": config.channels,
         "mlp_ratio": config.mlp_ratio,
+        "norm_eps": config.norm_eps,
         "interpolation_scale": config.interpolation_scale,
         "qk_norm": QK_NORM if config.qk_norm else None,
     }

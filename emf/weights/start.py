@@ -144,10 +144,14 @@ def _run_at(source: Path) -> Config:
 
 
 def read_init(source: Path) -> dict[str, Tensor]:
-    """The file of weights that config.init names, in float32. A bare name that is no file here means the one shipped in
-    emf/assets. Raises ValueError where it is missing or broken."""
-    shipped = ASSETS / source
-    return read_weights(shipped if not source.exists() and shipped.is_file() else source)
+    """The file of weights that config.init names, in float32. Raises ValueError where it is missing or broken."""
+    return read_weights(shipped(source))
+
+
+def shipped(source: Path) -> Path:
+    """What config.init names: a bare name that is no file here means the one shipped in emf/assets."""
+    ours = ASSETS / source
+    return ours if not source.exists() and ours.is_file() else source
 
 
 def _take(network: TextToImage, config: Config, state: dict[str, Tensor], source: Path) -> None:

@@ -185,6 +185,34 @@ def test_discriminability_of_a_folder_as_a_whole(models: Path, tmp_path: Path, m
         run(parse_encoders(names), data, out, Protocol(queries=6, captions="all"), dino=dino)
 
 
+def test_images_that_cannot_be_read_are_dropped_before_any_caption_is_encoded(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By name and counted, and the score is the one without them."""
+    data, dino = write_coco(tmp_path / "coco", images=9), str(models / "dinov2")
+    names = [f"clip=clip:{models / 'clip'}"]
+    (first, second), images = ((data / "train2017" / f"{i:012d}.jpg" for i in (40, 49)), data / "train2017")
+    first.write_bytes(first.read_bytes()[:300])
+    second.write_bytes(b"")
+    rows = run_discriminability(parse_encoders(names), data, tmp_path / "out", Protocol(captions="all"), dino=dino)
+    tree = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert tree["captions"] == 14 and tree["queries"] == 7
+    table = (tmp_path / "out" / "results.md").read_text()
+    assert f"{data}: 1 dropped: corrupt image: {first.name} (" in table
+    assert f"{data}: 1 dropped: empty image file: {second.name}" in table
+    for file in (first, second):
+        file.unlink()
+    without = run_discriminability(parse_encoders(names), data, tmp_path / "again", Protocol(captions="all"), dino=dino)
+    assert rows == without
+    for file in images.iterdir():
+        file.write_bytes(b"no picture")
+    monkeypatch.setattr(EncoderName, "load", None)
+    with pytest.raises(
+        ValueError, match=f"analyze: {data} holds no image that can be read; {data}: 7 dropped: corrupt"
+    ):
+        run_discriminability(parse_encoders(names), data, tmp_path / "none", dino=dino)
+
+
 def test_disentanglement_of_a_folder_as_a_whole(models: Path, tmp_path: Path) -> None:
     prompts = write_folder(
         tmp_path / "p", {f"{i}.txt": f"{LONG} {WORDS[i]}".encode() for i in range(5)} | {"9.txt": b"x"}

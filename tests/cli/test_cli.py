@@ -231,8 +231,10 @@ def test_a_config_file_is_its_config(recipe: str, tmp_path: Path) -> None:
         assert set(json.loads(file.read_text())) == set(c.__dataclass_fields__)
 
 
-def test_export_of_the_digits_is_whole(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_export_of_the_digits_draws(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert emf("export", str(run), "--out", str(tmp_path / "out")) == 0
-    assert "whole" in capsys.readouterr().out
+    assert f"{tmp_path / 'out'}: whole; its README.md says" in capsys.readouterr().out
     folders = sorted(p.name for p in (tmp_path / "out").iterdir() if p.is_dir())
     assert folders == ["scheduler", "text_encoder", "transformer"]
+    assert emf("generate", "a red seven", "--run", str(tmp_path / "out"), "--out", str(tmp_path / "pictures")) == 0
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 1

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from tiny import bert_tokenizer
 
-from emf.evaluate.dpg import BlipVQA, Question, Quirks, crops, fall, read_questions, run_dpg, score_dpg
+from emf.evaluate.dpg import Question, Quirks, crops, fall, read_questions, run_dpg, score_dpg
+from emf.evaluate.vqa import BlipVQA
 from emf.files import read_rows
 
 COLUMNS = ["item_id", "text", "keywords", "proposition_id", "dependency", "category_broad", "category_detailed"]
@@ -163,6 +164,49 @@ def test_an_item_without_its_first_question_stays_where_nothing_depends_on_it(
     result = score_dpg(bench[0], tmp_path / "out", file, Said({("first.png", 0): {1: "no"}}))
     assert result.images == 12 and result.overall == 100
     assert "a - b" not in result.tables["category, level 2"]
+
+
+@pytest.mark.parametrize(("no", "left_out"), [({}, True), ({2: "no"}, False), ({3: "no"}, True)])
+@pytest.mark.parametrize("crops", [(0, 1, 2, 3), (0, 1, 2)])
+def test_an_item_is_dropped_where_its_missing_question_is_reached(
+    no: dict[int, str], left_out: bool, crops: tuple[int, ...], bench: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Its question 3 falls with 2, and only where 2 holds does the official script look at 1, which it has not read."""
+    first = [(1, "0", "a - b (c)"), (2, "0", "a - d (e)"), (3, "2,1", "a - f (g)")]
+    file = write_csv(tmp_path / "reached.csv", [*(("first", *row) for row in first), *ROWS[2:]])
+    result = score_dpg(bench[0], tmp_path / "out", file, Said({("first.png", i): no for i in crops}))
+    dropped = left_out or crops == (0, 1, 2)  # one of the four images is enough
+    assert any("first.png left out" in text for text in result.deviations) == dropped
+    assert result.images == (8 if dropped else 12)
+    assert result.overall == pytest.approx(100 if dropped else 200 / 3)  # 2 is no, and 3 falls with it
+    assert ("a - f" in result.tables["category, level 2"]) != dropped
+
+
+def test_of_an_item_in_pieces_the_last_counts(bench: tuple[Path, Path], tmp_path: Path) -> None:
+    """As the official script reads it, which begins an item anew where its rows go on after another's."""
+    rows = [*ROWS[:4], ("alone", 1, "0", "global - (style, ink)"), ("pair", 1, "0", "entity - part (tail)"), ROWS[-1]]
+    file = write_csv(tmp_path / "pieces.csv", rows)
+    assert {item: list(asked) for item, asked in read_questions(file).items()} == {
+        "first": [2],
+        "pair": [1],
+        "alone": [1],
+    }
+    assert read_questions(file)["pair"][1].category == "entity - part"
+    every = read_questions(file, skip_first_row=False)
+    assert {item: list(asked) for item, asked in every.items()} == {"first": [1, 2], "pair": [1, 2], "alone": [1]}
+    result = score_dpg(bench[0], tmp_path / "out", file, Said({("pair.png", i): {2: "no"} for i in range(4)}))
+    assert result.overall == 100
+
+
+def test_nothing_that_is_scored_is_one_line(bench: tuple[Path, Path], tmp_path: Path) -> None:
+    """Where the item falls out before it is asked, and after."""
+    for name in ("pair.png", "alone.png"):
+        (bench[0] / name).unlink()
+    for parents in ("1", "2,1"):
+        rows = [(1, "0", "a - b (c)"), (2, "0", "a - d (e)"), (3, parents, "a - f (g)")]
+        file = write_csv(tmp_path / "one.csv", [("first", *row) for row in rows])
+        with pytest.raises(ValueError, match="first.png is all there is, and left out, as officially, since"):
+            score_dpg(bench[0], tmp_path / "out", file, Said())
 
 
 def test_a_killed_run_goes_on(bench: tuple[Path, Path], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from tiny import clip_tokenizer
 from torch import Tensor
 
-from emf.evaluate.clip import MEAN, STD, Clip
+from emf.evaluate.clip import MEAN, STD, Clip, clean
 from emf.evaluate.hps import STYLES, convert, hps_pixels, load_clip, run_hps, score_hps, summarize
 from emf.files import read_rows
 
@@ -122,6 +122,39 @@ def test_texts_are_encoded_as_by_open_clip_which_pads_with_0(clip: Clip) -> None
     expected = open_clip_text(open_clip_state(), ids)
     assert expected.std(0).max() > 0.05
     torch.testing.assert_close(clip.texts(TEXTS), expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("it\u2019s \u201ca  cat\u201d\u2026", 'it\'s "a cat"\u2026'),
+        ("\uff32\uff25\uff24 \uff11", "RED 1"),  # full-width letters
+        ("caf\u00c3\u00a9", "caf\u00e9"),  # UTF-8 that was read as Latin-1
+        ("a &amp;amp; b &lt;3", "a & b <3"),
+        ("a <|endoftext|> b<|STARTOFTEXT|>.", "a <| endoftext |> b<| STARTOFTEXT |>."),
+        (" a\n\tb ", "a b"),
+    ],
+)
+def test_texts_are_cleaned_as_by_open_clip(text: str, plain: str) -> None:
+    assert clean(text) == plain
+
+
+def test_a_special_tokens_name_in_a_prompt_is_text() -> None:
+    """OpenAI's tokenizer of the real class: the text goes on behind it, and in three words, as in open_clip's."""
+    from transformers import CLIPTokenizer
+
+    pieces = ["<|", "endoftext", "|>"]
+    letters = sorted({*"abcdefghijklmnopqrstuvwxyz<|>"})
+    vocab = {letter: i for i, letter in enumerate([*letters, *(f"{c}</w>" for c in letters)])}
+    vocab |= {name: len(vocab) + i for i, name in enumerate(["<|startoftext|>", "<|endoftext|>"])}
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=[])
+    (ids,) = tokenizer([clean("a <|endoftext|> b")]).input_ids
+    assert ids.index(vocab["<|endoftext|>"]) == len(ids) - 1
+    assert tokenizer.convert_ids_to_tokens(ids[1:-1]) == [
+        "a</w>",
+        *(token for piece in pieces for token in (*piece[:-1], f"{piece[-1]}</w>")),
+        "b</w>",
+    ]
 
 
 def test_every_weight_arrives_under_its_name() -> None:

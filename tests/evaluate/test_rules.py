@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from geneval_cases import CASES, TWO_RED, at, one
 
@@ -63,6 +64,26 @@ def test_selection_is_by_score_and_class() -> None:
     assert [d.score for d in kept] == sorted((d.score for d in kept), reverse=True)
     assert sorted(d.score for d in kept if d.label == "dog") == [0.31 + i / 100 for i in range(4, 20)]
     assert [d.label for d in select(found, "counting")] == ["cat"]
+
+
+def test_of_equal_scores_the_later_counts() -> None:
+    """The official order is numpy's argsort of float32 scores, reversed."""
+    spec = dict(include=[one("dog", color="red")])
+    blue, red = at("dog", 0.5, color="blue"), at("dog", 0.5, color="red")
+    assert evaluate(spec, select([blue, red], "colors"))[0]
+    assert not evaluate(spec, select([red, blue], "colors"))[0]
+    near = at("dog", 0.5 + 1e-9, color="blue")  # the same in float32
+    assert evaluate(spec, select([near, red], "colors"))[0] and evaluate(spec, select([near, red, at("cat")], "x"))[0]
+    many = [at("dog", 0.95, x=i) for i in range(18)]  # of equal ones the last sixteen are kept
+    assert [d.box[0] for d in select(many, "counting")] == list(range(17, 1, -1))
+
+
+@pytest.mark.parametrize(("tag", "least"), [("colors", 0.3), ("counting", 0.9)])
+def test_a_score_at_the_threshold_in_float32_does_not_count(tag: str, least: float) -> None:
+    single = np.float32(least)
+    above = float(np.nextafter(single, np.float32(1)))
+    scores = [least, float(single), above]
+    assert [d.score for d in select([at("dog", s) for s in scores], tag)] == [above]
 
 
 @pytest.mark.parametrize(

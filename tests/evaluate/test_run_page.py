@@ -123,9 +123,15 @@ def test_says_what_is_missing_and_what_makes_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("objective", "how"), [("meanflow", ""), ("flow_matching", " --flow-matching")])
-def test_a_run_of_a_large_model_is_sent_to_a_benchmark(tmp_path: Path, objective: Any, how: str) -> None:
-    """What it advises is a command that such a run can take: the digits' scorer is for the digits' runs."""
+@pytest.mark.parametrize("vae", [None, Path("sana")])
+def test_a_run_of_a_large_model_is_sent_to_a_benchmark(
+    tmp_path: Path, objective: Any, how: str, vae: Path | None
+) -> None:
+    """What it advises is a command that such a run can take: the digits' scorer is for the digits' runs, and latents
+    need an autoencoder."""
     config = replace(RECIPES["sana-1.5-1.6b"](), steps=20, objective=objective)
+    config = replace(config, data=replace(config.data, vae=vae))
+    how += "" if vae else " --vae SANA"
     run = fake_run(tmp_path / "large", config)
     text = write_report(run).read_text()
     command = f"emf evaluate geneval --prompts evaluation_metadata.jsonl --checkpoint {run}{how} --out DIR"

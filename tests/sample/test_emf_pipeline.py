@@ -6,17 +6,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 pytest.importorskip("diffusers")
 import sana
-from exported import CONFIG, network, pipeline, write_base
+from digits_run import small_config, small_run
+from exported import CONFIG, network, pipeline, write_base, write_published, write_start
+from same_pictures import assert_same_pictures
 
+from emf.cli.generate import generate
+from emf.config import to_json
 from emf.flow import guided, sample
-from emf.weights.export import write_export
+from emf.weights.export import export, write_export
 from emf.weights.layouts import DUAL
 
 
@@ -70,25 +76,117 @@ def test_arguments_by_position_are_those_of_before(tmp_path: Path) -> None:
     assert torch.equal(images, want)
 
 
-def test_prompts_need_a_conditioning(tmp_path: Path) -> None:
+def test_what_does_not_fit_is_one_line(tmp_path: Path) -> None:
     write_export(network().state_dict(), CONFIG, tmp_path / "out")
     z, _, c = sana.inputs()
-    null = torch.full_like(c, 0.3)
-    pipe = pipeline(tmp_path / "out", conditioning=lambda prompts: (c[: len(prompts)], null[: len(prompts)], None))
-    call: dict[str, Any] = dict(latents=z[:2], output_type="latent")
-    want = pipe(prompt_embeds=c[:2], negative_prompt_embeds=null[:2], **call).images
-    torch.testing.assert_close(pipe(["a", "b"], **call).images, want)
-    pipe.conditioning = None
+    pipe = pipeline(tmp_path / "out")
     for wrong, message in (
-        (dict(prompt="a"), "no conditioning reads prompts"),
+        (dict(prompt="a"), "no text encoder reads prompts here; give prompt_embeds"),
         (dict(), "either prompt or prompt_embeds"),
         (dict(prompt="a", prompt_embeds=c), "either prompt or prompt_embeds"),
         (dict(prompt_embeds=c), "no vae to decode with"),
+        (dict(prompt_embeds=c, output_type="jpg"), "'jpg'; expected pil, np, pt or latent"),
         (dict(prompt_embeds=c, latents=z[:2], output_type="latent"), "expected \\(3, 4, 8, 8\\)"),
         (dict(prompt_embeds=c, num_inference_steps=0, output_type="latent"), "0 steps"),
+        (dict(prompt_embeds=c, generator=[torch.Generator()], output_type="latent"), "1 generators; expected one, or"),
     ):
         with pytest.raises(ValueError, match=message):
             pipe(**wrong)
+    pipe.scale = 2  # as with an autoencoder
+    with pytest.raises(ValueError, match="5 x 16 pixels; expected multiples of 2"):
+        pipe(prompt_embeds=c, height=5, output_type="latent")
+    for wrong in (dict(text_encoder=torch.nn.Linear(1, 1)), dict(tokenizer=object()), dict(torch_dtype="auto")):
+        with pytest.raises(ValueError, match=f"pipeline: .*{next(iter(wrong)).split('_')[-1]}"):
+            pipeline(tmp_path / "out", **wrong)
+
+
+CAPTIONS = ["a red cat", "two dogs and a very long caption", "x", "a green apple on a table", "a red cat"]
+"""More than are computed at once, so that the batches must be the same too."""
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By the encoder: SANA's with a T5, whose null has a mask of its own; BLIP3o-NEXT, which draws image tokens; a run
+    of the digits, whose encoder has a mask too, and one that was trained with guidance."""
+    root = tmp_path_factory.mktemp("exports")
+    published = write_published(root / "published")
+    write_export(network().state_dict(), CONFIG, root / "t5", base=published)
+    how = {"kind": "blip3o", "scale": 3, "window": "inference"}
+    start = write_start(root / "start", root / "blip3o")
+    write_export(network().state_dict(), CONFIG, root / "next", base=published, text=start, condition=how)
+    export(small_run(root / "run"), root / "digits", dtype="float32")
+    guided = replace(small_config(), flow=replace(small_config().flow, guidance=1.25))
+    run = small_run(root / "guided-run")
+    (run / "config.json").write_text(to_json(guided))
+    export(run, root / "guided", dtype="float32")
+    return {name: root / name for name in ("t5", "next", "digits", "guided")}
+
+
+def drawn(folder: Path) -> list[np.ndarray]:
+    """What `emf generate` wrote, in the pixels that it drew: it enlarges small pictures eight times."""
+    return [np.asarray(Image.open(file))[::8, ::8] for file in sorted(folder.glob("*.png"))]
+
+
+@pytest.mark.parametrize("guidance", [None, 1.0, 2.0, 4.5])
+@pytest.mark.parametrize("kind", ["t5", "next", "digits", "guided"])
+def test_a_picture_is_that_of_generate(
+    exports: dict[str, Path], tmp_path: Path, kind: str, guidance: float | None
+) -> None:
+    """Bit for bit, by the same seed, at its default guidance too."""
+    captions = ["a red seven", "two blue threes", "one two"] if kind in ("digits", "guided") else CAPTIONS
+    captions = captions[:2] if kind == "next" else captions  # it draws 81 image tokens of each
+    generate(tuple(captions), exports[kind], tmp_path / "pictures", steps=2, guidance=guidance, seed=7)
+    pipe = pipeline(exports[kind])
+    call: dict[str, Any] = dict(num_inference_steps=2, guidance_scale=guidance)
+    images = pipe(captions, generator=torch.Generator().manual_seed(7), **call).images
+    want = drawn(tmp_path / "pictures")
+    assert len(images) == len(want) and np.ptp(want[0]) > 10
+    assert all(np.array_equal(np.asarray(image), picture) for image, picture in zip(images, want, strict=True))
+
+
+def test_an_export_of_the_digits_has_its_encoder_and_its_guidance(exports: dict[str, Path], tmp_path: Path) -> None:
+    run = exports["guided"].with_name("guided-run")
+    for name, folder in (("run", run), ("export", exports["guided"])):
+        generate(("a red seven",), folder, tmp_path / name, guidance=1.5)
+    assert_same_pictures(tmp_path / "run", tmp_path / "export", levels=0)
+    pipe = pipeline(exports["guided"])
+    pipe.save_pretrained(tmp_path / "again")
+    generate(("a red seven",), tmp_path / "again", tmp_path / "saved", guidance=1.5)
+    assert_same_pictures(tmp_path / "run", tmp_path / "saved", levels=0)
+
+
+def test_a_generator_gives_its_pictures_once(exports: dict[str, Path]) -> None:
+    pipe, generator = pipeline(exports["t5"]), torch.Generator().manual_seed(3)
+    call: dict[str, Any] = dict(prompt=CAPTIONS[:2], output_type="latent")
+    first, second = (pipe(generator=generator, **call).images for _ in range(2))
+    again = pipe(generator=torch.Generator().manual_seed(3), **call).images
+    assert torch.equal(first, again) and not torch.equal(first, second)
+    one_each = [torch.Generator().manual_seed(n) for n in (5, 3)]
+    apart = pipe(generator=one_each, **{**call, "prompt": CAPTIONS[:1] * 2}).images
+    torch.testing.assert_close(apart[1], first[0], rtol=1e-4, atol=1e-5)
+    torch.manual_seed(0)
+    random = [pipe(**call).images for _ in range(2)]
+    torch.manual_seed(0)
+    assert not torch.equal(*random) and torch.equal(pipe(**call).images, random[0])
+
+
+@torch.no_grad()
+def test_the_null_states_have_their_own_mask(exports: dict[str, Path]) -> None:
+    """Given by hand as the encoder gives them; and where none is given, all of them are attended to."""
+    pipe, z = pipeline(exports["t5"]), sana.inputs()[0][:2]
+    ids, mask = pipe.text_encoder.tokenize(CAPTIONS[:2])
+    (c, kept), (null, null_kept) = (pipe.text_encoder(ids, mask, drop) for drop in (None, torch.ones(2).bool()))
+    assert not torch.equal(kept, null_kept)
+    call: dict[str, Any] = dict(latents=z, output_type="latent", guidance_scale=4.5, num_inference_steps=2)
+    want = pipe(CAPTIONS[:2], **call).images
+    given: dict[str, Any] = dict(prompt_embeds=c, prompt_attention_mask=kept, **call)
+    own = pipe(negative_prompt_embeds=null, negative_prompt_attention_mask=null_kept, **given).images
+    one = pipe(negative_prompt_embeds=null[:1], negative_prompt_attention_mask=null_kept[:1], **given).images
+    assert torch.equal(own, want)
+    torch.testing.assert_close(one, want)
+    bare = pipe(negative_prompt_embeds=null, **given).images
+    every = pipe(negative_prompt_embeds=null, negative_prompt_attention_mask=null_kept | True, **given).images
+    assert torch.equal(bare, every) and not torch.allclose(bare, want, rtol=1e-3)
 
 
 def test_a_pipeline_is_saved_again(tmp_path: Path, base: Path) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from places import ROOT
@@ -15,6 +19,7 @@ from training import assert_same_training, averaged, free_port, kill_in_second_s
 
 pytest.importorskip("deepspeed")
 
+from emf.train.zero.launcher import launcher_left, launchers
 
 CHECKPOINTING = "--transformer.checkpointing True"
 OFFLOAD = "--zero.offload True --optim.ema-cpu True"
@@ -133,26 +138,85 @@ def test_resumes_on_other_ranks_and_another_stage(
         assert got == pytest.approx(want, rel=0.02)
 
 
-def test_the_launcher(recipe: list[str], straight: Path, base: Path, tmp_path: Path) -> None:
-    launch = [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        "--num_accelerators",
-        "2",
-        "--master_port",
-        free_port(),
-        "--module",
-        "emf.train",
-    ]
+def launch() -> tuple[list[str], dict[str, str]]:
+    """(what starts two ranks by DeepSpeed's launcher, the environment to do it in)."""
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
+    command += ["--master_port", free_port(), "--module", "emf.train"]
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | dict(PYTHONPATH=path, DS_ACCELERATOR="cpu")
+    return command, os.environ | dict(PYTHONPATH=path, DS_ACCELERATOR="cpu")
+
+
+def wait_for(file: Path, process: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + 300
+    while not file.exists():
+        assert process.poll() is None and time.monotonic() < end, f"{file} does not come"
+        time.sleep(0.1)
+
+
+def test_sigterm_to_the_launcher_alone_ends_its_ranks_with_a_save(recipe: list[str], tmp_path: Path) -> None:
+    """As `kill` sends it. The command `deepspeed` ends at once and tells nobody."""
+    command, environment = launch()
+    run, output = tmp_path / "run", tmp_path / "out.txt"
+    arguments = [*recipe, "--out", str(run), "--steps", "100000", "--run.save-every", "100000"]
+    with output.open("wb") as told:
+        runner = subprocess.Popen([*command, *arguments], cwd=ROOT, env=environment, stdout=told, stderr=told)
+    below: list[psutil.Process] = []
+    try:
+        wait_for(run / "metrics.jsonl", runner)
+        below = psutil.Process(runner.pid).children(recursive=True)
+        runner.terminate()
+        assert len(below) >= 3 and runner.wait(60) == -signal.SIGTERM
+        _, left = psutil.wait_procs(below, 120)
+        assert not left, output.read_text()
+    finally:
+        for process in (*below, runner):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+    assert len(list((run / "checkpoints").iterdir())) == 1, output.read_text()
+    assert output.read_text().count("asked to stop: saved") == 1 and "Traceback" not in output.read_text()
+
+
+def test_who_started_a_rank_is_known_by_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a further machine it is a shell that starts what starts the ranks; torchrun and a shell are nobody's."""
+
+    class Process:
+        def __init__(self, *said: str) -> None:
+            self.said = [*said]
+
+        def cmdline(self) -> list[str]:
+            return self.said
+
+    starter = Process("python", "-u", "-m", "deepspeed.launcher.launch", "--world_info=x", "--module", "emf.train")
+    command, module = (
+        Process("python", "/venv/bin/deepspeed", "x"),
+        Process("python", "-m", "deepspeed.launcher.runner"),
+    )
+    shell, torchrun = Process("bash", "-c", "cd x; python -m deepspeed.launcher.launch"), Process("python", "torchrun")
+    for above, found in (
+        ([starter, command, shell], [starter, command]),
+        ([starter, module], [starter, module]),
+        ([shell, starter, command], [starter, command]),
+        ([starter, shell], [starter]),
+        ([starter], [starter]),
+        ([torchrun, shell], []),
+        ([shell], []),
+        ([], []),
+    ):
+        monkeypatch.setattr(psutil.Process, "parents", lambda self, above=above: above)
+        assert launchers() == found
+    assert not launcher_left()()
+
+
+def test_the_launcher(recipe: list[str], straight: Path, base: Path, tmp_path: Path) -> None:
+    command, environment = launch()
     arguments = [*recipe, "--out", str(tmp_path / "run"), "--zero.stage", "3"]
-    done = subprocess.run([*launch, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same_training(tmp_path / "run", straight, base)
     again = subprocess.run(
-        [*launch, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
     assert again.returncode == 2 and again.stderr.count("error: train:") == 1 and "Traceback" not in again.stderr, (
         again.stderr

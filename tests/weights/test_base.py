@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,8 @@ from PIL import Image
 
 pytest.importorskip("diffusers")
 import sana
-from image_files import small_autoencoder
+from exported import write_published, write_start
 from same_pictures import assert_same_pictures
-from tiny import byte_tokenizer
 
 from emf.analyze.choices import Sampling
 from emf.analyze.names import parse_runs
@@ -24,11 +23,13 @@ from emf.analyze.steps import run_steps
 from emf.cli.generate import generate
 from emf.cli.weights import export
 from emf.config import ConditionConfig, Config, to_json
+from emf.data.batches import DataConfig
 from emf.evaluate.drawing import Drawing
 from emf.evaluate.pictures import draw_pictures, geneval_items
 from emf.model.sizes import TransformerConfig
 from emf.network.build import build
-from emf.recipes import RECIPES, digits, digits_base
+from emf.recipes import RECIPES, digits, digits_base, from_file
+from emf.sample.sampler import Sampler
 from emf.weights.convert import convert
 from emf.weights.folders import load
 from emf.weights.start import started, with_encoder
@@ -40,20 +41,7 @@ CAPTIONS = ("a red cat", "two dogs")
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline's folder as SANA's are, with a T5."""
-    from transformers import T5Config, T5EncoderModel
-
-    folder = tmp_path_factory.mktemp("published")
-    torch.manual_seed(0)
-    sana.diffusers_model().save_pretrained(folder / "transformer")
-    tokenizer = byte_tokenizer(["<pad>", "</s>"], "$A </s>", pad_token="<pad>", eos_token="</s>")
-    config = T5Config(vocab_size=len(tokenizer), d_model=20, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
-    T5EncoderModel(config).save_pretrained(folder / "text_encoder")
-    tokenizer.save_pretrained(folder / "tokenizer")
-    small_autoencoder().save_pretrained(folder / "vae")
-    index = {"_class_name": "SanaPipeline", "vae": ["diffusers", "AutoencoderDC"]}
-    index |= {"text_encoder": ["transformers", "T5EncoderModel"], "tokenizer": ["transformers", "T5Tokenizer"]}
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return folder
+    return write_published(tmp_path_factory.mktemp("published"))
 
 
 @pytest.fixture(scope="module")
@@ -99,15 +87,9 @@ def test_a_base_without_its_text_encoder_says_so(published: Path, tmp_path: Path
 
 @pytest.mark.parametrize("released", [False, True])
 def test_a_blip3o_base_has_its_own_text_parts(tmp_path: Path, released: bool) -> None:
-    model, more = sana.diffusers_model(), {}
-    if released:
-        embed = model.time_embed.state_dict()
-        more = {f"time_embed_{b}.{k}": v + 1 for b in "tr" for k, v in embed.items()}
-    special = ["<pad>", "<|im_start|>", "<|im_end|>", "<im_start>", "<im_end>", "<S0>", "<S1>", "<S2>"]
-    tokenizer = byte_tokenizer(special + [f"<I{i}>" for i in range(50)], pad_token="<pad>", eos_token="<|im_end|>")
-    sana.blip3o(tmp_path / "a", model, tied=True, extras=True, more=more, tokenizer=tokenizer)
-    model.save_config(tmp_path / "sana")
-    convert(tmp_path / "a", tmp_path / "start", config=tmp_path / "sana" / "config.json", shard_gb=1e-5)
+    embed = sana.diffusers_model().time_embed.state_dict()
+    more = {f"time_embed_{b}.{k}": v + 1 for b in "tr" for k, v in embed.items()} if released else {}
+    write_start(tmp_path / "start", tmp_path / "a", more, shard_gb=1e-5)
     assert len(list((tmp_path / "start").rglob("*-of-*.safetensors"))) > 20  # and read below, the connector whole
     config, network = load(tmp_path / "start")
     assert config.condition == ConditionConfig("blip3o", tmp_path / "start")
@@ -182,3 +164,62 @@ def test_how_the_time_embedders_were_made_is_not_said_in_vain(start: Path, publi
     config = replace(RECIPES["sana-1.5-gemma"](), transformer=sizes, trained=(), init=start, embedder_init="preserve")
     with pytest.raises(ValueError, match="say --embedder-init duplicate, or convert with --embedder-init preserve$"):
         started(replace(config, condition=ConditionConfig("t5", published)))
+
+
+def moved(config: Config, folder: Path) -> Path:
+    """A run's folder whose weights are those of its start, all of them moved."""
+    network = started(config)
+    with torch.no_grad():
+        for p in network.transformer.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    own = {k: v for k, v in network.state_dict().items() if not (config.condition.folder and k.startswith("encoder."))}
+    folder.mkdir(parents=True)
+    write_file(folder / "model.safetensors", items(own))
+    (folder / "config.json").write_text(to_json(config))
+    return folder
+
+
+def test_flow_matching_of_a_trained_run_is_its_starts(
+    start: Path, published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The base's own velocity, which the run's weights no longer give; and what was drawn is said."""
+    sizes = TransformerConfig(**sana.OURS, dual_time=True)
+    config = replace(RECIPES["sana-1.5-gemma"](), transformer=sizes, init=start, data=DataConfig(vae=published))
+    run = moved(replace(config, condition=ConditionConfig("t5", published)), tmp_path / "run")
+    further = moved(replace(config, condition=ConditionConfig("t5", published), init=run), tmp_path / "further")
+    export(run, tmp_path / "exported", dtype="float32")
+    generate(CAPTIONS, start, tmp_path / "base", steps=2, flow_matching=True)
+    assert "flow matching samples" not in capsys.readouterr().err  # it is plainly the base's
+    for trained in (run, further):
+        generate(CAPTIONS, trained, tmp_path / trained.name / "pictures", steps=2, flow_matching=True)
+        assert_same_pictures(tmp_path / "base", tmp_path / trained.name / "pictures", levels=0)
+        said = f"flow matching samples the start of {run}, {start}"
+        assert said in capsys.readouterr().err
+        for picture in (tmp_path / trained.name / "pictures").glob("*.png"):
+            assert Image.open(picture).info["note"] == said
+    assert Sampler.load(run, flow_matching=True).stamp == Sampler.load(start, flow_matching=True).stamp
+    gone = replace(from_file(run / "config.json"), init=tmp_path / "gone")
+    (run / "config.json").write_text(to_json(gone))
+    for trained, reason in (
+        (run, "its start cannot be had: .*gone"),
+        (tmp_path / "exported", "its start is not known"),
+    ):
+        generate(CAPTIONS, trained, tmp_path / "own" / trained.name, steps=2, flow_matching=True)
+        said = capsys.readouterr().err
+        assert re.search(f"samples {trained}'s own velocity, which training for few steps has moved; {reason}", said), (
+            said
+        )
+    assert_same_pictures(tmp_path / "own" / "run", tmp_path / "own" / "exported", levels=0)
+    with pytest.raises(AssertionError):
+        assert_same_pictures(tmp_path / "own" / "run", tmp_path / "base", levels=4)
+
+
+def test_flow_matching_of_a_digits_run_is_its_bases(tmp_path: Path) -> None:
+    config = small(digits_base())
+    run_of(config, tmp_path / "base", 1)
+    run = moved(replace(small(digits()), init=tmp_path / "base"), tmp_path / "run")
+    base, trained = (Sampler.load(folder, flow_matching=True) for folder in (tmp_path / "base", run))
+    assert torch.equal(base.images(["a red seven"], steps=2), trained.images(["a red seven"], steps=2))
+    assert base.stamp == trained.stamp and not base.note and trained.note
+    run_of(replace(small(digits()), init=None), tmp_path / "alone", 2)
+    assert Sampler.load(tmp_path / "alone", flow_matching=True).note.endswith("so there is no base to compare with")
