@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stderr
 from dataclasses import is_dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 NEEDS_EXTRA = "error: the emf commands need more than the kernels do: pip install 'emf-meanflow[train]'"
@@ -23,10 +24,13 @@ def one_line(parser: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with redirect_stderr(page):
             return parser(*args, **kwargs)
     except SystemExit as end:
-        if not end.code:  # --help
+        if end.code != 2:  # --help; or SIGTERM, which may come at any time
             raise
-        lines = (line.strip("│ ") for line in page.getvalue().splitlines() if not line.startswith(("╭", "╰")))
-        found = "; ".join(re.sub(r"[─ ]+", " ", " ".join(lines)).split("For full helptext")).strip()
+        # the frame is of + - | where stdout's encoding has no better letters
+        lines = (line.strip("│| ") for line in page.getvalue().splitlines() if not line.startswith(("╭", "╰", "+-")))
+        found = "; ".join(re.sub(r"(─| |-{9,})+", " ", " ".join(lines)).split("For full helptext")).strip()
+        # what a dataclass refuses says for itself where it is
+        found = re.sub(r"^Value error (Error parsing \S+: (?=[a-z]+: ))?", "", found)
         raise ValueError(re.sub(r" ?; ?,? (run|see):? ", "; see ", found)) from None
 
 
@@ -42,17 +46,19 @@ Reads = Callable[[str], bool]
 """Whether a word can be an item of a list."""
 
 
-def options_of(what: Any, prefix: str = "--") -> dict[str, bool | Reads]:
-    """The options of a function or a dataclass that are switches or lists, by name: of a switch what it sets, also
-    under its name with no-; of a list of numbers or choices which words can be in it. A list of texts is none of them:
-    a comma may be part of a text."""
-    found: dict[str, bool | Reads] = {}
+def options_of(what: Any, prefix: str = "--") -> dict[str, bool | Reads | type[Path]]:
+    """The options of a function or a dataclass that are switches, lists or paths, by name: of a switch what it sets,
+    also under its name with no-; of a list of numbers or choices which words can be in it. A list of texts is none of
+    them: a comma may be part of a text."""
+    found: dict[str, bool | Reads | type[Path]] = {}
     for name, hint in get_type_hints(what, include_extras=True).items():
         notes = getattr(hint, "__metadata__", ())
         kind = get_args(hint)[0] if notes else hint
         plain = name.replace("_", "-")
         if kind is bool:
             found |= {f"{prefix}{plain}": True, f"{prefix}no-{plain}": False}
+        elif Path in (kind, *get_args(kind)):
+            found[f"{prefix}{plain}"] = Path
         elif is_dataclass(kind):
             flat = any(getattr(note, "name", None) == "" for note in notes)
             found |= options_of(kind, prefix if flat else f"{prefix}{plain}.")
@@ -77,12 +83,13 @@ def _reader(item: Any) -> Reads | None:
     return reads
 
 
-def spelled(arguments: Iterable[str], options: Mapping[str, bool | Reads]) -> list[str]:
+def spelled(arguments: Iterable[str], options: Mapping[str, bool | Reads | type[Path]]) -> list[str]:
     """The same arguments in the one spelling that the parser knows.
 
     A switch is --flag, --flag True or --flag=true; off it is --no-flag or --flag False. A list of numbers or choices is
     --steps 1 2 4 or --steps 1,2,4; it is put behind everything else, so that it does not swallow what follows it.
-    Raises ValueError on another value of a switch.
+    Raises ValueError on another value of a switch, and on an empty path, as "$OUT" is where OUT is not set: it would be
+    the folder where one is.
     """
     told: list[str] = []
     lists: list[str] = []
@@ -99,7 +106,11 @@ def spelled(arguments: Iterable[str], options: Mapping[str, bool | Reads]) -> li
             section, dot, last = name.removeprefix("--").rpartition(".")
             off = value.lower() == "false"
             told.append(f"--{section}{dot}no-{last}" if off and option else name)
-        elif option:
+        elif isinstance(option, type):
+            if equals and not value or not equals and rest and not rest[0]:
+                raise ValueError(f"{name} is empty; give a path")
+            told.append(word)
+        elif option is not None:
             words = _items(value, option) if equals else []
             while rest and (more := _items(rest[0], option)):
                 words += more

@@ -27,6 +27,17 @@ def at_least(section: str, settings: Any, **least: float) -> None:
             raise ValueError(f"config: {section}.{name} {value} must be at least {smallest}")
 
 
+def check_finite(settings: Any, section: str = "") -> None:
+    """Raises ValueError where a number of a config, at any depth, is NaN or inf: every comparison lets NaN pass."""
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        if dataclasses.is_dataclass(value):
+            check_finite(value, f"{f.name}.")
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(x, float) and not math.isfinite(x) for x in numbers):
+            raise ValueError(f"config: {section}{f.name} {value} must be finite")
+
+
 @dataclass(frozen=True)
 class OptimConfig:
     """AdamW with linear warm-up."""
@@ -193,6 +204,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """What concerns the run, or several sections; each section has checked itself."""
+        check_finite(self)
         if self.steps < 1 or self.batch_size < 1:
             raise ValueError(f"config: steps {self.steps} and batch_size {self.batch_size} must be at least 1")
         if not 0 <= self.seed < 2**31:

@@ -65,6 +65,7 @@ def generate(
         )
     check_pictures_folder(out)
     sampler = Sampler.load(run, vae, dtype, device, flow_matching)
+    sampler.check_captions(every)
     guidance = sampler.guidance if guidance is None else guidance
     how = replace(sampler.settings, steps=steps, guidance=guidance, seed=seed, batch=batch)
     told = dict(steps=steps, guidance=guidance, seed=seed, run=str(run), flow_matching=flow_matching)

@@ -173,9 +173,10 @@ def write_cache(
     that several can share the work. Prints what it will write before it starts, and what was dropped.
     Raises ValueError where out holds something else or a cache of other settings, and where the disk is too small.
     """
-    if shard < 1 or batch < 1 or not 0 <= part < parts:
+    if min(shard, batch, workers) < 1 or not 0 <= part < parts:
         raise ValueError(
-            f"cache: shard {shard}, batch {batch}, part {part} of {parts}; expected at least 1, part < parts"
+            f"cache: shard {shard}, batch {batch}, {workers} workers, part {part} of {parts}; expected at least 1, and "
+            "part < parts"
         )
     total = sum(images.counts)
     settings: dict[str, Any] = dict(version=VERSION, encoder=encoder, tokenizer=tokenizer, dtype=dtype, shard=shard)

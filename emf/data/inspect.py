@@ -16,7 +16,7 @@ from emf.data.sources import Source
 from emf.files import check_writable, write_json
 from emf.show.progress import track
 from emf.show.sheet import Cell, write_sheet
-from emf.show.table import terminal
+from emf.show.table import Terminal, terminal
 
 QUANTILES = (0, 5, 25, 50, 75, 95, 100)  # percent
 CELL = 192  # pixels of a picture on the contact sheet
@@ -93,7 +93,7 @@ def inspect(
     write_json(written[0], figures, indent=2)
     if shown:
         write_sheet(written[1], contact_sheet(shown[:CELLS]), cell=CELL, lines=LINES)
-    show(figures, Console())
+    show(figures, Terminal())
     return figures
 
 

@@ -119,6 +119,7 @@ def draw_pictures(items: Sequence[Item], texts: dict[str, str], out: Path, drawi
         left = [[item for item in group if not (folder / item.file).is_file()] for group in groups]
         todo += [(steps, group) for group in left if group]
     sampler = Sampler.load(drawing.checkpoint, drawing.vae, drawing.dtype, device, flow_matching=drawing.flow_matching)
+    sampler.check_captions([item.prompt for item in items])
     guidance = sampler.guidance if drawing.guidance is None else drawing.guidance
     told = dict(checkpoint=str(drawing.checkpoint), weights=sampler.stamp, seed=drawing.seed, guidance=guidance)
     told |= dict(dtype=str(sampler.dtype), flow_matching=drawing.flow_matching)
@@ -211,7 +212,7 @@ def draw_and_score(
     weights_folder(drawing.checkpoint)
     find_device(device)
     check_writable(out)
-    counted = f"{len(items)} files of images at {', '.join(map(str, drawing.counts))} steps"
+    counted = f"{len(items)} files of images in steps of {', '.join(map(str, drawing.counts))}"
     benchmark = None
     if scores:
         say("evaluate: loading what scores the images")

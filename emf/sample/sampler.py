@@ -191,6 +191,11 @@ class Sampler:
     def dtype(self) -> torch.dtype:
         return next(self.network.transformer.parameters()).dtype
 
+    def check_captions(self, captions: Sequence[str]) -> None:
+        """Raises ValueError on a caption that the encoder cannot read; asked before the first of many is drawn."""
+        for first in range(0, len(captions), 64):
+            self.network.encoder.tokenize(captions[first : first + 64])
+
     def pictures(
         self,
         captions: Sequence[str],

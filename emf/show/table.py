@@ -49,6 +49,13 @@ def terminal(
     return made
 
 
+class Terminal(Console):
+    """rich's, but that a reader who has enough is for emf.errors to deal with, as anywhere else."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def console() -> Console:
     """The terminal, or an output of NARROW characters; what is printed on it is no markup."""
-    return Console(width=None if Console().is_terminal else NARROW, markup=False, highlight=False)
+    return Terminal(width=None if Console().is_terminal else NARROW, markup=False, highlight=False)

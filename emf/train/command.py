@@ -58,6 +58,8 @@ def parse_run(arguments: list[str], kind: type[Asked], verb: str) -> Asked:
         config = from_file(Path(first))
     elif Path(first).is_file():
         raise ValueError(f"{verb}: {first} is a file, but no .json; give a run's config.json, or one of {names}")
+    elif Path(first).is_dir():
+        raise ValueError(f"{verb}: {first} is a folder; give the config.json in it, or one of {names}")
     elif first.startswith("-"):
         raise ValueError(f"{verb}: the recipe comes first: emf {verb} RECIPE {first} ...; recipes are {names}")
     else:

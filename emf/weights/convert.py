@@ -10,6 +10,7 @@ their sizes.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -80,8 +81,8 @@ def convert(
     line, on whatever does not fit, and where `out` exists.
     """
     refuse_existing(out, WHO)
-    if shard_gb <= 0:
-        raise ValueError(f"convert: shard_gb {shard_gb} must be positive")
+    if not (math.isfinite(shard_gb) and shard_gb > 0):
+        raise ValueError(f"convert: shard_gb {shard_gb} must be a positive number")
     folder = source / "transformer" if (source / "transformer").is_dir() else source
     weights = Weights(_files(folder))
     layout = detect(weights.entries.keys(), folder)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -185,6 +188,8 @@ def test_generate_writes_and_never_overwrites(run: Path, tmp_path: Path, capsys:
     capsys.readouterr()
     assert emf(*call, "--", "a red zebra") == 2
     assert "zebra" in one_line(capsys.readouterr().err)
+    assert emf(*call, "--", *[caption] * 5, "a red zebra") == 2  # before the first is drawn, be it the last
+    assert "zebra" in one_line(capsys.readouterr().err)
     assert emf(*call[:-1], "0", "--", caption) == 2
     assert "steps" in one_line(capsys.readouterr().err)
     assert sorted(out.glob("*.png")) == again
@@ -229,6 +234,30 @@ def test_a_config_file_is_its_config(recipe: str, tmp_path: Path) -> None:
         file.write_text(configs.to_json(c))
         assert from_file(file) == c
         assert set(json.loads(file.read_text())) == set(c.__dataclass_fields__)
+
+
+def numbers_of(settings: Any) -> Iterator[tuple[str, Any]]:
+    """(name, the settings with NaN, inf there) of every field, at any depth, that holds numbers that may be broken."""
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        if is_dataclass(value):
+            yield from (
+                (f"{f.name}.{name}", lambda x, f=f, make=make: replace(settings, **{f.name: make(x)}))
+                for name, make in numbers_of(value)
+            )
+        elif isinstance(value, float):
+            yield f.name, lambda x, f=f: replace(settings, **{f.name: x})
+        elif isinstance(value, tuple) and value and isinstance(value[0], float):
+            yield f.name, lambda x, f=f, value=value: replace(settings, **{f.name: (*value[:-1], x)})
+
+
+def test_no_setting_takes_nan_or_infinity() -> None:
+    found = dict(numbers_of(RECIPES["digits"]()))
+    assert {"drop", "optim.clip", "flow.mean", "transformer.time_scale", "condition.ar_weight"} <= found.keys()
+    for name, made_with in found.items():
+        for value in (math.nan, math.inf):
+            with pytest.raises(ValueError, match=name.rpartition(".")[2]):
+                made_with(value)
 
 
 def test_an_export_of_the_digits_draws(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

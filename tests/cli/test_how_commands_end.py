@@ -176,3 +176,21 @@ def test_memory_that_is_full(error: BaseException, capsys: pytest.CaptureFixture
     said = capsys.readouterr().err
     assert end.value.code == 2 and said.startswith("error: the memory is full (") and said.count("\n") == 1
     assert ": you tried to allocate 4000000000000000 bytes)" in said or "alloc_cpu" not in str(error)
+
+
+def test_a_table_may_find_no_reader_either() -> None:
+    """rich would end the process by itself, with another exit code."""
+    code = "import time\nfrom emf.errors import report_errors\nfrom emf.show.table import console, terminal\n"
+    code += "with report_errors():\n  time.sleep(1); console().print(terminal(['a'], [['b']] * 9999))"
+    assert ended(code, read=0) == (141, "", "")
+
+
+def test_sigterm_while_arguments_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*_: object, **__: object) -> None:
+        raise SystemExit(143)
+
+    monkeypatch.setattr("tyro.extras.subcommand_cli_from_dict", asked)
+    monkeypatch.setattr("sys.argv", ["emf", "report", "x"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 143

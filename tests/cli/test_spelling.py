@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import pytest
@@ -29,6 +31,7 @@ class Told:
     two_words: bool = True
     names: tuple[str, ...] = ()
     name: str = ""
+    file: Path | None = None
     part: Part = field(default_factory=Part)
     flat: Annotated[Part, tyro.conf.arg(name="")] = field(default_factory=Part)
 
@@ -45,6 +48,7 @@ class Told:
         ("--pair -0.5 2 x", Told(("x",), flat=Part(pair=(-0.5, 2.0)))),
         ("--part.kinds a,b", Told(part=Part(kinds=("a", "b")))),
         ("--names a,b c --name 1,2", Told(names=("a,b", "c"), name="1,2")),  # a comma may be part of a text
+        ("--file x --name=", Told(file=Path("x"))),
         ("--on", Told(flat=Part(True))),
         ("--on x", Told(("x",), flat=Part(True))),
         ("--on True x", Told(("x",), flat=Part(True))),
@@ -70,12 +74,23 @@ def test_a_line_is_read(line: str, told: Told) -> None:
         ("--pair 1", "Expected 2 values"),
         ("--kinds a,c", "invalid choice"),
         ("--no-steps", "Unrecognized options: --no-steps"),
+        ("--file=", "--file is empty; give a path"),
     ],
 )
 def test_what_cannot_be_read_is_one_line(line: str, message: str) -> None:
     with pytest.raises(ValueError, match=".") as error:
         parse(Told, line.split(), "it", default=Told())
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_line_has_no_frame(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tyro draws other ones where stdout has no letters for its own."""
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+    with pytest.raises(ValueError, match=".") as error:
+        parse(Config, ["--stepz", "1"], "emf train digits", default=RECIPES["digits"]())
+    assert not any(letter in str(error.value) for letter in ("─", "│", "╭", "|", "+-", "---")), error.value
+    assert str(error.value).endswith("; see emf train digits --help")
 
 
 def switches(what: Any) -> list[str]:

@@ -101,6 +101,15 @@ def test_geneval(run: Path, metadata: Path, detections: Path, tmp_path: Path) ->
     assert sorted(p.name for p in out.rglob("*")) == ["2", "scored.jsonl"]
 
 
+def test_a_prompt_that_the_encoder_cannot_read(run: Path, tmp_path: Path) -> None:
+    """Be it the last."""
+    rows = [{"prompt": p} for p in (*PROMPTS, "a réd zebra")]
+    prompts = write_lines(tmp_path / "strange.jsonl", rows)
+    with pytest.raises(ValueError, match="zebra|réd"):
+        commands.geneval(tmp_path / "out", prompts=prompts, draw=Drawing(checkpoint=run, images_only=True))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.usefixtures("nothing_is_drawn")
 def test_dpg(run: Path, texts: Path, tmp_path: Path) -> None:
     rows = [{"filename": f"{n}.png", "crop": c, "answers": {"1": "yes", "2": "no"}} for n in ITEMS for c in range(4)]
@@ -161,7 +170,7 @@ def test_it_is_loaded_once_and_says_how_far_it_is(
     lines = said.err.splitlines()
     stages = [line for line in lines if line.startswith("evaluate: ")]
     assert [line.split()[1] for line in stages] == ["loading", "drawing", "scoring", "scoring", "scoring"]
-    assert "8 files of images at 1, 2, 3 steps" in stages[1]
+    assert "8 files of images in steps of 1, 2, 3 with" in stages[1]
     assert "drawing: 24 of 24 after 0 s" in lines and "scoring: 8 of 8 after 0 s" in lines
     # with everything there, nothing is drawn or scored again
     monkeypatch.setattr(Counted, "detect", lambda *_: pytest.fail("scored again"))
