@@ -25,21 +25,25 @@ class EMFConnector(ModelMixin, ConfigMixin):
         self.linear_1, self.linear_2 = nn.Linear(hidden, channels), nn.Linear(channels, channels)
         self.norm = nn.RMSNorm(channels, eps=1e-5)
 
-    def connect(self, states: Tensor) -> Tensor:
+    def forward(self, states: Tensor) -> Tensor:
+        """States [B, M, channels], all of which are attended to; of no caption those of zeros."""
         hidden = nn.functional.gelu(self.linear_1(states.to(self.dtype)), approximate="tanh")
         connected: Tensor = self.norm(self.linear_2(hidden))
         return connected
 
-    def forward(self, model: Any, tokenizer: Any, prompts: list[str], seeds: list[int], told: dict[str, Any]) -> Any:
-        """(states [B, M, channels], None) of captions and of none; all M are attended to.
+    @staticmethod
+    def read(model: Any, tokenizer: Any, prompts: list[str], seeds: list[int], *, told: dict[str, Any]) -> Tensor:
+        """States [B, M, hidden] of captions, one at a time.
 
         model: Qwen3ForCausalLM. seeds: of the image tokens. told: `settings` of the folder's model_index.json.
         """
-        rows = [row(model, tokenizer, prompt, seed, told) for prompt, seed in zip(prompts, seeds, strict=True)]
-        count = 1 + told["tokens"]
-        last = len(told["tail"]) if told["window"] == "inference" else 0
-        states = torch.cat([read(model, ids)[:, len(ids) - last - count : len(ids) - last] for ids in rows])
-        return (self.connect(states), None), (self.connect(torch.zeros_like(states)), None)
+        count, found = 1 + told["tokens"], []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            ids = row(model, tokenizer, prompt, seed, told)
+            end = len(ids) - (len(told["tail"]) if told["window"] == "inference" else 0)
+            out = model(input_ids=tensor(ids, model), use_cache=False, output_hidden_states=True, logits_to_keep=1)
+            found.append(out.hidden_states[-1][:, end - count : end])
+        return torch.cat(found)
 
 
 def row(model: Any, tokenizer: Any, prompt: str, seed: int, told: dict[str, Any]) -> list[int]:
@@ -53,9 +57,8 @@ def row(model: Any, tokenizer: Any, prompt: str, seed: int, told: dict[str, Any]
     ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], *told["head"]]
     fed, past = ids, None
     for x in torch.rand(told["tokens"], generator=torch.Generator().manual_seed(seed)).tolist():
-        given = torch.tensor([fed], device=model.device)
-        out = model.model(input_ids=given, past_key_values=past, use_cache=True)
-        past, logits = out.past_key_values, model.lm_head(out.last_hidden_state[0, -1]).float()
+        out = model(input_ids=tensor(fed, model), past_key_values=past, use_cache=True, logits_to_keep=1)
+        past, logits = out.past_key_values, out.logits[0, -1].float()
         values, order = (logits / told["temperature"]).topk(min(told["top_k"], len(logits)))
         p = values.softmax(-1)
         p = torch.where(p.cumsum(-1) - p < told["top_p"], p, 0.0)
@@ -65,8 +68,5 @@ def row(model: Any, tokenizer: Any, prompt: str, seed: int, told: dict[str, Any]
     return ids + told["tail"]
 
 
-def read(model: Any, ids: list[int]) -> Tensor:
-    """A row's last states [1, L, hidden]."""
-    given = torch.tensor([ids], device=model.device)
-    states: Tensor = model.model(input_ids=given, use_cache=False).last_hidden_state
-    return states
+def tensor(ids: list[int], model: Any) -> Tensor:
+    return torch.tensor([ids], device=model.device)

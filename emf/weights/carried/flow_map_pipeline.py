@@ -126,8 +126,9 @@ class EMFPipeline(DiffusionPipeline):
         tokens that a language model draws for them."""
         kind = self.told.get("kind")
         if kind == "blip3o" and self.language_model is not None and self.tokenizer is not None:
-            parts = self.language_model, self.tokenizer
-            return self.connector(*parts, prompts, [TOKENS_APART + n for n in seeds], self.told)
+            apart = [TOKENS_APART + n for n in seeds]
+            states = self.connector.read(self.language_model, self.tokenizer, prompts, apart, told=self.told)
+            return (self.connector(states), None), (self.connector(torch.zeros_like(states)), None)
         if kind == "small":
             known, length, read_as = (self.told[k] for k in ("vocabulary", "length", "read_as"))
             rows = [p.lower().split() for p in prompts]
