@@ -134,3 +134,16 @@ def test_every_target_of_make_is_there(page: Path) -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {words[-1] if "=" not in words[-1] else words[0] for words in calls(page, "make")}
     assert named <= targets
+
+
+def test_the_faq_names_every_reason_for_which_a_sample_is_dropped() -> None:
+    """As a run and `emf data inspect` print it."""
+    faq, reasons = (ROOT / "docs" / "faq.md").read_text(), set[str]()
+    for name in ("data/sources.py", "data/images.py", "files/decoding.py"):
+        text = (ROOT / "emf" / name).read_text()
+        reasons |= set(re.findall(r'(?:drops\.add|BrokenImage)\(.*?"([a-z][a-z ]+)"', text))
+        reasons |= set(re.findall(r'ValueError\(f?"((?!data)[a-z][a-zA-Z0-9 -]+):[ "]', text))
+        reasons |= set(re.findall(r'"((?:no|second|neither) [a-z ]+)"', text))
+    reasons.discard("reason")  # a docstring's
+    assert len(reasons) == 19
+    assert sorted(reason for reason in reasons if f"`{reason}`" not in faq) == []

@@ -48,7 +48,10 @@ def load(
         if "instruction" not in settings:
             settings["instruction"] = sana_instruction()
     settings = {"length": LENGTHS[kind], **settings}
-    return TextEncoder(model, _tokenizer(parts[1]), freeze=freeze, **settings)
+    try:
+        return TextEncoder(model, _tokenizer(parts[1]), freeze=freeze, **settings)
+    except Exception as error:  # a tokenizer that cannot pad, or a model that says no width
+        raise ValueError(f"conditioning: {folder}: {why(error).removeprefix('conditioning: ')}") from None
 
 
 def _load_blip3o(

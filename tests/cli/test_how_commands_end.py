@@ -5,6 +5,7 @@ A limit on the size of files stands for the full disk: the system refuses the wr
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shlex
@@ -13,10 +14,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import sana
 import torch
 from digits_run import small_run
 from exported import write_base
 from full_disk import full
+from geneval_cases import make_folder, record
+from image_files import pairs, small_autoencoder, write_tar
 from safetensors.torch import save_file
 from training import train
 
@@ -29,21 +33,51 @@ COMMANDS = {
     "generate": 'generate "a red seven" --run {run} --out {out}/pictures --device cpu',
     "release": "release {run} --out {out}/weights.safetensors",
     "export": "export {run} --out {out}/exported",
+    "convert": "convert {here}/sana --out {out}/converted",
+    "inspect": "data inspect {here}/a.tar --out {out}/inspected --size 8",
+    "a listing": "data inspect {here}/a.tar --out {out}/inspected --size 8 --listings {out}/listings.json",
+    "cache": "cache {here}/a.tar --vae {here}/vae --size 32 --out {out}/cache --device cpu",
+    "geneval": "evaluate geneval {here}/images --detections {here}/found.jsonl --out {out}/scores",
+    "pictures": "evaluate geneval --prompts {here}/p.jsonl --checkpoint {run} --images-only --out {out}/g --device cpu",
+    "disentanglement": "analyze disentanglement a={run} --prompts {here}/p.jsonl --out {out}/analysis --device cpu",
+    "report": "report {run}",
 }
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the commands read."""
+    folder = tmp_path_factory.mktemp("here")
+    run = small_run(folder / "run")
+    keys = ("loss", "error", "lr", "it_s", "share", "memory_mib", "skipped")
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 1, **dict.fromkeys(keys, 1.0)}) + "\n")
+    sana.diffusers_model().save_pretrained(folder / "sana")
+    small_autoencoder().save_pretrained(folder / "vae")
+    write_tar(folder / "a.tar", pairs(2))
+    spec = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a red seven"}
+    record(folder / "found.jsonl", dict.fromkeys(make_folder(folder / "images", [spec]), []))
+    (folder / "p.jsonl").write_text(json.dumps(spec) + "\n")
+    return folder
 
 
 @pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS.keys())
 def test_commands(
-    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: str, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, out = small_run(tmp_path / "run"), tmp_path / "out"
-    out.mkdir()
-    monkeypatch.setattr("sys.argv", ["emf", *shlex.split(words.format(run=run, out=out))])
-    with pytest.raises(SystemExit) as end, full(200):
-        main()
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert end.value.code == 2 and len(said) == 1 and "cannot be written: File too large" in said[0], said
-    assert str(out) in said[0] and not [f for f in out.rglob("*") if f.is_file()]
+    """On a disk without any room, and on one with a little: a whole file that was written before stays."""
+    run, out = here / "run", tmp_path / "out"
+    for room in (0, 200):
+        out.mkdir(exist_ok=True)
+        monkeypatch.setattr("sys.argv", ["emf", *shlex.split(words.format(run=run, here=here, out=out))])
+        with pytest.raises(SystemExit) as end, full(room):
+            main()
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert end.value.code == 2 and len(said) == 1 and "cannot be written: File too large" in said[0], said
+        assert str(run if words.startswith("report") else out) in said[0] and not (run / "report.html").exists()
+        left = [file for file in out.rglob("*") if file.is_file()]
+        assert not (left and not room) and not [
+            file for file in left if file.suffix in (".part", ".safetensors", ".png")
+        ]
 
 
 def test_what_libraries_write_into_a_folder(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import pytest
 import safetensors.torch
 import torch
 from damaged import changed, damaged, holds
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from image_files import pairs, tar_of
+from image_files import encoded, noise, pairs, tar_of
 
 from emf.data.cache import Cache
 from emf.data.drops import Dropped
@@ -30,6 +30,7 @@ WHOLE = [
 
 
 @given(data=st.one_of(st.binary(max_size=60), damaged(WHOLE, 600)), is_json=st.booleans())
+@example(data=b'{"caption": "a dog \\ud83d"}', is_json=True)  # cut in the middle of a letter
 def test_any_caption_is_text_or_a_reason(data: bytes, is_json: bool) -> None:
     try:
         text = read_caption(data, is_json, None)
@@ -65,17 +66,24 @@ def test_any_json_gives_a_caption_that_is_there_or_a_reason(tree: Any) -> None:
     """null is absent, so that the next key is taken."""
     texts = [tree[k] for k in ("caption", "text") if tree.get(k) is not None] if isinstance(tree, dict) else []
     try:
-        assert read_caption(json.dumps(tree).encode(), True, None) == texts[0].strip()
+        text = read_caption(json.dumps(tree).encode(), True, None)
     except ValueError as error:
         assert len(str(error).splitlines()) == 1
         assert not texts or not isinstance(texts[0], str) or not texts[0].strip() or "\ud83d" in texts[0]
+    else:
+        assert text == texts[0].strip() and "\ud83d" not in text
 
 
 MEMBER = dict(pairs(1))
+LARGE = encoded(noise(0, 400, 400))
+SECOND = LARGE.index(b"IDAT", LARGE.index(b"IDAT") + 4)
+BETWEEN = LARGE[: SECOND - 4] + bytes(8) + LARGE[SECOND + 4 :]
+"""Damaged between two chunks, for which Pillow has a SyntaxError."""
 
 
 @settings(max_examples=60)
-@given(data=st.binary(max_size=60) | damaged([MEMBER["0000.png"]], 400))
+@given(data=st.binary(max_size=60) | damaged([MEMBER["0000.png"], encoded(noise(1), "jpeg")], 400))
+@example(data=BETWEEN)
 def test_any_picture_in_a_tar_is_a_sample_or_a_drop(data: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
     file = tmp_path_factory.getbasetemp() / "member.tar"
     file.write_bytes(tar_of(MEMBER | {"0000.png": data}))

@@ -144,6 +144,9 @@ def test_csv(tmp_path: Path) -> None:
     file.write_text("id,text\n1,a,b\n")
     with pytest.raises(ValueError, match=r"a\.csv:2 has more cells than the first line"):
         read_csv(file)
+    file.write_text("id\n" + "x" * 140_000)
+    with pytest.raises(ValueError, match=r"a\.csv:1 is no line of CSV: field larger than field limit"):
+        read_csv(file)
 
 
 def test_json_round_trip_of_names(tmp_path: Path) -> None:
