@@ -48,8 +48,9 @@ class OptimConfig:
     """Factor on the learning rate of the condition's path: text encoder and caption projection."""
     decay: Literal["cosine", "constant"] = "cosine"
     """Learning rate after warm-up: to zero along a cosine, or constant."""
-    warmup: int = 50
-    """How many steps the learning rate takes to grow from 0 to its full value."""
+    warmup: float = 0.05
+    """How long the learning rate takes to grow from 0 to its full value: below 1 a share of the run's steps, else a
+    number of steps."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of AdamW's averages of the gradient and of its square."""
     weight_decay: float = 0.0
@@ -64,6 +65,10 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         at_least("optim", self, warmup=0, clip=0)
+        if self.warmup >= 1 and self.warmup % 1:
+            raise ValueError(
+                f"config: optim.warmup {self.warmup} must be a share of the steps, below 1, or a whole number of them"
+            )
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"config: optim.lr {self.lr} must be a positive number")
         if not 0 <= self.ema < 1:
@@ -151,9 +156,10 @@ class RunConfig:
     """How many steps with a NaN or inf loss are skipped before the run stops."""
     prompts: tuple[str, ...] = ()
     """With eval_every: captions of a grid of samples, by the moving average and by the raw weights, at 1, 2 and 4
-    steps."""
+    steps; what ends in .txt is a file of captions, one a line."""
     monitor: tuple[Literal["tensorboard", "wandb", "csv"], ...] = ()
-    """DeepSpeed's monitors, beside metrics.jsonl."""
+    """Where metrics, scores and pictures go beside metrics.jsonl: tensorboard and wandb, whose packages it then needs;
+    csv takes no pictures."""
 
     def __post_init__(self) -> None:
         at_least("run", self, log_every=1, save_every=1, eval_every=0, eval_prompts=1, keep=1, skip=0)
@@ -181,6 +187,8 @@ class Config:
     """Seed of everything random in a run: new weights, data, noise, times and dropped conditions."""
     steps: int = 1000
     """How many optimizer steps the run takes."""
+    epochs: float | None = None
+    """Length in another way, in the place of steps: how often as many samples are seen as data.sources hold."""
     batch_size: int = 64
     """How many samples an optimizer step sees, over all ranks and micro-batches."""
     drop: float = 0.1
@@ -207,6 +215,15 @@ class Config:
         check_finite(self)
         if self.steps < 1 or self.batch_size < 1:
             raise ValueError(f"config: steps {self.steps} and batch_size {self.batch_size} must be at least 1")
+        if self.epochs is not None and not (math.isfinite(self.epochs) and self.epochs > 0):
+            raise ValueError(f"config: epochs {self.epochs} must be a positive number")
+        if self.epochs is not None and not self.data.sources:
+            raise ValueError("config: epochs needs data.sources, whose size is known; say steps for the digits")
+        if self.epochs is None and self.warmup > self.steps:
+            raise ValueError(
+                f"config: optim.warmup {self.warmup} is longer than the run of {self.steps} steps; give a share of the "
+                "steps, as 0.03"
+            )
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"config: seed {self.seed} must lie in [0, 2^31)")
         if not 0 <= self.drop < 1:
@@ -263,6 +280,12 @@ class Config:
         }
         if lacks := [name for name, is_missing in needs.items() if is_missing]:
             raise ValueError(f"config: {self.recipe} needs {', and '.join(lacks)}")
+
+    @property
+    def warmup(self) -> int:
+        """Steps of optim.warmup."""
+        share = self.optim.warmup
+        return int(share * self.steps) if share < 1 else int(share)
 
     @property
     def batches(self) -> Batches:

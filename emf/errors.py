@@ -29,7 +29,7 @@ class NotFinite(ValueError):
 
     def __init__(self, places: Sequence[int], fault: str = "") -> None:
         """places: the images' numbers; none where the weights alone were looked at. fault: what is known of why."""
-        self.places = list(places)
+        self.places, self.fault = list(places), fault
         named = ", ".join(map(str, self.places[:8])) + ", ..." * (len(self.places) > 8)
         images = f"the images of captions {named} (counted from 0) hold NaN or inf"
         super().__init__("sample: " + ": ".join([images] * bool(self.places) + [fault] * bool(fault)))

@@ -41,7 +41,7 @@ def digits_base() -> Config:
         batch_size=64,
         transformer=_digits_transformer(dual_time=False),
         flow=FlowConfig(mean=(0.2, 0.2), spread=(1.2, 1.2), share=(0.0, 0.0)),
-        optim=OptimConfig(lr=2e-3, condition_lr=0.1, warmup=100, betas=(0.9, 0.99), ema=0.998),
+        optim=OptimConfig(lr=2e-3, condition_lr=0.1, warmup=0.025, betas=(0.9, 0.99), ema=0.998),
         run=RunConfig(save_every=200),
     )
 
@@ -57,7 +57,7 @@ def digits() -> Config:
         steps=500,
         batch_size=64,
         transformer=replace(_digits_transformer(dual_time=True), time_scale=10.0),
-        optim=OptimConfig(lr=1e-3, warmup=30, betas=(0.9, 0.99), ema=0.99),
+        optim=OptimConfig(lr=1e-3, warmup=0.06, betas=(0.9, 0.99), ema=0.99),
         run=RunConfig(save_every=100, eval_every=100),
     )
 
@@ -69,7 +69,7 @@ def digits_full() -> Config:
         config,
         recipe="digits-full",
         steps=3000,
-        optim=replace(config.optim, warmup=100, ema=0.998),
+        optim=replace(config.optim, warmup=1 / 30, ema=0.998),
         run=replace(config.run, save_every=200, eval_every=200),
     )
 
@@ -84,16 +84,15 @@ BATCH = 128
 
 def sana_1600m() -> Config:
     """EMF: SANA-1.5 1.6B on a frozen BLIP3o-NEXT, as the released script has it; needs --init and --data.sources."""
-    steps = 30 * SAMPLES // BATCH
     return Config(
         recipe="sana-1.5-1.6b",
         trained=EMF_TRAINS,
-        steps=steps,
+        steps=30 * SAMPLES // BATCH,
         batch_size=BATCH,
         transformer=TransformerConfig(dual_time=True),
         condition=ConditionConfig(kind="blip3o"),
         # the release averages no weights
-        optim=OptimConfig(lr=5e-5, warmup=int(0.03 * steps), ema=0.0),
+        optim=OptimConfig(lr=5e-5, warmup=0.03, ema=0.0),
         zero=ZeroConfig(stage=2, dtype="bfloat16", accumulation=16),
         run=RunConfig(save_every=1000),
     )
@@ -101,9 +100,9 @@ def sana_1600m() -> Config:
 
 def sana_1600m_paper() -> Config:
     """The same with what is told of the paper, learning rate 1e-5, 150 epochs; needs --init and --data.sources."""
-    config, steps = sana_1600m(), 150 * SAMPLES // BATCH
-    optim = replace(config.optim, lr=1e-5, warmup=int(0.03 * steps))
-    return replace(config, recipe="sana-1.5-1.6b-paper", steps=steps, optim=optim)
+    config = sana_1600m()
+    optim = replace(config.optim, lr=1e-5)
+    return replace(config, recipe="sana-1.5-1.6b-paper", steps=150 * SAMPLES // BATCH, optim=optim)
 
 
 def blip3o_next_3b() -> Config:

@@ -75,7 +75,7 @@ class Backbones:
             kept[name, n] = to_uint8(images)
         return (lambda name, n, i: Image.fromarray(kept[name, n][i])), scores
 
-    def draw(self, vae: Path | None, dtype: str, device: str) -> Picture:
+    def draw(self, vae: Path | None, text: Path | None, dtype: str, device: str) -> Picture:
         """Every image as a PNG file STEPS/00000.png, those that are not there yet."""
         batch, every = self.sampling.batch, range(len(self.texts))
         for name, folder in self.runs.items():
@@ -83,7 +83,7 @@ class Backbones:
             jobs = [(n, left[j : j + batch]) for n, left in missing.items() for j in range(0, len(left), batch)]
             if not jobs:
                 continue
-            sampler = Sampler.load(folder, vae, dtype, device, flow_matching=True)
+            sampler = Sampler.load(folder, vae, dtype, device, flow_matching=True, text=text)
             check_flow_matching(folder, sampler.config.objective)
             for n, part in track(jobs, f"sampling, {name}"):
                 pictures = sampler.pictures([self.texts[i] for i in part], self.settings, numbers=part, steps=n)

@@ -78,6 +78,7 @@ def run_steps(
     *,
     prompts: Path | None = None,
     vae: Path | None = None,
+    text: Path | None = None,
     dino: str | None = None,
     dtype: DType = "float32",
     device: str = "cpu",
@@ -113,7 +114,7 @@ def run_steps(
     if digits:
         picture, panels["score"] = backbones.draw_digits(specs)
     else:
-        picture = backbones.draw(vae, dtype, device)
+        picture = backbones.draw(vae, text, dtype, device)
     for name in runs:
         for measure, line in similarity_to_last(picture, name, sampling.steps, len(texts), network).items():
             panels.setdefault(measure, {})[name] = line

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -86,6 +86,7 @@ def steps(
     prompts: Path | None = None,
     dino: str | None = None,
     vae: Path | None = None,
+    text: Path | None = None,
     dtype: DType = "float32",
     device: str = "auto",
 ) -> None:
@@ -98,11 +99,13 @@ def steps(
         prompts: what to draw where the runs are not of the digits: a folder of texts, a jsonl file, or a text file
         dino: folder or Hub name of a DINO, for the similarity; none: PSNR alone
         vae: a diffusers folder with the autoencoder; default: that of the run's data, or of the export
+        text: the folder of the text encoder, where it was moved; default: each backbone's
         dtype: number format that the backbones compute in
         device: where to compute: cpu, cuda, cuda:1; auto: the GPU where there is one
     """
     from emf.analyze.names import parse_runs
     from emf.analyze.steps import run_steps
 
-    run_steps(parse_runs(runs), out, sampling, prompts=prompts, vae=vae, dino=dino, dtype=dtype, device=device)
+    how: Any = dict(prompts=prompts, vae=vae, text=text, dino=dino, dtype=dtype, device=device)
+    run_steps(parse_runs(runs), out, sampling, **how)
     print(f"open {out / 'results.md'}")

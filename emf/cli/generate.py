@@ -21,6 +21,7 @@ def generate(
     n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1,
     flow_matching: bool = False,
     vae: Path | None = None,
+    text: Path | None = None,
     batch: int = 4,
     dtype: Literal["float32", "bfloat16"] | None = None,
     device: str = "auto",
@@ -41,6 +42,7 @@ def generate(
         flow_matching: sample the instantaneous velocity with Euler's method instead: of a trained run that of its
             start, where it is there
         vae: a diffusers folder with the autoencoder; default: that of the run's data, or of the export
+        text: the folder of the text encoder, where it was moved; default: the run's
         batch: how many images are computed at once
         dtype: number format that the transformer computes in; default: float32 on a CPU, bfloat16 on a GPU
         device: where to compute: cpu, cuda, cuda:1; auto: the GPU where there is one
@@ -64,7 +66,7 @@ def generate(
             else f"generate: {prompts} holds no caption; expected one a line"
         )
     check_pictures_folder(out)
-    sampler = Sampler.load(run, vae, dtype, device, flow_matching)
+    sampler = Sampler.load(run, vae, dtype, device, flow_matching, text=text)
     sampler.check_captions(every)
     guidance = sampler.guidance if guidance is None else guidance
     how = replace(sampler.settings, steps=steps, guidance=guidance, seed=seed, batch=batch)

@@ -21,7 +21,13 @@ LENGTHS = {"gemma": 300, "clip": 77, "t5": 300}
 
 
 def load(
-    kind: Kind, folder: Path, *, dtype: torch.dtype = torch.float32, freeze: bool = True, **settings: Any
+    kind: Kind,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    freeze: bool = True,
+    empty: bool = False,
+    **settings: Any,
 ) -> Encoder:
     """An encoder of a folder with config.json, safetensors and tokenizer files; nothing is downloaded.
 
@@ -29,6 +35,7 @@ def load(
           a connector; what else is in the folder is not read. "gemma": Gemma-2 with SANA's instruction,
           300 tokens. "clip": 77 tokens. "t5": 300 tokens. A diffusers pipeline's folder will do for these three:
           text_encoder/ and tokenizer/ in it are taken.
+    empty: leave the model's weights on the meta device: their values come from elsewhere.
     settings: keywords of Blip3oNext or TextEncoder (window, length, instruction, null, ...).
     Raises ValueError where the folder or one of its files is missing, broken or of another model.
     """
@@ -37,12 +44,12 @@ def load(
     if not folder.is_dir():
         raise ValueError(f"conditioning: no folder {folder}; expected that of a {kind} encoder")
     if kind == "blip3o":
-        return _load_blip3o(folder, dtype, freeze, **settings)
+        return _load_blip3o(folder, dtype, freeze, empty, **settings)
     import transformers
 
     model_class = {"gemma": "Gemma2Model", "clip": "CLIPTextModel", "t5": "T5EncoderModel"}[kind]
     parts = [folder / name if (folder / name).is_dir() else folder for name in ("text_encoder", "tokenizer")]
-    model = _model(getattr(transformers, model_class), parts[0], dtype)
+    model = (_empty if empty else _model)(getattr(transformers, model_class), parts[0], dtype)
     if kind == "gemma":
         settings = {"lower": True, **settings}
         if "instruction" not in settings:
@@ -55,7 +62,7 @@ def load(
 
 
 def _load_blip3o(
-    folder: Path, dtype: torch.dtype, freeze: bool, window: Window = "inference", **settings: Any
+    folder: Path, dtype: torch.dtype, freeze: bool, empty: bool, window: Window = "inference", **settings: Any
 ) -> Encoder:
     from transformers import Qwen3ForCausalLM
 
@@ -66,7 +73,7 @@ def _load_blip3o(
             "checkpoint with `emf convert`"
         )
     tokens = SpecialTokens.from_config(_config(language), str(language / "config.json"))
-    model = _model(Qwen3ForCausalLM, language, dtype)
+    model = (_empty if empty else _model)(Qwen3ForCausalLM, language, dtype)
     try:
         state = read_state(file)
         channels, hidden = state["linear_1.weight"].shape
@@ -124,6 +131,17 @@ def _model(kind: Any, folder: Path, dtype: torch.dtype, **arguments: Any) -> Any
             f"conditioning: {folder} is no {kind.__name__}: {len(missing)} weights missing, first {missing[0]}"
         )
     return model
+
+
+def _empty(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """The model that _model loads, on the meta device."""
+    _config(folder)
+    try:
+        with quiet(), torch.device("meta"):
+            config = kind.config_class.from_pretrained(folder, local_files_only=True)
+            return kind._from_config(config, dtype=dtype).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"conditioning: {folder} is no {kind.__name__}: {why(error)}") from None
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -14,15 +14,21 @@ class DataConfig:
 
     sources: tuple[str, ...] = ()
     """Tars of webdataset, folders of images and texts: PATH, PATH@WEIGHT or PATH@WEIGHT@CAPTION-KEY
-    (emf.data.sources); or the one folder that emf cache wrote."""
+    (emf.data.sources); or folders that emf cache wrote, PATH or PATH@WEIGHT, of one encoder."""
     size: int = 1024
     """Pixels along a side of the centre crop."""
     vae: Path | None = None
     """A diffusers folder with the autoencoder (DC-AE); none: the flow works on pixels."""
     ta_tok: Path | None = None
     """BLIP3o-NEXT: ta_tok.pth, for images whose tokens no cache holds."""
+    workers: int = 4
+    """How many threads of a rank read and decode images."""
     listings: Path | None = None
     """A file that keeps what is in the tars, so that the next start need not read them."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ValueError(f"config: data.workers {self.workers} must be at least 1")
 
 
 @dataclass(frozen=True)

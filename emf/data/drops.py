@@ -37,6 +37,13 @@ class Drops:
             if len(names) < NAMES_KEPT:
                 names.append(f"{key} ({detail})" if detail else key)
 
+    def take(self, others: Drops) -> None:
+        """What others have dropped too."""
+        for kind, count in others.counts.items():
+            self.counts[kind] = self.counts.get(kind, 0) + count
+            self.names[kind] = [*self.names.get(kind, []), *others.names[kind]][:NAMES_KEPT]
+        self._seen |= others._seen
+
     def __len__(self) -> int:
         return sum(self.counts.values())
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from emf.data import digits
 from emf.data.batches import Batches, DataConfig
-from emf.data.cache import Cache, read_settings
+from emf.data.cache import read_settings
+from emf.data.caches import Caches, is_cache
 from emf.data.drops import Drops
-from emf.data.sources import find_files, parse_source
-from emf.files import SETTINGS
+from emf.data.sources import Source, find_files, parse_source
 from emf.flow import seed_of
 from emf.model.autoencoder import Identity, dcae_config, load_dcae
 
@@ -24,11 +24,16 @@ TOKEN_PIXELS = 384  # of the crop that BLIP3o-NEXT's image tokenizer sees
 class Feed(Protocol):
     """Rows part, part + parts, ... of step's batch: x [n, C, H, W] float32 latents, ids [n, M], mask [n, M] bool."""
 
+    samples: int | None
+    """How many there are, the unusable among them; None: there is no end."""
+
     def __call__(self, step: int, part: int, parts: int) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 class Digits:
     """The small world."""
+
+    samples: int | None = None
 
     def __init__(self, batches: Batches) -> None:
         self.batches = batches
@@ -51,8 +56,9 @@ class Pictures:
         self.batches, self.encoder, self.device = batches, encoder, device
         self.latent: Any = None
         self.tokenizer: Any = None
-        if cached := cache_of(d):
-            store: Any = Cache(cached)
+        sources = [parse_source(text) for text in d.sources]
+        if cached := caches_of(d):
+            store: Any = Caches(cached)
         else:
             self.latent = load_dcae(d.vae, device=device) if d.vae else Identity()
             if b.token_scale:
@@ -61,8 +67,9 @@ class Pictures:
                 assert d.ta_tok is not None  # see check_sources
                 self.tokenizer = load_ta_tok(d.ta_tok, scale=b.token_scale).to(device)
             small = TOKEN_PIXELS if b.token_scale else None
-            store = Images([parse_source(text) for text in d.sources], d.size, small, d.listings)
-        self.dataset = Dataset(store, b.seed)
+            store = Images(sources, d.size, small, d.listings)
+        self.dataset = Dataset(store, b.seed, d.workers)
+        self.samples: int | None = len(self.dataset)
         self.check(self.dataset.batch(0, b.size, 0, b.size)[0].mean)
         if dropped := self.dataset.drops.news() if os.environ.get("RANK", "0") == "0" else []:  # every rank has these
             print("\n".join(f"data: {line}" for line in dropped), flush=True)
@@ -103,10 +110,15 @@ class Pictures:
         return x, *self.encoder.tokenize([s.caption for s in samples], ids)
 
 
-def cache_of(data: DataConfig) -> Path | None:
-    """The folder that emf cache wrote, where the sources are one."""
-    first = Path(data.sources[0]) if len(data.sources) == 1 else None
-    return first if first and (first / SETTINGS).is_file() else None
+def caches_of(data: DataConfig) -> list[Source]:
+    """The sources, where they are folders that emf cache wrote; none where they are others. Raises ValueError where
+    they are of either kind."""
+    sources = [parse_source(text) for text in data.sources]
+    cached = [source for source in sources if is_cache(source)]
+    if cached and len(cached) < len(sources):
+        other = next(source for source in sources if source not in cached)
+        raise ValueError(f"data: {cached[0].path} is a cache, and {other.path} is none; cache that one too")
+    return cached
 
 
 def check_sources(batches: Batches) -> None:
@@ -115,13 +127,16 @@ def check_sources(batches: Batches) -> None:
     d, channels = batches.data, batches.latent[0]
     if not d.sources:
         return
-    if cached := cache_of(d):
-        _check_cache(cached, batches)
+    if cached := caches_of(d):
+        for source in cached:
+            _check_cache(Path(source.path), batches)
         return
     for path in (parse_source(text).path for text in d.sources):
         if not os.path.isdir(path):
             find_files(path, Drops())
     if d.vae is not None:
+        if not d.vae.is_dir():
+            raise ValueError(f"data: no folder {d.vae}, where the autoencoder should lie; name it with --data.vae")
         dcae_config(d.vae)
     elif channels != Identity.channels:
         raise ValueError(

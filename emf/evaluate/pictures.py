@@ -118,7 +118,8 @@ def draw_pictures(items: Sequence[Item], texts: dict[str, str], out: Path, drawi
         groups = [list(items[i : i + each]) for i in range(0, len(items), each)][rank::world]
         left = [[item for item in group if not (folder / item.file).is_file()] for group in groups]
         todo += [(steps, group) for group in left if group]
-    sampler = Sampler.load(drawing.checkpoint, drawing.vae, drawing.dtype, device, flow_matching=drawing.flow_matching)
+    d = drawing
+    sampler = Sampler.load(drawing.checkpoint, d.vae, d.dtype, device, d.flow_matching, text=d.text)
     sampler.check_captions([item.prompt for item in items])
     guidance = sampler.guidance if drawing.guidance is None else drawing.guidance
     told = dict(checkpoint=str(drawing.checkpoint), weights=sampler.stamp, seed=drawing.seed, guidance=guidance)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from emf.config import Config, LoraConfig
@@ -14,21 +15,24 @@ from emf.model.transformer import Transformer
 from emf.recipes import EMF_TRAINS
 
 
-def build(config: Config) -> TextToImage:
-    """The network of a config, float32 on the CPU, its transformer at random weights.
+def build(config: Config, dtype: torch.dtype = torch.float32, empty: bool = False) -> TextToImage:
+    """The network of a config in a dtype on the CPU, its transformer at random weights.
 
+    empty: pretrained weights and the transformer's, whose values come from elsewhere, are on the meta device.
     MeanFlow trains all but the pretrained time embedding and, with freeze_encoder, the encoder; config.trained names
     less; with config.lora adapters are trained in the place of the blocks' weights, see choose_trained.
     """
-    network = assemble(config, Transformer(config.transformer))
+    with torch.device("meta" if empty else "cpu"):
+        transformer = Transformer(config.transformer).to(dtype)
+    network = assemble(config, transformer, empty)
     adapt(network, config)
     return network
 
 
-def assemble(config: Config, transformer: Transformer) -> TextToImage:
-    """The network of a config around a transformer that there is already. It has no adapters yet: they come on top of
-    whatever weights it starts from, see adapt."""
-    network = TextToImage(encoder(config), transformer)
+def assemble(config: Config, transformer: Transformer, empty: bool = False) -> TextToImage:
+    """The network of a config around a transformer that there is already, whose dtype its text encoder gets; empty: see
+    build. It has no adapters yet: they come on top of whatever weights it starts from, see adapt."""
+    network = TextToImage(encoder(config, transformer.proj_out.weight.dtype, empty), transformer)
     choose_trained(network, replace(config, lora=LoraConfig()))
     return network
 
@@ -43,7 +47,7 @@ def adapt(network: TextToImage, config: Config) -> None:
         choose_trained(network, config)
 
 
-def encoder(config: Config) -> nn.Module:
+def encoder(config: Config, dtype: torch.dtype = torch.float32, empty: bool = False) -> nn.Module:
     """The text encoder of a config: the digits' own, or a pretrained one from its folder, frozen. Raises ValueError
     where its states have another width than the transformer takes."""
     c = config.condition
@@ -51,14 +55,20 @@ def encoder(config: Config) -> nn.Module:
         from emf.conditioning.small import SmallEncoder
         from emf.data.digits import WORDS
 
-        return SmallEncoder(config.encoder, WORDS)
+        return SmallEncoder(config.encoder, WORDS).to(dtype)
     from emf.conditioning.load import load
 
     folder = c.folder or (config.init if c.kind == "blip3o" else None)
     if folder is None:
         raise ValueError(f"config: condition.kind {c.kind} needs --condition.folder, where the encoder lies")
+    if not folder.is_dir():
+        raise ValueError(
+            f"config: no folder {folder}, where the {c.kind} text encoder should lie; if it was moved, say where to: "
+            "--condition.folder for emf train, --text for the other commands"
+        )
     further: dict[str, Any] = {"window": c.window, "scale": c.scale} if c.kind == "blip3o" else {}
-    made = load(c.kind, folder, freeze=not _trains(config, "encoder."), **further)
+    frozen = not _trains(config, "encoder.")
+    made = load(c.kind, folder, dtype=dtype, freeze=frozen, empty=empty, **further)
     if made.channels != config.transformer.caption_channels:
         raise ValueError(
             f"config: {folder} gives states of {made.channels} channels, the transformer takes "

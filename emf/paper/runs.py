@@ -97,6 +97,6 @@ def write_start(file: Path, config: Config) -> None:
     weights."""
     torch.manual_seed(config.seed)
     state = build(config).state_dict()
-    state |= {name: w for name, w in read_init(BASE).items() if name.startswith("transformer.")}
+    state |= {name: w.float() for name, w in read_init(BASE).items() if name.startswith("transformer.")}
     with whole_file(file) as part:
         write_file(part, items(state))

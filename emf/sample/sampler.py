@@ -138,20 +138,22 @@ class Sampler:
         dtype: str | None = None,
         device: str | None = None,
         flow_matching: bool = False,
+        *,
+        text: Path | None = None,
     ) -> Sampler:
         """run: a run, one of its checkpoints, an export, or a folder from emf convert. vae: a diffusers folder with
         the autoencoder; None: that of the run's data, or of the export. dtype: None is float32 on a CPU, bfloat16 on a
         GPU. flow_matching: sample the instantaneous velocity by Euler's method (`average` of Settings), that of the
-        run's start where it is there; `note` says whose it is. Raises ValueError on what does not fit, and NotFinite on
-        weights that hold NaN or inf."""
+        run's start where it is there; `note` says whose it is. text: the folder of the text encoder; None: where the
+        run has it from. Raises ValueError on what does not fit, and NotFinite on weights that hold NaN or inf."""
         place = find_device(device)
         run = Path(run)
         note, place_of = "", run
         if flow_matching:
-            found = load_velocity(run)
+            found = load_velocity(run, text)
             config, network, place_of, note = found.config, found.network, found.source, found.note
         else:
-            config, network = load(run)
+            config, network = load(run, text)
             place_of = weights_folder(run)
             if config.objective == "flow_matching":
                 raise ValueError(f"generate: {run} was trained for flow matching alone; say --flow-matching")
@@ -159,6 +161,8 @@ class Sampler:
         folder, channels = vae or config.data.vae, config.transformer.in_channels
         if folder is None and channels != 3:
             raise ValueError(f"generate: {run} gives latents of {channels} channels; name their autoencoder with --vae")
+        if folder is not None and not folder.is_dir():
+            raise ValueError(f"generate: no folder {folder}, where the autoencoder should lie; name it with --vae")
         autoencoder = None if folder is None else load_dcae(folder, device=place)
         source = place_of / WEIGHTS if (place_of / WEIGHTS).is_file() else place_of
         how = Settings(average=not flow_matching)

@@ -66,6 +66,8 @@ def parse_run(arguments: list[str], kind: type[Asked], verb: str) -> Asked:
         raise ValueError(f"{verb}: no recipe {first!r}; recipes are {names}, or give a config.json")
     known = to_arguments(_known_to_init(arguments[1:], config))
     asked: Asked = parse(kind, [*known, *arguments[1:]], f"emf {verb} {first}", default=kind(config))
+    if asked.config.epochs is not None and any(word.split("=")[0] == "--steps" for word in arguments):
+        raise ValueError(f"{verb}: --epochs and --steps both say how long the run is; give one of them")
     for name, text in _texts(asked.config):  # config.json could not hold a byte that is not UTF-8
         check_text(text, f"config: {name} {text!r}")
     if asked.config.recipe != config.recipe:

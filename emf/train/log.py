@@ -23,12 +23,30 @@ def memory_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def in_words(row: dict[str, Any]) -> str:
+    """A row of metrics in a line. The loss is not in it: the adaptive weight divides a sample's loss by its own size,
+    so that it is about 1 whatever the network learns."""
+    words = [f"error {row['error']:.4f}"]
+    if "lm_loss" in row:
+        words.append(f"language model {row['lm_loss']:.4f}")
+    if row.get("grad_norm") is not None:
+        words.append(f"gradient {row['grad_norm']:.3g}")
+    words += [f"{row['it_s']:.3g} it/s", f"{row['samples_s']:.3g} samples/s"]
+    unit, size = ("TFLOP/s", row["tflops"]) if row["tflops"] >= 1 else ("GFLOP/s", row["tflops"] * 1e3)
+    words.append(f"{size:.3g} {unit}")
+    if "mfu" in row:
+        words.append(f"MFU {row['mfu']:.0%}")
+    return "  ".join(words)
+
+
 class Log:
     """config.json, metrics.jsonl, curve.jsonl and the progress display; rank 0 only. Files are written from `begin`
     on."""
 
     def __init__(self, out: Path, start: int, total: int) -> None:
         self.out, self.console, self.start, self.total = out, Console(), start, total
+        self.before = 0.0
+        """Seconds that the run has taken in earlier processes, up to the step it resumes from."""
         columns = (
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -44,13 +62,14 @@ class Log:
         for name in ("metrics.jsonl", "curve.jsonl"):
             file = self.out / name
             if file.exists():
-                write_rows(file, [row for row in mend_rows(file, ("step",)) if row["step"] <= self.start])
+                rows = [row for row in mend_rows(file, ("step",)) if row["step"] <= self.start]
+                write_rows(file, rows)
+                self.before = max([self.before, *(row.get("wall_s", 0.0) for row in rows)])
 
     def metrics(self, row: dict[str, Any]) -> None:
         append_rows(self.out / "metrics.jsonl", [row])
         eta = (self.total - row["step"]) / max(row["it_s"], 1e-9)
-        note = f"loss {row['loss']:.4f}  error {row['error']:.4f}  {row['it_s']:.2f} it/s"
-        note += f"  {row['tflops']:.1f} TFLOP/s" + (f"  MFU {row['mfu']:.0%}" if "mfu" in row else "")
+        note = in_words(row)
         self.progress.update(self.task, completed=row["step"], note=note)
         if not self.console.is_terminal:
             print(f"step {row['step']}/{self.total}  {note}  ETA {eta / 60:.1f} min", flush=True)

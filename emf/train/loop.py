@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,15 +20,27 @@ from emf.data.feed import Feed, check_sources, feed
 from emf.errors import Diverged, seen_alone
 from emf.evaluate.digits_scorer import Scorer
 from emf.idle import check_idle
+from emf.network.build import build
 from emf.sample.sampling_settings import GUIDANCE
 from emf.train.batch import Batch, batches
 from emf.train.faster import check_quick, quicken
 from emf.train.log import Log, memory_mib, speed
 from emf.train.objective import descended, learning_rate, losses
+from emf.train.opening import in_steps, opening
+from emf.train.paths import located
 from emf.train.ranges import mark_network, span
 from emf.train.takeover import own_folder
-from emf.train.validation import validate
-from emf.train.zero import Engine, engine_config, launcher_left, overruled, process_group
+from emf.train.validation import Validation
+from emf.train.zero import (
+    Engine,
+    check_monitors,
+    engine_config,
+    launcher_left,
+    overruled,
+    own_device,
+    process_group,
+    shared,
+)
 from emf.weights.checkpoints import checkpoints
 from emf.weights.start import resumed, started, with_encoder
 
@@ -38,16 +51,24 @@ def train(config: Config, out: Path | str, resume: bool = False) -> None:
 
     Raises ValueError on a config that does not fit, and where another process trains there; Diverged where the loss,
     the gradient or the weights are not finite. A KeyboardInterrupt says whether there is a checkpoint to go on from."""
-    out, config = Path(out), with_encoder(config)
+    out, config = Path(out), located(with_encoder(config))
     config.check_given()
     check_idle(config)
     check_sources(config.batches)
+    check_monitors(config)
     with process_group() as (rank, world), own_folder(out, config, resume, rank) as saved, advised(out):
-        check_quick(config, engine_config(config, world, out))
+        settings = engine_config(config, world, out)
+        check_quick(config, settings)
         if rank == 0 and resume and not saved:
             print(f"{out} holds no checkpoint to continue from; the run starts at step 0", flush=True)
         torch.manual_seed(config.seed)
-        network = resumed(config, saved[-1]) if saved else started(config)
+        network = shared(
+            lambda dtype: resumed(config, saved[-1], dtype) if saved else started(config, dtype),
+            lambda dtype: build(config, dtype, empty=True),
+            settings,
+        )
+        source = feed(config.batches, network.encoder, own_device())
+        config = in_steps(config, source.samples)
         mark_network(network)
         engine = Engine(network, config, out)
         quicken(network.transformer, config)
@@ -56,16 +77,17 @@ def train(config: Config, out: Path | str, resume: bool = False) -> None:
         start = engine.load(saved[-1]) if saved else 0
         if start > config.steps:
             raise ValueError(f"resume: {saved[-1]} is at step {start} already, past --steps {config.steps}")
-        source = feed(config.batches, network.encoder, engine.device)
         scorer = Scorer.fit() if rank == 0 and config.run.eval_every and not config.data.sources else None
+        validation = Validation(config, engine, out, scorer, getattr(source, "latent", None))
         log = None
         if rank == 0:
+            print("\n".join(opening(config, engine, source.samples, out)), flush=True)
             log = Log(out, start, config.steps)
             log.progress.start()
         try:
             with asked_to_stop() as stop, seen_alone():
                 last = str(saved[-1]) if start else "none"
-                Training(config, engine, out, stop, log=log, scorer=scorer, last=last).run(source, start)
+                Training(config, engine, out, stop, log=log, validation=validation, last=last).run(source, start)
         finally:
             if log:
                 log.progress.stop()
@@ -104,6 +126,8 @@ class Step:
     loss: float = 0.0
     error: float = 0.0
     """Mean squared error, without weights."""
+    own: float | None = None
+    """The language model's own loss, without its weight."""
     share: float = 0.0
     """Of the samples with r < t."""
     fault: str = ""
@@ -121,18 +145,19 @@ class Training:
         stop: Callable[[], bool],
         *,
         log: Log | None = None,
-        scorer: Scorer | None = None,
+        validation: Validation,
         last: str = "none",
     ) -> None:
         self.config, self.engine, self.out, self.stop = config, engine, out, stop
-        self.log, self.scorer = log, scorer  # rank 0 alone has them
+        self.log, self.validation = log, validation  # rank 0 alone has a log
         self.last = last
         """The newest whole checkpoint."""
         self.stopping = False
         """Some rank was asked to stop; every rank knows it after the same step."""
         self.skipped = 0
         """Steps that were not finite."""
-        self.counted, self.clock = 0, time.monotonic()
+        self.begun = time.monotonic()
+        self.counted, self.clock = 0, self.begun
         """Steps since this time, for the rate of the next row of metrics."""
         self.condition = 0
         """M, the condition states of a sample."""
@@ -165,16 +190,16 @@ class Training:
         the host reads all of them at once, and while the device is at the last backward."""
         step, engine, parts = Step(number), self.engine, self.config.zero.accumulation
         seen: list[tuple[Tensor, Tensor, Tensor]] = []
-        sums, share = torch.zeros(2, dtype=torch.float64, device=engine.device), 0.0
+        sums, share = torch.zeros((), dtype=torch.float64, device=engine.device), 0.0
         for micro in range(parts):
             with span("data"):
                 _, batch = next(coming)
             batch = batch.on(engine.device, engine.dtype)
             self.condition = getattr(engine.engine.module.encoder, "length", batch.ids.shape[1])
             with span("forward"):
-                loss, squared = losses(self.config, engine, batch, number / self.config.steps)
+                loss, squared, own = losses(self.config, engine, batch, number / self.config.steps)
             seen.append((batch.t, batch.r, loss.detach()))
-            means = torch.stack([loss.detach().mean(), squared.mean()])
+            means = torch.stack([x.detach().mean() for x in (loss, squared, own) if x is not None])
             sums, share = sums + means / parts, share + batch.b / len(batch.t) / parts
             if micro == parts - 1:
                 told = engine.mean_later(sums, share, float(self.stop()))
@@ -182,7 +207,8 @@ class Training:
                 engine.backward(descended(loss, squared))
             with span("optimizer"):
                 stepped = engine.step(learning_rate(self.config, number), number)
-        step.loss, step.error, step.share, asked = told()
+        step.loss, step.error, *further, step.share, asked = told()
+        step.own = further[0] if further else None
         self.stopping = asked > 0  # on every rank alike
         if not (math.isfinite(step.loss) and math.isfinite(step.error)):
             step.fault = f"loss is not finite at step {number} ({self.times_of(seen)})"
@@ -212,7 +238,12 @@ class Training:
         now = time.monotonic()
         rate = self.counted / (now - self.clock)
         lr = learning_rate(self.config, step.number)
-        row = dict(step=step.number + 1, loss=step.loss, error=step.error, lr=lr, it_s=rate, share=step.share)
+        row: dict[str, Any] = dict(
+            step=step.number + 1, loss=step.loss, error=step.error, lr=lr, it_s=rate, share=step.share
+        )
+        row |= dict(grad_norm=self.engine.norm, samples_s=rate * self.config.batch_size)
+        row |= {} if step.own is None else dict(lm_loss=step.own)
+        row |= dict(wall_s=now - self.begun + (self.log.before if self.log else 0.0))
         row |= dict(memory_mib=memory_mib(), skipped=self.skipped)
         row |= speed(self.config, self.condition, rate, self.engine.world)
         if self.log:
@@ -223,9 +254,10 @@ class Training:
     def validate(self, done: int) -> None:
         """Samples and scores of the weights after `done` steps; the time it takes is not the steps'."""
         paused = time.monotonic()
-        overall = validate(self.config, self.engine, done, self.out, self.scorer)
+        overall = self.validation(done)
         if self.log and overall:
             self.log.curve({"step": done, "guidance": GUIDANCE, "overall": overall})
+            self.engine.monitor({"step": done} | {f"{n} steps": score for n, score in overall.items()}, "score")
         self.clock += time.monotonic() - paused
 
     def save(self, done: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,12 +15,12 @@ from emf.train.batch import Batch
 
 def learning_rate(config: Config, step: int) -> float:
     """Linear warm-up, then constant or a cosine to zero."""
-    o = config.optim
-    if step < o.warmup:
-        return o.lr * (step + 1) / o.warmup
+    o, warmup = config.optim, config.warmup
+    if step < warmup:
+        return o.lr * (step + 1) / warmup
     if o.decay == "constant":
         return o.lr
-    return o.lr * (1 + math.cos(math.pi * (step - o.warmup) / max(1, config.steps - o.warmup))) / 2
+    return o.lr * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup))) / 2
 
 
 def carried(b: int, n: int) -> int:
@@ -28,6 +28,17 @@ def carried(b: int, n: int) -> int:
     rounded up to quarters of n. Samples with r = t multiply theirs by zero."""
     quarter = -(-n // 4)
     return min(n, -(-b // quarter) * quarter)
+
+
+class Losses(NamedTuple):
+    """Of the n samples of a micro-batch."""
+
+    loss: Tensor
+    """What is minimized [n]."""
+    error: Tensor
+    """Mean squared error [n], without weights."""
+    own: Tensor | None
+    """The language model's own loss [n], as it is before its weight; None where there is none."""
 
 
 def descended(loss: Tensor, squared: Tensor) -> Tensor:
@@ -38,8 +49,8 @@ def descended(loss: Tensor, squared: Tensor) -> Tensor:
     return mean * (1 + 0 * (mean.detach() + squared.mean()))
 
 
-def losses(config: Config, network: Any, batch: Batch, progress: float) -> tuple[Tensor, Tensor]:
-    """(loss, mean squared error), both [n], at a training progress in [0, 1]."""
+def losses(config: Config, network: Any, batch: Batch, progress: float) -> Losses:
+    """What a micro-batch comes to at a training progress in [0, 1]."""
     x, e, t, r, b, ids, mask, drop = batch
     weight, own = config.condition.ar_weight, []
     b = carried(b, len(t)) if config.compile else b
@@ -58,4 +69,4 @@ def losses(config: Config, network: Any, batch: Batch, progress: float) -> tuple
         loss, squared = flow_matching_loss(velocity, x, e, t)
     else:
         loss, squared = meanflow_loss(velocity, null, x, e, (t, r, b), config.flow, progress=progress, dropped=drop)
-    return (loss + weight * own[-1] if own else loss), squared
+    return Losses(loss + weight * own[-1] if own else loss, squared, own[-1].detach() if own else None)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from emf.config import Config
 from emf.data.cache import read_settings
-from emf.data.feed import cache_of
+from emf.data.feed import caches_of
 from emf.data.sources import parse_source
 from emf.idle import check_idle
 from emf.model.autoencoder import dcae_config
@@ -27,6 +27,7 @@ from emf.network.outline import PROMPT, outline, tokens_of
 from emf.recipes import SAMPLES
 from emf.train.costs import activation_bytes, counted, forward_flops
 from emf.train.hardware import PEAK_FLOPS, Hardware
+from emf.train.opening import checkpoint_bytes, in_steps
 from emf.train.zero import engine_config, exchanged
 from emf.weights.checkpoints import saved_names
 from emf.weights.start import with_encoder
@@ -130,6 +131,8 @@ def plan(config: Config, hardware: Hardware | None = None) -> Plan:
     there are no fault, a plan is made elsewhere too."""
     hardware, config = hardware or Hardware(), with_encoder(config)
     check_idle(config)
+    cached, samples = _cache(config)
+    config = in_steps(config, samples)
     settings = engine_config(config, hardware.gpus)
     half = settings["bf16"]["enabled"]
     network = outline(config).to(torch.bfloat16 if half else torch.float32)
@@ -148,7 +151,6 @@ def plan(config: Config, hardware: Hardware | None = None) -> Plan:
         for at in range(4)
     ]
     flops = _transformer_flops(config, network) | flops | {k: config.batch_size * v for k, v in encoding.items()}
-    cached, samples = _cache(config)
     return Plan(
         config,
         hardware,
@@ -186,7 +188,7 @@ def _encodes(config: Config) -> bool:
     """Whether the run encodes images as it goes: where its sources are no cache. One that is not there is taken for a
     cache, unless its name is that of a tar or a pattern."""
     paths = [parse_source(text).path for text in config.data.sources]
-    if not paths or cache_of(config.data):
+    if not paths or caches_of(config.data):
         return False
     return len(paths) > 1 or Path(paths[0]).exists() or any(c in paths[0] for c in "*?[{") or paths[0].endswith(".tar")
 
@@ -301,25 +303,21 @@ def _row(
 
 
 def _checkpoint(config: Config, network: TextToImage, half: bool, stage: int) -> float:
-    """Bytes of a checkpoint: the averaged weights in float32, and what DeepSpeed needs to go on."""
-    every, saved = dict(network.named_parameters()), saved_names(network, config)
-    trained = sum(p.numel() for p in every.values() if p.requires_grad)
-    partial = saved != every.keys()
-    module = trained if partial else sum(p.numel() for p in every.values())
-    engine = 12 * trained if half or stage else 8 * trained
-    engine += (2 if half else 4) * (module - (trained if stage == 3 else 0))
-    return float(4 * sum(every[name].numel() for name in saved) + engine)
+    """Bytes of a checkpoint."""
+    sizes = {name: p.numel() for name, p in network.named_parameters()}
+    trained = {name for name, p in network.named_parameters() if p.requires_grad}
+    return float(checkpoint_bytes(sizes, saved_names(network, config), trained, half=half, stage=stage))
 
 
 def _cache(config: Config) -> tuple[int, int]:
     """(bytes of a sample in a cache, how many samples)."""
     if config.condition.kind == "small":
         return 0, 0
-    folder = cache_of(config.data)
-    settings = read_settings(folder) if folder else dict(dtype="bfloat16", counts=[SAMPLES])
-    latent = math.prod(config.batches.latent) * (2 if settings["dtype"] == "bfloat16" else 4)
+    every = [read_settings(Path(source.path)) for source in caches_of(config.data)]
+    settings = every or [dict(dtype="bfloat16", counts=[SAMPLES])]
+    latent = math.prod(config.batches.latent) * (2 if settings[0]["dtype"] == "bfloat16" else 4)
     ids = 4 * (27 // config.condition.scale) ** 2 if config.condition.kind == "blip3o" else 0
-    return latent + ids, sum(settings["counts"])
+    return latent + ids, sum(sum(one["counts"]) for one in settings)
 
 
 def show(p: Plan, out: Path | None = None) -> None:

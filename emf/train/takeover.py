@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from emf import config as configs
 from emf.config import Config
 from emf.files import make_folder
+from emf.train.paths import same_place, same_source
 from emf.train.zero import gather
 from emf.weights.checkpoints import checkpoints
 
-MAY_CHANGE = ("recipe", "steps", "optim", "zero", "run", "compile", "graphs")  # when a run is resumed
+MAY_CHANGE = ("recipe", "steps", "epochs", "optim", "zero", "run", "compile", "graphs", "data.workers", "data.listings")
+"""Settings and sections that may be others when a run is resumed. A path that was moved may too."""
 
 
 @contextmanager
@@ -94,9 +96,12 @@ def check_folder_of_run(out: Path, saved: list[Path], config: Config, resume: bo
 
 def check_same_run(config: Config, checkpoint: Path) -> None:
     """Raises ValueError where a checkpoint is of another model than the config's, or of other data or randomness."""
-    made, now = configs.read(checkpoint / "config.json"), json.loads(configs.to_json(config))
+    made, now = configs.read(checkpoint / "config.json"), asdict(config)
+    condition = made.get("condition")
+    if isinstance(condition, dict) and condition.get("kind") == "blip3o" and condition.get("folder") is None:
+        condition["folder"] = made.get("init")  # where the encoder lay
     # a field that the checkpoint does not know was added since, with a default that changes nothing
-    differ = [key for key in now if key in made and key not in MAY_CHANGE and not _agree(made[key], now[key])]
+    differ = [key for key in now if key in made and not _agree(made[key], now[key], key)]
     if differ:
         other = "another model" if {"objective", "transformer", "encoder"} & set(differ) else "another run"
         raise ValueError(
@@ -104,8 +109,17 @@ def check_same_run(config: Config, checkpoint: Path) -> None:
         )
 
 
-def _agree(made: Any, now: Any) -> bool:
-    """Whether two values of a config are the same in every field that both have."""
+def _agree(made: Any, now: Any, name: str) -> bool:
+    """Whether two values of a config, the first read from its file, are the same in every field that both have and that
+    may not change."""
+    if name in MAY_CHANGE:
+        return True
     if isinstance(made, dict) and isinstance(now, dict):
-        return all(_agree(made[k], now[k]) for k in made.keys() & now.keys())
+        return all(_agree(made[k], now[k], f"{name}.{k}") for k in made.keys() & now.keys())
+    if isinstance(made, str) and isinstance(now, Path):
+        return same_place(made, now)
+    if isinstance(now, tuple):
+        if name == "data.sources" and isinstance(made, list) and len(made) == len(now):
+            return all(map(same_source, made, now))
+        return bool(made == list(now))
     return bool(made == now)

@@ -56,7 +56,7 @@ def export(
     write_export. Low-rank adapters are merged. Returns the run's config.
 
     base: a diffusers folder whose vae, text encoder and tokenizer go with it; None: that of the run's data
-    text: a folder from emf convert whose language model goes with it; None: the run's condition
+    text: the folder of the text encoder, from emf convert where its language model is to go with it; None: the run's
     dtype: of the transformer
     name: of the export on its model card; None: the folder's
     A flow map carries what draws from it by diffusers alone (emf.weights.carried). Raises ValueError where `out` exists
@@ -64,7 +64,7 @@ def export(
     """
     run, out = Path(run), Path(out)
     refuse_existing(out, WHO)
-    config, network = load(run)
+    config, network = load(run, text)
     trained = network.encoder if network.own_encoder or config.condition.kind == "small" else None
     if trained is not None and text is not None:
         raise ValueError(f"export: {run} has a text encoder that was trained with it; leave --text out")

@@ -29,13 +29,15 @@ KINDS |= {"SmallEncoder": "small"}
 """Kinds of text encoders by their classes."""
 
 
-def load(folder: Path | str) -> tuple[Config, TextToImage]:
-    """(config, network) of a run, a checkpoint, an export or a converted folder, on the CPU, in eval mode. Raises
-    ValueError where the folder is none of them, or a part is missing or broken."""
+def load(folder: Path | str, text: Path | None = None) -> tuple[Config, TextToImage]:
+    """(config, network) of a run, a checkpoint, an export or a converted folder, on the CPU, in eval mode.
+
+    text: where the pretrained text encoder lies; None: in the folder, or where the folder says. Raises ValueError where
+    the folder is none of them, or a part is missing or broken."""
     folder = Path(folder)
     if (folder / "model_index.json").is_file():
-        return load_export(folder)
-    return load_base(folder) if is_base(folder) else load_run(folder)
+        return load_export(folder, text)
+    return load_base(folder, text) if is_base(folder) else load_run(folder, text)
 
 
 def weights_folder(folder: Path) -> Path:
@@ -56,8 +58,8 @@ class Velocity:
     """Whose velocity it is, where that is not plainly the folder's that was asked for."""
 
 
-def load_velocity(folder: Path | str) -> Velocity:
-    """What --flow-matching samples of a folder that `load` reads, on the CPU, in eval mode.
+def load_velocity(folder: Path | str, text: Path | None = None) -> Velocity:
+    """What --flow-matching samples of a folder that `load` reads, on the CPU, in eval mode; text: see load.
 
     Of a run that was trained for few steps it is the start of the run: training has moved the weights that the run's
     own velocity shares with u. Where its start is not there any more, and of a trained export, which does not know its
@@ -66,14 +68,14 @@ def load_velocity(folder: Path | str) -> Velocity:
     folder = Path(folder)
     reason = "its start is not known"
     if not (folder / "model_index.json").is_file() and not is_base(folder):
-        config = from_file(newest(folder) / SETTINGS)
+        config = _run_config(folder, text)
         if config.objective == "meanflow":
             try:
                 found = load_start(config)
                 return replace(found, note=found.note or f"flow matching samples the start of {folder}, {config.init}")
             except ValueError as error:
                 reason = f"its start cannot be had: {error}"
-    config, network = load(folder)
+    config, network = load(folder, text)
     trained = config.objective == "meanflow"
     note = f"flow matching samples {folder}'s own velocity, which training for few steps has moved; {reason}"
     return Velocity(config, network, weights_folder(folder), note * trained)
@@ -93,20 +95,27 @@ def load_start(config: Config) -> Velocity:
     return Velocity(base, started(base).eval(), weights_folder(where) if where.is_dir() else where, "")
 
 
-def load_run(run: Path) -> tuple[Config, TextToImage]:
-    """(config, network with the averaged weights) of a run's folder or one of its checkpoints."""
-    checkpoint = newest(run)
-    config = from_file(checkpoint / SETTINGS)
-    return config, resumed(config, checkpoint).eval()
+def _run_config(run: Path, text: Path | None) -> Config:
+    """The config of a run or a checkpoint, with its text encoder's folder where another is named."""
+    config = from_file(newest(run) / SETTINGS)
+    return config if text is None else replace(config, condition=replace(config.condition, folder=text))
 
 
-def load_export(folder: Path) -> tuple[Config, TextToImage]:
+def load_run(run: Path, text: Path | None = None) -> tuple[Config, TextToImage]:
+    """(config, network with the averaged weights) of a run's folder or one of its checkpoints; text: see load."""
+    config = _run_config(run, text)
+    return config, resumed(config, newest(run)).eval()
+
+
+def load_export(folder: Path, text: Path | None = None) -> tuple[Config, TextToImage]:
     """(config, network) of a folder in diffusers' layout with text parts: emf export's, or of a published SANA
-    pipeline, which has no time embedders of EMF's. Raises ValueError where a part is missing."""
+    pipeline, which has no time embedders of EMF's; text: see load. Raises ValueError where a part is missing."""
     if text_parts(folder)["kind"] is None:
         raise ValueError(f"{folder} holds no text parts known here; export with --text, or from a base that has some")
     transformer = load_exported_transformer(folder / "transformer")
     config = export_config(folder, transformer.config)
+    if text is not None and config.condition.kind != "small":
+        config = replace(config, condition=replace(config.condition, folder=text))
     return config, TextToImage(export_encoder(folder, config), transformer).eval()
 
 
@@ -152,9 +161,10 @@ def text_parts(folder: Path) -> dict[str, Any]:
     return how
 
 
-def load_base(folder: Path) -> tuple[Config, TextToImage]:
+def load_base(folder: Path, text: Path | None = None) -> tuple[Config, TextToImage]:
     """(config, network) of a folder from `emf convert`: the published model as it was, without time embedders that were
-    made to be trained. A SANA's text encoder and autoencoder are those of the folder that it was made of.
+    made to be trained. A SANA's text encoder and autoencoder are those of the folder that it was made of, unless `text`
+    names the encoder's.
 
     Raises ValueError where that holds none any more, or a part is missing."""
     transformer, converted = load_converted(folder)
@@ -162,16 +172,18 @@ def load_base(folder: Path) -> tuple[Config, TextToImage]:
     origin = Path(str(converted.source.get("path", "")))
     origin = origin.parent if (origin.parent / "model_index.json").is_file() else origin
     if converted.language_model:
-        condition = ConditionConfig("blip3o", folder)
+        condition = ConditionConfig("blip3o", text or folder)
     else:
-        there = (origin / "model_index.json").is_file()
-        kind = text_parts(origin)["kind"] if there else None
+        place = text or origin
+        there = (place / "model_index.json").is_file()
+        kind = text_parts(place)["kind"] if there else None
         if kind is None:
             raise ValueError(
-                f"{folder} holds no text encoder, and neither does {origin}, of which it was made; convert it of the "
-                "whole diffusers folder, with text_encoder and tokenizer"
+                f"{folder} holds no text encoder, and neither does {place}"
+                f"{', of which it was made' * (text is None)}; convert it of the whole diffusers folder, with "
+                "text_encoder and tokenizer, or name one that has them: --text"
             )
-        condition = ConditionConfig(kind, origin)
+        condition = ConditionConfig(kind, place)
     config = Config(
         recipe="converted",
         objective="meanflow" if transformer.config.dual_time else "flow_matching",

@@ -6,29 +6,31 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from emf.config import Config
 from emf.idle import chosen
 from emf.model.sizes import TransformerConfig
+from emf.model.state import read_state
 from emf.model.text_to_image import TextToImage
 from emf.model.transformer import Transformer
 from emf.network.build import adapt, assemble, build
 from emf.recipes import from_file
 from emf.weights import checkpoints
-from emf.weights.branches import SCALES, add_time_branches, has_time_branches
+from emf.weights.branches import PREFIX, SCALES, add_time_branches, has_time_branches
 from emf.weights.checkpoints import MADE, SETTINGS, WEIGHTS, newest, saved_names
 from emf.weights.converted import is_base, load_converted, read_converted
 from emf.weights.diffusers_folder import exported_sizes, load_exported_transformer
-from emf.weights.tensors import load_weights, read_metadata, read_weights
+from emf.weights.tensors import load_weights, read_metadata
 
 ASSETS = Path(__file__).parents[1] / "assets"
 FREE = ("checkpointing", "sample_size", "dual_time")
 """Sizes that a run may choose otherwise than the folder that it starts from."""
 
 
-def started(config: Config) -> TextToImage:
-    """The network of a run that begins, float32 on the CPU: at the weights that config.init names, with the two time
+def started(config: Config, dtype: torch.dtype = torch.float32) -> TextToImage:
+    """The network of a run that begins, in a dtype on the CPU: at the weights that config.init names, with the two time
     embedders of EMF where the config asks for them and the weights have none; at random weights where it names none.
 
     Raises ValueError where the weights are missing, broken, or of another network than the config's.
@@ -37,25 +39,32 @@ def started(config: Config) -> TextToImage:
     if source is None:
         if config.objective == "meanflow" and config.condition.kind != "small":
             raise ValueError("config: init names no weights to adapt; give --init, a folder from emf convert")
-        return build(config)
+        return build(config, dtype)
     if is_base(source):
-        network = assemble(config, _converted(config, source))
+        network = assemble(config, _converted(config, source, dtype))
     else:
-        network = assemble(config, Transformer(config.transformer))
+        with torch.device("meta"):
+            transformer = Transformer(config.transformer).to(dtype)
+        network = assemble(config, transformer)
         state = _read_folder(source, config) if source.is_dir() else _read_file(source, config)
         if config.transformer.dual_time:
             if has_time_branches(state):
                 _refuse_embedder_init(source, config)
+            # the second embedder is fitted in float32, whatever the file is in
+            state = {k: v.float() if k.startswith(PREFIX) else v for k, v in state.items()}
             state = add_time_branches(state, config.transformer, config.embedder_init)
         _take(network, config, state, source)
     adapt(network, config)
     return network
 
 
-def resumed(config: Config, checkpoint: Path) -> TextToImage:
-    """The network of a config with a checkpoint's averaged weights, float32 on the CPU. Raises ValueError where the
+def resumed(config: Config, checkpoint: Path, dtype: torch.dtype = torch.float32) -> TextToImage:
+    """The network of a config with a checkpoint's averaged weights, in a dtype on the CPU. Raises ValueError where the
     checkpoint is broken or of another network."""
-    network = build(config)
+    with torch.device("meta"):
+        transformer = Transformer(config.transformer).to(dtype)
+    network = assemble(config, transformer)
+    adapt(network, config)
     _take(network, config, checkpoints.read(checkpoint), checkpoint)
     return network
 
@@ -80,27 +89,29 @@ def sizes_of(source: Path, config: Config) -> dict[str, Any]:
 
 
 def with_encoder(config: Config) -> Config:
-    """The config with the folder of the pretrained text encoder, where the run or export that config.init names has it:
-    a run does not hold what it did not train."""
+    """The config with the folder of the pretrained text encoder, where what config.init names has it, be it a converted
+    folder, an export or a run: a run does not hold what it did not train."""
     source, c = config.init, config.condition
-    if source is None or c.kind == "small" or c.folder is not None or not source.is_dir() or is_base(source):
+    if source is None or c.kind == "small" or c.folder is not None or not source.is_dir():
         return config
     folder: Path | None = source
-    if not (source / "model_index.json").is_file():
+    if is_base(source):
+        folder = source if c.kind == "blip3o" else None
+    elif not (source / "model_index.json").is_file():
         theirs = from_file(newest(source) / SETTINGS)
         folder = (theirs.condition.folder or theirs.init) if theirs.condition.kind == c.kind else None
     return replace(config, condition=replace(c, folder=folder))
 
 
 def _read_folder(source: Path, config: Config) -> dict[str, Tensor]:
-    """The weights of a run, a checkpoint or an export that a run starts from, in float32. Raises ValueError where the
+    """The weights of a run, a checkpoint or an export that a run starts from. Raises ValueError where the
     folder is none of them, has adapters, or other sizes than the config's."""
     if (source / "model_index.json").is_file():
         transformer = load_exported_transformer(source / "transformer")
         _check_sizes(source, transformer.config, config)
         return {f"transformer.{k}": v for k, v in transformer.state_dict().items()}
     _check_run(source, _run_at(source), config)
-    return read_weights(newest(source) / WEIGHTS)
+    return read_state(newest(source) / WEIGHTS)
 
 
 def _check_run(source: Path, theirs: Config, config: Config) -> None:
@@ -113,7 +124,7 @@ def _check_run(source: Path, theirs: Config, config: Config) -> None:
 
 
 def _read_file(source: Path, config: Config) -> dict[str, Tensor]:
-    """The weights of a file that a run starts from, in float32. Raises ValueError where it is missing or broken, and
+    """The weights of a file that a run starts from. Raises ValueError where it is missing or broken, and
     where a checkpoint's config.json beside it, or the file's own header, tells of other sizes or time scales."""
     state = read_init(source)
     if source.name == WEIGHTS and (source.parent / MADE).is_file():
@@ -144,8 +155,9 @@ def _run_at(source: Path) -> Config:
 
 
 def read_init(source: Path) -> dict[str, Tensor]:
-    """The file of weights that config.init names, in float32. Raises ValueError where it is missing or broken."""
-    return read_weights(shipped(source))
+    """The file of weights that config.init names, as they are in it. Raises ValueError where it is missing or
+    broken."""
+    return read_state(shipped(source))
 
 
 def shipped(source: Path) -> Path:
@@ -161,9 +173,9 @@ def _take(network: TextToImage, config: Config, state: dict[str, Tensor], source
     load_weights(network, state, str(source), saved_names(network, config))
 
 
-def _converted(config: Config, folder: Path) -> Transformer:
+def _converted(config: Config, folder: Path, dtype: torch.dtype) -> Transformer:
     """The transformer of a folder from emf convert. Raises ValueError where it is not the config's."""
-    network, converted = load_converted(folder)
+    network, converted = load_converted(folder, dtype)
     _check_sizes(folder, converted.transformer, config)
     if not config.transformer.dual_time:  # the branches are made anew from what will have been trained
         del network.time_embed_t, network.time_embed_r

@@ -170,7 +170,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(network: nn.Module, state: dict[str, Tensor], source: str, names: set[str] | None = None) -> None:
-    """Copy a state dict into a network; every name and shape must agree.
+    """Copy a state dict into a network, in the network's dtypes; every name and shape must agree. Of the network's
+    weights those on the meta device come into being by it, on the CPU.
 
     names: of the network's weights that the state must hold; None: all of them. source: where the state comes from, for
     the error. Raises ValueError that names the first weight that does not agree.
@@ -186,7 +187,12 @@ def load_weights(network: nn.Module, state: dict[str, Tensor], source: str, name
         )
     with torch.no_grad():
         for name, value in state.items():
-            own[name].copy_(value)
+            if own[name].is_meta:
+                # a copy: what was read may be a view of a file that may go away
+                made = torch.empty(value.shape, dtype=own[name].dtype).copy_(value)
+                network.load_state_dict({name: made}, strict=False, assign=True)
+            else:
+                own[name].copy_(value)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +20,7 @@ from emf.cli.main import main
 from emf.errors import NotFinite
 from emf.model.autoencoder import Identity
 from emf.sample.sampler import Sampler
-from emf.train.validation import validate
+from emf.train.validation import Validation
 from emf.weights.export import write_export
 
 CAPTIONS = ["a red seven", "two blue threes", "a four above a one"]
@@ -82,20 +84,39 @@ def test_the_pipeline_refuses_latents_and_decoded_images(tmp_path: Path) -> None
         pipe(**call)
 
 
+class TrainedBy:
+    """What validation asks of an engine, on one rank: a network whose moving average has a NaN, or both."""
+
+    def __init__(self, network: Any, broken: bool = False) -> None:
+        self.rank, self.world, self.stage, self.ema = 0, 1, 0, [1]
+        self.engine, self.bias = SimpleNamespace(module=network), network.transformer.proj_out.bias
+        self.shown: list[str] = []
+        if broken:
+            self.bias.data[0] = torch.nan
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        kept = self.bias.detach().clone()
+        self.bias.data[0] = torch.nan
+        yield
+        self.bias.data.copy_(kept)
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def show(self, name: str, pictures: Any, captions: Sequence[str], step: int) -> None:
+        self.shown.append(name)
+
+
 def test_validation_tells_it_and_training_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every rank is asked for the weights as often as without the fault, and the sheet has what is finite."""
+    """The sheet and the monitors have what is finite."""
     config = small_config()
     config = replace(config, run=replace(config.run, prompts=("a red seven",)))
-    whole = {k: v.detach() for k, v in small_network(config).named_parameters()}
-    broken = whole | {"transformer.proj_out.bias": whole["transformer.proj_out.bias"] * torch.nan}
-    asked: list[bool] = []
-    engine = SimpleNamespace(rank=0, ema=[1], saved=set(whole), device=torch.device("cpu"), dtype=torch.float32)
-    engine.weights = lambda average: asked.append(average) or (broken if average else whole)
-    assert validate(config, engine, 7, tmp_path, None) is None
+    engine = TrainedBy(small_network(config))
+    assert Validation(config, engine, tmp_path)(7) is None
     said = capsys.readouterr().out
-    assert asked == [True, False] and said.startswith("step 7: no validation of the EMA weights: sample: the images")
+    assert said.startswith("step 7: no validation of the EMA weights: sample: the images")
     assert "transformer.proj_out.bias in the EMA weights holds NaN or inf" in said and said.count("\n") == 1
-    assert (tmp_path / "samples" / "step_0000007.png").is_file()
-    engine.weights = lambda average: broken
-    assert validate(config, engine, 8, tmp_path, None) is None
+    assert (tmp_path / "samples" / "step_0000007.png").is_file() and engine.shown == ["raw 1", "raw 2", "raw 4"]
+    assert Validation(config, TrainedBy(small_network(config), broken=True), tmp_path)(8) is None
     assert not (tmp_path / "samples" / "step_0000008.png").exists()

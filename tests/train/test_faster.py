@@ -245,10 +245,10 @@ def spoil(what: str) -> Any:
     losses = module.losses
 
     def spoiled(config: Any, network: Any, batch: Any, progress: float) -> Any:
-        loss, error = losses(config, network, batch, progress)
+        loss, error, own = losses(config, network, batch, progress)
         if round(progress * config.steps) != 1:
-            return loss, error
-        return (loss, error / 0) if what == "error" else (loss + (loss * 0).sqrt(), error)
+            return loss, error, own
+        return (loss, error / 0, own) if what == "error" else (loss + (loss * 0).sqrt(), error, own)
 
     module.losses = spoiled
 

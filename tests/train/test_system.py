@@ -158,6 +158,24 @@ def test_generation_and_export(run: Path, world: World, tmp_path: Path, capsys: 
     assert images[0].size == (32, 32)
 
 
+def test_a_moved_encoder_is_named_anew(run: Path, world: World, tmp_path: Path) -> None:
+    """The run says which flag; with it, it loads and goes on."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    gone = tmp_path / "gone"
+    for file in copy.rglob("config.json"):
+        file.write_text(file.read_text().replace(f'"{world.base}"', f'"{gone}"'))
+    with pytest.raises(ValueError, match=f"no folder {gone}, .* --text"):
+        load(copy)
+    (_, one), (config, two) = load(run), load(copy, world.base)
+    assert config.condition.folder == world.base and one.encoder.state_dict().keys() == two.encoder.state_dict().keys()
+    flags = [str(copy / "config.json"), "--out", str(copy), "--resume", "--steps", "5"]
+    result = train(tmp_path, *flags)
+    assert result.code == 2 and f"no folder {gone}" in result.text and "--condition.folder" in result.text, result.text
+    result = train(tmp_path, *flags, "--condition.folder", str(world.base))
+    assert result.code == 0 and "step 5/5" in result.text and "step 4/5" not in result.text, result.text
+
+
 def test_flow_matching_baseline(run: Path, tmp_path: Path) -> None:
     generate(("a red cat",), run, tmp_path / "fm", steps=3, flow_matching=True)
     generate(("a red cat",), run, tmp_path / "emf", steps=3)
@@ -176,6 +194,9 @@ def test_the_language_model_tuned_with_the_transformer(world: World, tmp_path: P
     # the cross entropy of a language model that knows nothing is the logarithm of its vocabulary, or more
     assert rows["one"][0]["loss"] - rows["plain"][0]["loss"] > 0.9 * np.log(316)
     assert rows["one"][0]["error"] == pytest.approx(rows["plain"][0]["error"], rel=1e-5)
+    own = rows["one"][0]["loss"] - rows["plain"][0]["loss"]  # its weight is 1
+    assert [rows[name][0]["lm_loss"] for name in ("one", "three")] == pytest.approx([own, own], rel=1e-4)
+    assert "lm_loss" not in rows["plain"][0] and f"language model {own:.2f}" in one.text
     assert [r["loss"] for r in rows["three"]] == pytest.approx([r["loss"] for r in rows["one"]], rel=1e-4)
     weights = load_file(tmp_path / "one/checkpoints/step_0000002/model.safetensors")
     name = "encoder.language_model.model.layers.1.mlp.up_proj.weight"

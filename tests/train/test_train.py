@@ -217,8 +217,8 @@ def _poison_gradient_4() -> None:
     losses = module.losses
 
     def poisoned(config: Any, network: Any, batch: Any, progress: float) -> Any:
-        loss, error = losses(config, network, batch, progress)
-        return (loss + (loss * 0).sqrt() if round(progress * config.steps) == 3 else loss), error
+        loss, error, own = losses(config, network, batch, progress)
+        return (loss + (loss * 0).sqrt() if round(progress * config.steps) == 3 else loss), error, own
 
     module.losses = poisoned
 

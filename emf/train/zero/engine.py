@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -22,9 +21,9 @@ from emf.files import check_readable, why, written
 from emf.idle import chosen
 from emf.model.text_to_image import TextToImage
 from emf.train.ranges import span
-from emf.train.zero.group import gather
-from emf.train.zero.settings import engine_config
-from emf.train.zero.universal import load_universal, partitions, universal
+from emf.train.zero.group import gather, own_device
+from emf.train.zero.settings import engine_config, refusals
+from emf.train.zero.universal import load_universal, partitions, spread, universal
 from emf.weights import checkpoints
 from emf.weights.checkpoints import Made, saved_names
 
@@ -67,19 +66,14 @@ class Engine:
         settings = engine_config(config, self.world, out)
         self.stage = settings["zero_optimization"]["stage"]
         self.micro_batch = settings["train_micro_batch_size_per_gpu"]
-        self.device = (
-            torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
-        )
+        self.device = own_device()
         self.dtype = torch.bfloat16 if settings["bf16"]["enabled"] else torch.float32
         groups = parameter_groups(network, config)
         self.factors = [factor for _, factor in groups]
         self.saved = saved_names(network, config)
-        try:
+        with refusals():
             parameters = [{"params": params} for params, _ in groups]
             self.engine, *_ = deepspeed.initialize(model=network, model_parameters=parameters, config=settings)
-        except (AssertionError, KeyError, TypeError, ValueError, ImportError, DeepSpeedConfigError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"config: DeepSpeed refuses its config, zero.json included: {reason}") from None
         if self.stage == 3:
             register_borrowed(network)
         self.parameters = dict(network.named_parameters())
@@ -95,6 +89,8 @@ class Engine:
             wrapped = self.engine.optimizer
             for low, high in zip(wrapped.fp16_groups, wrapped.fp32_groups, strict=True):
                 self.masters |= {id(p): master for p, master in zip(low, high, strict=True)}
+        self.norm: float | None = None
+        """Of the whole gradient of the last step, before it was clipped."""
         self.trainable = {k: p for k, p in self.parameters.items() if p.requires_grad}
         where = torch.device("cpu") if config.optim.ema_cpu else None
         self.ema = [x.to(where or x.device, copy=True) for x in self.shards()] if self.decay else []
@@ -123,6 +119,29 @@ class Engine:
         finally:
             swap()
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The network that is trained computes with the moving average until the end of the block, and afterwards with
+        its weights again, bit for bit. Where no average is kept, with its weights all the time."""
+        if not self.ema:
+            yield
+            return
+        try:
+            with self.average_in_place():
+                self._spread()
+                yield
+        finally:
+            self._spread()
+
+    def _spread(self) -> None:
+        """What the network computes with, from the float32 weights that are updated."""
+        with torch.no_grad():
+            if self.stage:
+                spread(self.engine.optimizer, self.stage)
+            for p in self.trainable.values():
+                if id(p) in self.masters:
+                    p.copy_(self.masters[id(p)])
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.engine(*args, **kwargs)
 
@@ -137,13 +156,17 @@ class Engine:
         last = self.engine.is_gradient_accumulation_boundary()
         if last and not self.stage and self.dtype == torch.float32:  # the other optimizers look for themselves
             gradients = [p.grad for p in self.trainable.values() if p.grad is not None]
-            if not torch.nn.utils.get_total_norm(gradients).isfinite():
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+            self.norm = norm
+            if not math.isfinite(norm):
                 self.engine.zero_grad()
                 self.engine.micro_steps -= self.engine.micro_steps % self.engine.gradient_accumulation_steps()
                 return False
         self.engine.step()
-        norm = self.engine.get_global_grad_norm()
-        if last and not (self.engine.was_step_applied() and (norm is None or math.isfinite(norm))):
+        told = self.engine.get_global_grad_norm()
+        if last and told is not None:
+            self.norm = float(told)
+        if last and not (self.engine.was_step_applied() and (told is None or math.isfinite(told))):
             return False
         if last and self.ema:
             decay = min(self.decay, (1 + step) / (10 + step))
@@ -185,11 +208,26 @@ class Engine:
 
         return read
 
-    def monitor(self, row: dict[str, Any]) -> None:
-        """A row of metrics to the monitors that are on."""
+    def monitor(self, row: dict[str, Any], kind: str = "train") -> None:
+        """A row of numbers to the monitors that are on."""
         if self.engine.monitor.enabled:
             step = row["step"]
-            self.engine.monitor.write_events([(f"train/{k}", v, step) for k, v in row.items() if k != "step"])
+            events = [(f"{kind}/{k}", v, step) for k, v in row.items() if k != "step" and v is not None]
+            self.engine.monitor.write_events(events)
+
+    def show(self, name: str, pictures: np.ndarray, captions: Sequence[str], step: int) -> None:
+        """Pictures [n, H, W, 3] uint8 with their captions, on rank 0, to the monitors that take some."""
+        board, wandb = self.engine.monitor.tb_monitor, self.engine.monitor.wandb_monitor
+        if board is not None and board.summary_writer is not None:
+            for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+                tag = f"samples/{number} {caption[:60]}/{name}"
+                board.summary_writer.add_image(tag, picture, step, dataformats="HWC")
+            board.summary_writer.flush()
+        if wandb is not None:
+            from wandb import Image
+
+            framed = [Image(picture, caption=text) for picture, text in zip(pictures, captions, strict=True)]
+            wandb.log({f"samples/{name}": framed}, step=step)
 
     def barrier(self) -> None:
         dist.barrier()

@@ -46,6 +46,11 @@ def process_group() -> Iterator[tuple[int, int]]:
         dist.destroy_process_group()
 
 
+def own_device() -> torch.device:
+    """Where this rank computes."""
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def gather(value: Any) -> list[Any]:
     """Every rank's value, in the order of ranks. Called on every rank."""
     values: list[Any] = [None] * dist.get_world_size()

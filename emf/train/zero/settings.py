@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from emf.config import Config
@@ -78,8 +81,8 @@ def engine_config(config: Config, world: int, out: Path | None = None) -> dict[s
         derived["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW runs on the CPU too
     for name in config.run.monitor:
         derived[MONITORS[name]] = {"enabled": True}
-        if name != "wandb":
-            derived[MONITORS[name]] |= {"output_path": str(out or "."), "job_name": name}
+        where = {"project": "emf"} if name == "wandb" else {"output_path": str(out or "."), "job_name": name}
+        derived[MONITORS[name]] |= where
     if config.zero.json is not None:
         own = read_object(config.zero.json, "config: zero.json")
         check_own_json(config.zero.json, own)
@@ -99,6 +102,23 @@ def exchanged(settings: dict[str, Any], stage: int, total: int, trained: int) ->
     zero = DeepSpeedZeroConfig(**settings["zero_optimization"])
     bucket = int(zero.reduce_bucket_size) if stage else 0
     return bucket + (min(total, int(zero.max_live_parameters)) if stage == 3 else 0)
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """A block in which DeepSpeed reads its config. Raises ValueError where it refuses that."""
+    try:
+        yield
+    except (AssertionError, KeyError, TypeError, ValueError, ImportError, DeepSpeedConfigError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"config: DeepSpeed refuses its config, zero.json included: {reason}") from None
+
+
+def check_monitors(config: Config) -> None:
+    """Raises ValueError where the package of one of the run's monitors is not installed."""
+    for name in config.run.monitor:
+        if name != "csv" and importlib.util.find_spec(name) is None:
+            raise ValueError(f"config: run.monitor {name} needs the package {name}: pip install {name}")
 
 
 def check_own_json(path: Path, own: Any) -> None:

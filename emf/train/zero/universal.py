@@ -87,11 +87,16 @@ def load_universal(
             state = dict(exp_avg=moments["exp_avg"][i], exp_avg_sq=moments["exp_avg_sq"][i])
             where = flat.device if optimizer.optimizer.param_groups[0].get("fused") else None
             optimizer.optimizer.state[flat] = {"step": torch.tensor(float(step), device=where), **state}
-        if stage != 3:
-            optimizer.update_lp_params()
-            return
-        optimizer.checkpoint_event_prologue()
-        for i, flat in enumerate(flats):
-            optimizer.fp16_partitioned_groups_flat[i].data.copy_(flat.data)
-            optimizer._unflatten_partitioned_parameters(i)
-        optimizer.checkpoint_event_epilogue()
+        spread(optimizer, stage)
+
+
+def spread(optimizer: Any, stage: int) -> None:
+    """What DeepSpeed's optimizer of stage 1, 2 or 3 computes with, from the float32 weights that its ranks update."""
+    if stage != 3:
+        optimizer.update_lp_params()
+        return
+    optimizer.checkpoint_event_prologue()
+    for i, flat in enumerate(partitions(optimizer, stage)):
+        optimizer.fp16_partitioned_groups_flat[i].data.copy_(flat.data)
+        optimizer._unflatten_partitioned_parameters(i)
+    optimizer.checkpoint_event_epilogue()
