@@ -147,7 +147,8 @@ def export_encoder(folder: Path, config: Config) -> nn.Module:
 
 
 def text_parts(folder: Path) -> dict[str, Any]:
-    """The settings of the condition that a folder in diffusers' layout has; its `kind` is None where there is none."""
+    """The settings of the condition that a folder in diffusers' layout has; its `kind` is None where the folder holds
+    no text encoder."""
     file = folder / "model_index.json"
     index = read_settings(file)
     _, named = part_of(index, "text_encoder", file)
@@ -156,8 +157,8 @@ def text_parts(folder: Path) -> dict[str, Any]:
     if told:  # which names the kind too
         filled(ConditionConfig, told, f"weights: {file}: _condition")
     how |= told
-    if how["kind"] == "small" and not (folder / "text_encoder").is_dir():  # exports of before did not have it
-        how["kind"] = None
+    if not any((folder / name).is_dir() for name in ("text_encoder", "language_model")):
+        how["kind"] = None  # an export tells of the run's, which need not go with it
     return how
 
 
