@@ -19,6 +19,7 @@ class _Planned(Run):
 def plan(arguments: list[str]) -> None:
     """`emf plan` with what stands behind it: the arguments of `emf train`, and what the run is planned for."""
     asked = parse_run(arguments, _Planned, "plan")
-    from emf.train import plan as planning  # seconds, which --help need not take
+    from emf.train.plan import plan as planned  # seconds, which --help need not take
+    from emf.train.plan_tables import show
 
-    planning.show(planning.plan(asked.config, asked.hardware), asked.out)
+    show(planned(asked.config, asked.hardware), asked.out)

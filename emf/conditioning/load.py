@@ -17,6 +17,8 @@ from emf.files import check_readable, files_in, read_object, why
 from emf.model.state import read_state, variant
 
 Kind = Literal["blip3o", "gemma", "clip", "t5"]
+TEXT_MODELS = {"gemma": "Gemma2Model", "clip": "CLIPTextModel", "t5": "T5EncoderModel"}
+"""Classes of transformers."""
 LENGTHS = {"gemma": 300, "clip": 77, "t5": 300}
 
 
@@ -47,9 +49,8 @@ def load(
         return _load_blip3o(folder, dtype, freeze, empty, **settings)
     import transformers
 
-    model_class = {"gemma": "Gemma2Model", "clip": "CLIPTextModel", "t5": "T5EncoderModel"}[kind]
     parts = [folder / name if (folder / name).is_dir() else folder for name in ("text_encoder", "tokenizer")]
-    model = (_empty if empty else _model)(getattr(transformers, model_class), parts[0], dtype)
+    model = (_empty if empty else _model)(getattr(transformers, TEXT_MODELS[kind]), parts[0], dtype)
     if kind == "gemma":
         settings = {"lower": True, **settings}
         if "instruction" not in settings:

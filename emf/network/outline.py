@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from emf.conditioning.load import LENGTHS
+from emf.conditioning.load import LENGTHS, TEXT_MODELS
 from emf.conditioning.small import Connector, SmallEncoder
 from emf.config import Config, LoraConfig
 from emf.data.digits import WORDS
@@ -22,9 +22,10 @@ PROMPT = 128
 """Tokens of a caption with what BLIP3o-NEXT puts around it; a longer caption makes a longer row."""
 INSTRUCTION = 290
 """Tokens that SANA's instruction adds to a row of Gemma's."""
+CONFIGS = {"blip3o": "Qwen3Config", "gemma": "Gemma2Config", "clip": "CLIPTextConfig", "t5": "T5Config"}
+"""Of transformers, by condition.kind."""
 PUBLISHED: dict[str, dict[str, Any]] = {
     "blip3o": dict(
-        model_type="qwen3",
         vocab_size=217_210,
         hidden_size=2048,
         intermediate_size=6144,
@@ -35,7 +36,6 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         tie_word_embeddings=True,
     ),
     "gemma": dict(
-        model_type="gemma2",
         vocab_size=256_000,
         hidden_size=2304,
         intermediate_size=9216,
@@ -66,7 +66,7 @@ def _encoder(config: Config) -> nn.Module:
         return SmallEncoder(config.encoder, WORDS)
     import transformers
 
-    sizes: Any = transformers.AutoConfig.for_model(**sizes_of_encoder(config))
+    sizes: Any = sizes_of_encoder(config)
     if kind == "blip3o":
         language = transformers.Qwen3ForCausalLM(sizes)
         return nn.ModuleDict({"language_model": language, "connector": Connector(sizes.hidden_size, width)})
@@ -75,19 +75,22 @@ def _encoder(config: Config) -> nn.Module:
             f"config: the {kind} encoder gives states of {sizes.hidden_size} channels, the transformer takes {width} "
             "(transformer.caption_channels)"
         )
-    name = {"gemma": "Gemma2Model", "clip": "CLIPTextModel", "t5": "T5EncoderModel"}[kind]
-    return nn.ModuleDict({"model": getattr(transformers, name)(sizes)})
+    return nn.ModuleDict({"model": getattr(transformers, TEXT_MODELS[kind])(sizes)})
 
 
-def sizes_of_encoder(config: Config) -> dict[str, Any]:
-    """The config.json of the pretrained text encoder of a run, from its folder where that is there."""
+def sizes_of_encoder(config: Config) -> Any:
+    """transformers' config of the pretrained text encoder of a run, from its folder where that is there."""
+    import transformers
+
     kind, folder = config.condition.kind, folder_of_encoder(config)
-    for file in (folder / part / "config.json" for part in ("language_model", "text_encoder", "") if folder):
-        if file.is_file():
-            return read_object(file, "conditioning")
+    made = getattr(transformers, CONFIGS[kind])
+    for part in (folder / name for name in ("language_model", "text_encoder", "") if folder):
+        if (part / "config.json").is_file():
+            read_object(part / "config.json", "conditioning")  # says in one line what is wrong with it
+            return made.from_pretrained(part, local_files_only=True)
     if kind not in PUBLISHED:
         raise ValueError(f"config: nothing tells the sizes of the {kind} encoder; give its --condition.folder")
-    return PUBLISHED[kind]
+    return made(**PUBLISHED[kind])
 
 
 def folder_of_encoder(config: Config) -> Path | None:

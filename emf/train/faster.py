@@ -17,11 +17,11 @@ from emf_kernels import Dual, primal
 BACKEND = "inductor"
 
 
-def check_quick(config: Config, engine: dict[str, Any]) -> None:
+def check_quick(config: Config, engine: dict[str, Any], device: torch.device | None = None) -> None:
     """Raises ValueError where the blocks cannot run as the config asks, at the ZeRO stage and micro-batch of an
-    engine's config: before anything is built."""
+    engine's config, on a device, by default this machine's: before anything is built."""
     stage, micro_batch = engine["zero_optimization"]["stage"], engine["train_micro_batch_size_per_gpu"]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if config.graphs:
         check_graphs(config, stage, micro_batch, device)
     if config.compile:

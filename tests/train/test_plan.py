@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 from cached import cache_settings
+from text_models import TextModel, every_text_model
 from training import train
 
 from bench.meters import Count, Held
 from bench.providers import _model
+from emf.cli.main import main
+from emf.conditioning.load import load
 from emf.config import Config
 from emf.model.transformer import Transformer
 from emf.network.build import build
@@ -22,6 +26,7 @@ from emf.recipes import RECIPES, SAMPLES, digits
 from emf.train.costs import activation_bytes, counted, forward_flops
 from emf.train.hardware import Hardware
 from emf.train.plan import CAUSAL, GIB, Part, Plan, plan
+from emf.train.plan_tables import show
 from emf_kernels import Dual, Op, backend
 
 # channels, text tokens and layers in other proportions
@@ -177,6 +182,23 @@ def test_an_outline_is_what_is_built(changes: dict[str, Any]) -> None:
     assert told(outlined) == told(build(config)) and all(p.is_meta for p in outlined.parameters())
 
 
+@every_text_model
+def test_an_encoder_is_outlined_by_its_folder(text_model: TextModel, tmp_path: Path) -> None:
+    """Names and shapes are those of the encoder that is loaded from there."""
+    model, tokenizer = text_model()
+    kind: Any = text_model.__name__
+    for part, name in ((model, "text_encoder"), (tokenizer, "tokenizer")):
+        part.save_pretrained(tmp_path / name)
+    condition = dict(kind=kind, folder=tmp_path)
+    changes = dict(transformer=dict(num_layers=1, caption_channels=16), condition=condition)
+    config = changed(RECIPES["sana-1.5-gemma"](), changes)
+    loaded = load(kind, tmp_path, **(dict(length=40) if kind == "clip" else {}))
+    outlined = outline(config).encoder
+    shapes = [{k: tuple(p.shape) for k, p in m.named_parameters()} for m in (outlined, loaded)]
+    assert shapes[0] == shapes[1]
+    assert plan(config, Hardware(8)).flops["text encoder"] > 0
+
+
 def test_stages_split_what_they_say() -> None:
     p = of("sana-1.5-1.6b")
     first, last = p.rows[0], p.rows[3]
@@ -297,6 +319,8 @@ def test_hardware_that_cannot_be_is_one_line(wrong: dict, message: str) -> None:
         (dict(), 3, "no multiple of 3 ranks"),
         (dict(zero=dict(stage=0, offload=True)), 8, "zero.offload needs"),
         (dict(lora=dict(alpha=3)), 8, "lora.alpha 3 has no effect"),
+        (dict(compile=True, zero=dict(stage=3)), 8, "compile True does not go with ZeRO 3"),
+        (dict(graphs=True, zero=dict(accumulation=1)), 8, "graphs True is for micro-batches of 1 or 2, not 16"),
         (dict(trained=("decoder.",)), 8, "no weight's name begins with decoder."),
         (dict(condition=dict(kind="t5")), 8, "nothing tells the sizes of the t5 encoder"),
         (dict(transformer=dict(caption_channels=7), condition=dict(kind="gemma")), 8, "states of 2304 channels"),
@@ -306,3 +330,29 @@ def test_a_run_that_would_be_refused_is_not_planned(changes: dict, gpus: int, me
     with pytest.raises(ValueError, match=message) as told:
         of("sana-1.5-1.6b", Hardware(gpus), **changes)
     assert "\n" not in str(told.value)
+
+
+def test_a_plan_is_shown(small: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the command shows it, which takes what `emf train` takes; the run's own stage is marked."""
+    show(small("sana-1.5-1.6b"), tmp_path / "run")
+    said = " ".join(capsys.readouterr().out.split())
+    for word in (
+        "language model",
+        ">2",
+        "this run: ZeRO 2, activations kept",
+        "FLOP (transformer",
+        "GiB free at",
+        "170,000 of them",
+    ):
+        assert word in said, word
+    (tmp_path / "own.json").write_text('{"gradient_clipping": 0.5}')
+    before, sys.argv = sys.argv, ["emf", "plan", "digits", "--out", str(tmp_path / "run"), "--resume", "--steps", "7"]
+    sys.argv += ["--zero.json", str(tmp_path / "own.json"), "--gpus", "2"]
+    try:
+        main()
+    finally:
+        sys.argv = before
+    said = " ".join(capsys.readouterr().out.split())
+    for word in (">0", "2 GPUs, micro-batch 32", "7 steps", "overrules the config: gradient_clipping 0.5"):
+        assert word in said, word
+    assert not (tmp_path / "run").exists()
