@@ -143,9 +143,18 @@ def from_file(path: Path) -> Config:
     """The config in a config.json. Raises ValueError where there is no such file, and on fields that it does not
     know."""
     tree = configs.read(path)
-    if tree.get("recipe") not in RECIPES:
+    if not isinstance(tree.get("recipe"), str) or tree["recipe"] not in RECIPES:
         raise ValueError(f"config: {path}: recipe is {tree.get('recipe')!r}; expected one of {', '.join(RECIPES)}")
     default = RECIPES[tree["recipe"]]()
+    sections = [("", tree, default)]
+    sections += [
+        (f"{k}.", v, getattr(default, k)) for k, v in tree.items() if isinstance(v, dict) and hasattr(default, k)
+    ]
+    for start, section, known in sections:
+        if strange := [key for key in section if not hasattr(known, key)]:
+            raise ValueError(f"config: {path}: {start}{strange[0]} is not known; remove it")
+    if helped := [key for key, value in tree.items() if "--help" in str(value)]:
+        raise ValueError(f"config: {path}: {helped[0]} holds --help, which is no value")
     try:  # as arguments, so that the one parser checks names, types and values
         config: Config = parse(Config, to_arguments(tree), "emf train RECIPE", default=default)
         return config
