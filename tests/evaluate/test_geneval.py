@@ -185,6 +185,9 @@ def test_recorded_detections_that_do_not_fit_are_named(folder: tuple[Path, Path]
         file.write_text(json.dumps({"filename": "a", "detections": [row]}) + "\n")
         with pytest.raises(ValueError, match="detections.jsonl:1 has a score or a box of NaN or inf"):
             run_geneval(root, tmp_path / "out", detections=file)
+    file.write_text('{"filename": "a", "detections": [{"label": ["dog"], "score": 1, "box": [0, 0, 1, 1]}]}\n')
+    with pytest.raises(ValueError, match="detections.jsonl:1 lacks a label or a colour that is text"):
+        run_geneval(root, tmp_path / "out", detections=file)
     file.write_text("no json\n")
     with pytest.raises(ValueError, match="detections.jsonl:1 is not JSON"):
         run_geneval(root, tmp_path / "out", detections=file)
