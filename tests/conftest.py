@@ -16,6 +16,11 @@ from torch import Tensor
 
 import emf_kernels  # noqa: F401
 
+# torch remembers, at the first `with torch.device(...)` of a process, which functions make tensors. Were that in a test
+# that has put another in the place of torch.empty, then `with torch.device("meta")` would fill gigabytes in later ones.
+with torch.device("cpu"):
+    torch.empty(0)
+
 # the same examples every time: a fault is found where the code was changed, and not by chance somewhere else
 settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[*HealthCheck])
 settings.load_profile("same")

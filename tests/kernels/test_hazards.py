@@ -47,6 +47,12 @@ def attention_tangent(*, common: float = 0.0, size: float = 1.0, keys: float = 1
     return relative_error(got, torch.func.jvp(f, (q.double(),), (q_dot.double(),))[1])
 
 
+def test_poisoned_memory_leaves_devices_as_they_are() -> None:
+    """A network on the meta device takes no memory, in this test and in those after it."""
+    with torch.device("meta"):
+        assert torch.nn.Linear(1, 1).weight.device.type == "meta"
+
+
 def test_what_keys_have_in_common_does_not_reach_the_tangent() -> None:
     """p * s_dot is rounded to half precision: what all of a row's s_dot share would leave its rounding in o_dot."""
     assert attention_tangent(common=8.0) < 2 * attention_tangent()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,15 @@ print(json.dumps(told))
 """
 
 
+def alone(code: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A process in the folder that runs the code; our package is not on its path."""
+    path = os.pathsep.join(p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if not p.startswith(str(ROOT)))
+    environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+
+
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a process says that builds the folder and loads it; our package is not on its path."""
@@ -91,11 +101,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     assert [Path(line).name for line in built.stdout.splitlines()] == ["torch-cpu", "torch-cuda"]
     again = subprocess.run([sys.executable, script, str(out)], capture_output=True, text=True)
     assert again.returncode == 1 and again.stderr.startswith("error: hub_build: ") and again.stderr.count("\n") == 1
-    path = os.pathsep.join(p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if not p.startswith(str(ROOT)))
-    environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
-    environment.pop("TRITON_INTERPRET", None)
-    arguments = [sys.executable, "-c", LOADED, str(out), str(ROOT / "kernels")]
-    done = subprocess.run(arguments, env=environment, cwd=out, capture_output=True, text=True)
+    done = alone(LOADED, out, str(out), str(ROOT / "kernels"))
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found | {"out": str(out)}
@@ -115,3 +121,11 @@ def test_layers_of_a_model_that_knows_nothing_of_ours(told: dict[str, Any]) -> N
 
 def test_the_build_file_is_one_of_that_project(told: dict[str, Any]) -> None:
     assert [name.lower() for name in told["backends"]] == ["cpu", "cuda"]
+
+
+def test_the_example_of_the_hub_is_right(told: dict[str, Any]) -> None:
+    """kernels/README.md's, with the folder that was built."""
+    text = (ROOT / "kernels" / "README.md").read_text()
+    (example,) = (block for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if '"OUT"' in block)
+    done = alone(example.replace('"OUT"', '"."') + "print(tuple(y_dot.shape))", Path(told["out"]))
+    assert done.returncode == 0 and done.stdout == "(2, 64)\n", done.stderr[-3000:]

@@ -246,11 +246,12 @@ def test_an_op_takes_no_helpers_from_another() -> None:
 
 
 def test_the_readme_is_right() -> None:
-    """Its example runs, and its table has every op and says which have a kernel."""
+    """Its examples run (the hub's: test_hub_kernel.py), and its table has every op and says which have a kernel."""
     text = (ROOT / "kernels" / "README.md").read_text()
     names: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
-        exec(block, names)
+        if "from kernels import" not in block:
+            exec(block, names)
     assert names["u"].tangent.shape == (2, 16, 32) and names["w_qkv"].grad.any()
     assert names["o_dot"].shape == (2, 4, 16, 32) and names["o_dot"].any()
     table = dict(re.findall(r"^\| `(\w+)` \|.*\| (yes|) ?\|$", text, flags=re.MULTILINE))
