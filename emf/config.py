@@ -165,6 +165,9 @@ class RunConfig:
         at_least("run", self, log_every=1, save_every=1, eval_every=0, eval_prompts=1, keep=1, skip=0)
         if self.prompts and not self.eval_every:
             raise ValueError("config: run.prompts needs run.eval_every, the steps between two grids of samples")
+        for prompt in self.prompts:
+            if prompt.startswith("-"):  # config.json is read by the command line's own rules
+                raise ValueError(f"config: run.prompts {prompt!r} begins with a dash, as a setting does; leave it out")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,17 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from emf.files import append_rows, check_folder, check_writable, files_in, make_folder, mend_rows, whole_file
+from emf.files import (
+    append_rows,
+    check_folder,
+    check_writable,
+    files_in,
+    make_folder,
+    mend_rows,
+    read_bytes,
+    read_rows,
+    whole_file,
+)
 from emf.sample.sampler import to_uint8
 
 MANIFEST = "manifest.jsonl"
@@ -38,8 +48,11 @@ def check_pictures_folder(out: Path) -> None:
     check_folder(out, (), who="generate: ", advice="give another --out")
     check_writable(out, "generate: ")
     if (out / MANIFEST).exists():
+        needs = ("file", "prompt")
         with _alone(out):
-            mend_rows(out / MANIFEST, ("file", "prompt"))
+            if not read_rows(out / MANIFEST, needs) and not read_bytes(out / MANIFEST).lstrip().startswith(b'{"file"'):
+                raise ValueError(f"generate: {out / MANIFEST} lists no pictures of ours; give another --out")
+            mend_rows(out / MANIFEST, needs)
 
 
 def write_images(

@@ -44,7 +44,11 @@ class Lettering:
     def wrap(self, text: str, width: float, most: int | None = None) -> list[str]:
         """Lines of at most `width` pixels, `most` of them, the last then ending with an ellipsis. The text's own line
         breaks stay; a word that is wider than a line is cut."""
-        lines = [line for part in readable(text).split("\n") for line in self._wrap(part, width)]
+        lines: list[str] = []
+        for part in readable(text).split("\n"):
+            lines += self._wrap(part, width, most)
+            if most is not None and len(lines) > most:
+                break
         if most is None or len(lines) <= most:
             return lines
         last = lines[most - 1]
@@ -52,8 +56,9 @@ class Lettering:
             last = last[:-1]
         return [*lines[: most - 1], last + ELLIPSIS]
 
-    def _wrap(self, text: str, width: float) -> list[str]:
-        lines, here = [], ""
+    def _wrap(self, text: str, width: float, most: int | None) -> list[str]:
+        """The lines of a text; at least one more than `most` where there are more."""
+        lines, here = list[str](), ""
         for word in text.split(" "):
             longer = f"{here} {word}" if here else word
             if self.width(longer) <= width:
@@ -62,7 +67,13 @@ class Lettering:
             if here:
                 lines.append(here)
             while len(word) > 1 and self.width(word) > width:
-                fits = next(n for n in range(len(word) - 1, 0, -1) if n == 1 or self.width(word[:n]) <= width)
+                if most is not None and len(lines) > most:
+                    return lines
+                # by halves, since a word may be a whole text: so many letters fit, the next one does not
+                fits, over = 1, len(word)
+                while over - fits > 1:
+                    middle = (fits + over) // 2
+                    fits, over = (middle, over) if self.width(word[:middle]) <= width else (fits, middle)
                 lines.append(word[:fits])
                 word = word[fits:]
             here = word

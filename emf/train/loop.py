@@ -24,6 +24,7 @@ from emf.network.build import build
 from emf.sample.sampling_settings import GUIDANCE
 from emf.train.batch import Batch, batches
 from emf.train.faster import check_quick, quicken
+from emf.train.launcher import launcher_left
 from emf.train.log import Log, memory_mib, speed
 from emf.train.objective import descended, learning_rate, losses
 from emf.train.opening import in_steps, opening
@@ -35,7 +36,6 @@ from emf.train.zero import (
     Engine,
     check_monitors,
     engine_config,
-    launcher_left,
     overruled,
     own_device,
     process_group,
@@ -67,6 +67,7 @@ def train(config: Config, out: Path | str, resume: bool = False) -> None:
             lambda dtype: build(config, dtype, empty=True),
             settings,
         )
+        network.encoder.tokenize(list(config.run.prompts))  # what it cannot read is said before the first step
         source = feed(config.batches, network.encoder, own_device())
         config = in_steps(config, source.samples)
         mark_network(network)

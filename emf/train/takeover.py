@@ -92,6 +92,10 @@ def check_folder_of_run(out: Path, saved: list[Path], config: Config, resume: bo
         raise ValueError(f"train: {out} holds a run already; add --resume to continue it, or choose another --out")
     if resume and saved:
         check_same_run(config, saved[-1])
+    elif resume and "config.json" in written:  # of a run that wrote no checkpoint yet, or of something else
+        if "recipe" not in configs.read(out / "config.json"):
+            raise ValueError(f"train: {out / 'config.json'} is of something else than a run; choose another --out")
+        check_same_run(config, out)
 
 
 def check_same_run(config: Config, checkpoint: Path) -> None:
@@ -104,9 +108,7 @@ def check_same_run(config: Config, checkpoint: Path) -> None:
     differ = [key for key in now if key in made and not _agree(made[key], now[key], key)]
     if differ:
         other = "another model" if {"objective", "transformer", "encoder"} & set(differ) else "another run"
-        raise ValueError(
-            f"resume: {checkpoint} is a checkpoint of {other} ({', '.join(differ)} differ); choose another --out"
-        )
+        raise ValueError(f"resume: {checkpoint} is of {other} ({', '.join(differ)} differ); choose another --out")
 
 
 def _agree(made: Any, now: Any, name: str) -> bool:

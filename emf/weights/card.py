@@ -82,7 +82,7 @@ def facts(config: Config, folder: Path) -> list[list[str]]:
         "recipe": config.recipe,
         "objective": {"meanflow": "EMF (MeanFlow)", "flow_matching": "flow matching"}[config.objective],
         "steps": f"{config.steps}, of {config.batch_size} samples each",
-        "learning rate": f"{config.optim.lr:g}, {config.optim.decay}, after {config.optim.warmup} steps of warm-up",
+        "learning rate": f"{config.optim.lr:g}, {config.optim.decay}, after {config.warmup} steps of warm-up",
         "weights": f"moving average, {config.optim.ema:g}" if config.optim.ema else "as trained",
         "transformer": f"{numbers / 1e6:.4g} million parameters, {sizes.num_layers} layers, {sizes.channels} channels",
         "text encoder": {"small": "a small one of this world's words", "blip3o": "BLIP3o-NEXT"}.get(

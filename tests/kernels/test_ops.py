@@ -64,8 +64,9 @@ def test_laws(op: Op, case: Case, name: str, device: str, dtype: torch.dtype) ->
     """What holds of any tangent, without a reference to compare with."""
     args, x_dot, generator = make(op, case, dtype, device)
     names = require_grad(op, args)
-    # in half precision arguments and results alone are rounded, not each of a sum's steps
-    tolerance = (64 if torch.finfo(dtype).bits >= 32 else 2) * torch.finfo(dtype).eps
+    # In half precision arguments, results, and what enters a product on tensor cores are rounded, not each of a sum's
+    # steps. With 2, attention was at 0.99 of the tolerance for one seed of 192, and beyond it for another.
+    tolerance = (64 if torch.finfo(dtype).bits >= 32 else 4) * torch.finfo(dtype).eps
 
     def same(a: list[Tensor], b: list[Tensor], what: str) -> None:
         for u, v in zip(a, b, strict=True):

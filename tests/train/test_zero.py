@@ -19,7 +19,7 @@ from training import assert_same_training, averaged, free_port, kill_in_second_s
 
 pytest.importorskip("deepspeed")
 
-from emf.train.zero.launcher import launcher_left, launchers
+from emf.train.launcher import launcher_left, launchers
 
 CHECKPOINTING = "--transformer.checkpointing True"
 OFFLOAD = "--zero.offload True --optim.ema-cpu True"
@@ -153,8 +153,17 @@ def wait_for(file: Path, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.1)
 
 
-def test_sigterm_to_the_launcher_alone_ends_its_ranks_with_a_save(recipe: list[str], tmp_path: Path) -> None:
-    """As `kill` sends it. The command `deepspeed` ends at once and tells nobody."""
+def torch_in(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return "emf.train" in process.cmdline() and any("libtorch" in file.path for file in process.memory_maps())
+    return False
+
+
+@pytest.mark.parametrize("begun", [True, False], ids=["trains", "starts"])
+def test_sigterm_to_the_launcher_alone_ends_its_ranks_with_a_save(
+    recipe: list[str], begun: bool, tmp_path: Path
+) -> None:
+    """As `kill` sends it. The command `deepspeed` ends at once and tells nobody, be it that its ranks still start."""
     command, environment = launch()
     run, output = tmp_path / "run", tmp_path / "out.txt"
     arguments = [*recipe, "--out", str(run), "--steps", "100000", "--run.save-every", "100000"]
@@ -162,7 +171,11 @@ def test_sigterm_to_the_launcher_alone_ends_its_ranks_with_a_save(recipe: list[s
         runner = subprocess.Popen([*command, *arguments], cwd=ROOT, env=environment, stdout=told, stderr=told)
     below: list[psutil.Process] = []
     try:
-        wait_for(run / "metrics.jsonl", runner)
+        if begun:
+            wait_for(run / "metrics.jsonl", runner)
+        while sum(map(torch_in, psutil.Process(runner.pid).children(recursive=True))) < 2:
+            assert runner.poll() is None, output.read_text()
+            time.sleep(0.1)
         below = psutil.Process(runner.pid).children(recursive=True)
         runner.terminate()
         assert len(below) >= 3 and runner.wait(60) == -signal.SIGTERM
@@ -205,6 +218,10 @@ def test_who_started_a_rank_is_known_by_its_command(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(psutil.Process, "parents", lambda self, above=above: above)
         assert launchers() == found
     assert not launcher_left()()
+    gone = psutil.Process()
+    monkeypatch.setattr(gone, "is_running", lambda: False)
+    monkeypatch.setattr("emf.train.launcher.EARLY", [gone])  # seen when this process began, and above it no more
+    assert launcher_left()()
 
 
 def test_the_launcher(recipe: list[str], straight: Path, base: Path, tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def test_an_export_with_adapters_knows_them(
 
     run, network = trained
     config = lora.load_run(run)[0]
-    monkeypatch.setattr(export, "load", lambda run: (config, network))
+    monkeypatch.setattr(export, "load", lambda run, text: (config, network))
     export_adapters(run, tmp_path / "float16", "float16")
     export_adapters(run, tmp_path / "bfloat16", "bfloat16")
     export.export(run, tmp_path / "whole", dtype="float32")

@@ -20,7 +20,6 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 from emf.train.zero.engine import Engine  # noqa: E402
 from emf.train.zero.group import gather, own_device, process_group  # noqa: E402
-from emf.train.zero.launcher import launcher_left  # noqa: E402
 from emf.train.zero.settings import check_monitors, engine_config, exchanged, overruled  # noqa: E402
 from emf.train.zero.sharing import shared  # noqa: E402
 
@@ -30,7 +29,6 @@ __all__ = [
     "engine_config",
     "exchanged",
     "gather",
-    "launcher_left",
     "overruled",
     "own_device",
     "process_group",

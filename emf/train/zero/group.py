@@ -10,6 +10,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.utils import groups
 
 from emf.device import launched
 from emf.errors import Unlaunched
@@ -22,6 +23,7 @@ def process_group() -> Iterator[tuple[int, int]]:
     Unlaunched where the ranks cannot meet."""
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     launched()
+    before = dict(os.environ)
     if not os.environ.get("RANK"):
         # DeepSpeed looks for an address even where nothing listens: one process keeps its store to itself, since a port
         # that was free a moment ago may be another's by now.
@@ -44,6 +46,13 @@ def process_group() -> Iterator[tuple[int, int]]:
         yield dist.get_rank(), dist.get_world_size()
     finally:
         dist.destroy_process_group()
+        # a further run of this process begins as this one did: by itself, with a group of its own
+        deepspeed.comm.comm.cdb = None
+        groups._WORLD_GROUP = groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+        groups._TENSOR_MODEL_PARALLEL_GROUP = groups._MODEL_PARALLEL_GROUP = groups._DATA_PARALLEL_GROUP = None
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            if name not in before:
+                os.environ.pop(name, None)
 
 
 def own_device() -> torch.device:

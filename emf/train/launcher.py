@@ -12,14 +12,21 @@ from pathlib import Path
 
 import psutil
 
+EARLY: list[psutil.Process] = []
+"""What this process came from when it began; where the command ends while the network is built, only this knows it."""
 STARTS_RANKS = "deepspeed.launcher.launch"
 COMMANDS = ("deepspeed", "ds", "deepspeed.launcher.runner")
+
+
+def remember_launchers() -> None:
+    """To be called as early in a process as can be."""
+    EARLY[:] = launchers()
 
 
 def launcher_left() -> Callable[[], bool]:
     """A question to be asked later: has the launcher ended that this process comes from? Never where DeepSpeed's did
     not start it."""
-    processes = launchers()
+    processes = EARLY or launchers()
     return lambda: any(ended(p) for p in processes)
 
 
