@@ -24,6 +24,7 @@ out = "run"
 config = emf.RECIPES["digits"]()
 config = replace(config, steps=2, batch_size=4, run=replace(config.run, eval_every=0))
 emf.train(config, out)
+emf.train(config, "another")  # a process trains as often as it likes
 config, network = emf.load(out)
 sampler = emf.Sampler.load(out)
 (picture,) = sampler.pictures(["a red seven"], steps=2)

@@ -22,7 +22,8 @@ from emf.model.autoencoder import decode, load_dcae
 from emf.model.sizes import TransformerConfig
 from emf.model.transformer import Transformer
 from emf.sample.sampler import States, check_finite, conditions_of, latents_of, noise_of, to_uint8
-from emf.sample.sampling_settings import SEEDS, Settings, default_guidance
+from emf.sample.sampling_settings import Settings, default_guidance
+from emf.weights.carried.flow_map_pipeline import seed_in
 from emf.weights.diffusers_folder import load_exported_transformer
 from emf.weights.export import write_export
 from emf.weights.folders import export_config, export_encoder, text_parts
@@ -271,17 +272,6 @@ def seeds_of(generator: Generators, n: int) -> list[int]:
     if isinstance(generator, Sequence):
         if len(generator) != n:
             raise ValueError(f"pipeline: {len(generator)} generators; expected one, or one for each of {n} images")
-        return [seed_of(_seed(g), 0) for g in generator]
-    seed = _seed(generator)
+        return [seed_of(seed_in(g), 0) for g in generator]
+    seed = seed_in(generator)
     return [seed_of(seed, i) for i in range(n)]
-
-
-def _seed(generator: torch.Generator | None) -> int:
-    """The seed that a generator was given. One that has been used already gives a further one, and none a random one:
-    by diffusers' custom a generator does not give the same pictures twice."""
-    if generator is None:
-        return int(torch.randint(SEEDS, ()))
-    unused = torch.Generator(generator.device).manual_seed(generator.initial_seed())
-    fresh = torch.equal(generator.get_state(), unused.get_state())
-    further = int(torch.randint(SEEDS, (), generator=generator, device=generator.device))
-    return generator.initial_seed() % SEEDS if fresh else further

@@ -50,7 +50,8 @@ def check_pictures_folder(out: Path) -> None:
     if (out / MANIFEST).exists():
         needs = ("file", "prompt")
         with _alone(out):
-            if not read_rows(out / MANIFEST, needs) and not read_bytes(out / MANIFEST).lstrip().startswith(b'{"file"'):
+            # what is cut off as torn must have been ours: of a list without a whole row its beginning tells
+            if not read_rows(out / MANIFEST, needs) and not read_bytes(out / MANIFEST).startswith(b'{"file"'):
                 raise ValueError(f"generate: {out / MANIFEST} lists no pictures of ours; give another --out")
             mend_rows(out / MANIFEST, needs)
 
@@ -64,27 +65,28 @@ def write_images(
     another process that writes in the same folder take the number."""
     make_folder(out)
     paths = []
-    for image, prompt, number in zip(to_uint8(images), prompts, numbers, strict=True):
-        picture = Image.fromarray(image)
-        zoom = 8 if picture.width < SMALL else 1
-        picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
-        said = {"prompt": prompt, "number": number, **told}
-        note = PngInfo()
-        for key, value in said.items():
-            note.add_text(key, str(value))
-        with _alone(out):
-            taken = [int(found[0]) for p in files_in(out, "*.png") if (found := re.match(r"\d+", p.name))]
-            name = "_".join(filter(None, (f"{max(taken, default=-1) + 1:05d}", words_of(prompt))))
+    with _alone(out):
+        taken = (int(found[0]) for p in files_in(out, "*.png") if (found := re.match(r"\d+", p.name)))
+        first = max(taken, default=-1) + 1
+        for place, (image, prompt, number) in enumerate(zip(to_uint8(images), prompts, numbers, strict=True), first):
+            picture = Image.fromarray(image)
+            zoom = 8 if picture.width < SMALL else 1
+            picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+            said = {"prompt": prompt, "number": number, **told}
+            note = PngInfo()
+            for key, value in said.items():
+                note.add_text(key, str(value))
+            name = "_".join(filter(None, (f"{place:05d}", words_of(prompt))))
             with whole_file(out / f"{name}.png") as part:
                 picture.save(part, "png", pnginfo=note)
             append_rows(out / MANIFEST, [{"file": f"{name}.png", **said}])
-        paths.append(out / f"{name}.png")
+            paths.append(out / f"{name}.png")
     return paths
 
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """No other process takes a number in the folder while the block runs, where the file system has locks."""
+    """No other process takes numbers in the folder while the block runs, where the file system has locks."""
     held = os.open(out, os.O_RDONLY)
     try:
         with suppress(OSError):

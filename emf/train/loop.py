@@ -67,7 +67,8 @@ def train(config: Config, out: Path | str, resume: bool = False) -> None:
             lambda dtype: build(config, dtype, empty=True),
             settings,
         )
-        network.encoder.tokenize(list(config.run.prompts))  # what it cannot read is said before the first step
+        if config.run.prompts:  # what cannot be read of them is said before the first step
+            network.encoder.tokenize(list(config.run.prompts))
         source = feed(config.batches, network.encoder, own_device())
         config = in_steps(config, source.samples)
         mark_network(network)

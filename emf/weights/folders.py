@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from emf.conditioning.load import TEXT_MODELS
 from emf.config import ConditionConfig, Config, LoraConfig
 from emf.data.batches import DataConfig
 from emf.files import filled
@@ -24,8 +25,8 @@ from emf.weights.layouts import part_of, read_settings
 from emf.weights.start import resumed, shipped, started
 from emf.weights.tensors import load_weights, read_weights
 
-KINDS = {"Gemma2Model": "gemma", "Gemma2ForCausalLM": "gemma", "CLIPTextModel": "clip", "T5EncoderModel": "t5"}
-KINDS |= {"SmallEncoder": "small"}
+KINDS = {model: kind for kind, model in TEXT_MODELS.items()}
+KINDS |= {"Gemma2ForCausalLM": "gemma", "SmallEncoder": "small"}
 """Kinds of text encoders by their classes."""
 
 

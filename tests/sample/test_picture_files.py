@@ -108,6 +108,10 @@ def test_where_pictures_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(ValueError, match=r"manifest.jsonl:1 is no JSON object with file, prompt"):
         check_pictures_folder(own)
     assert (own / MANIFEST).read_text() == '{"my": "manifest"}\n'
+    (own / MANIFEST).write_text("precious")
+    with pytest.raises(ValueError, match=r"^generate: .*manifest.jsonl lists no pictures of ours; give another --out$"):
+        check_pictures_folder(own)
+    assert (own / MANIFEST).read_text() == "precious"
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     with pytest.raises(ValueError, match="new cannot be written: .* may not be written to"):
         check_pictures_folder(tmp_path / "new")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import time
 import warnings
 from html.parser import HTMLParser
 from pathlib import Path
@@ -55,6 +56,9 @@ def test_lines_stay_and_long_ones_are_wrapped_by_their_width() -> None:
     assert all(font.width(line) <= 120 for line in lines) and len(lines) > 5
     cut = font.wrap("a few words " * 30, 120, 3)
     assert len(cut) == 3 and cut[-1].endswith(" …") and font.width(cut[-1]) <= 120
+    begun = time.process_time()
+    (line,) = font.wrap("x" * 3000, 120, 1)  # a minute, where every length was tried
+    assert line.endswith(" …") and font.width(line) <= 120 and time.process_time() - begun < 10
 
 
 def test_a_letter_that_no_font_has_is_told_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:

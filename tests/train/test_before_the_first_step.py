@@ -73,3 +73,15 @@ def test_a_run_without_a_first_step_leaves_nothing(tmp_path: Path) -> None:
     assert not run.exists()
     result = train(tmp_path, *arguments)
     assert result.code == 0 and (run / "config.json").is_file(), result.text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [("a cat", "cat"), ("--help", "config: run.prompts '--help' begins with a dash, as a setting does")],
+)
+def test_prompts_of_validation_are_read_first(prompt: str, message: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (tmp_path / "prompts.txt").write_text(f"{prompt}\n")
+    prompts = ["--run.eval-every", "2", "--run.prompts", str(tmp_path / "prompts.txt")]
+    result = train(tmp_path, "digits-base", *TINY, *prompts, "--out", str(run))
+    assert result.code == 2 and message in result.text and not run.exists(), result.text

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ pytest.importorskip("deepspeed")
 from emf.config import to_json
 from emf.recipes import digits
 from emf.train import takeover
-from emf.train.takeover import lock_folder, own_folder
+from emf.train.takeover import check_folder_of_run, lock_folder, own_folder
 
 
 @contextmanager
@@ -128,6 +129,19 @@ def test_resuming_where_no_run_is_says_that_it_starts(recipe: list[str], tmp_pat
     assert result.code == 0 and result.text.splitlines().count(said) == 1, result.text
     result = train(tmp_path, *recipe, *flags)
     assert result.code == 0 and "holds no checkpoint" not in result.text, result.text  # it is there now
+
+
+def test_what_no_checkpoint_tells_of_is_kept(tmp_path: Path) -> None:
+    """A folder's config.json is of something else, or of a run with other settings."""
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    with pytest.raises(
+        ValueError, match=r"^train: .*config.json is of something else than a run; choose another --out"
+    ):
+        check_folder_of_run(tmp_path, [], digits(), resume=True)
+    (tmp_path / "config.json").write_text(to_json(digits()))
+    check_folder_of_run(tmp_path, [], digits(), resume=True)
+    with pytest.raises(ValueError, match=r"^resume: .* is of another run \(seed differ\)"):
+        check_folder_of_run(tmp_path, [], replace(digits(), seed=1), resume=True)
 
 
 def _interrupt(step: int) -> None:

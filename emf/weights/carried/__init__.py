@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from emf.conditioning.blip3o import REQUEST, SYSTEM, Blip3oNext
+from emf.conditioning.load import TEXT_MODELS
 from emf.conditioning.sampling import Sampling
 from emf.conditioning.small import CONNECTOR, SmallEncoder
 from emf.conditioning.text import TextEncoder
@@ -42,7 +43,7 @@ def settings_of(encoder: Any, built_in: float) -> dict[str, Any]:
         told |= {"kind": "small", "vocabulary": list(encoder.words.vocabulary), "length": encoder.words.length}
         told["read_as"] = list(range(len(told["vocabulary"]))) if encoder.read_as is None else encoder.read_as.tolist()
     elif isinstance(encoder, TextEncoder) and encoder.null_kind == "empty":
-        kinds = {"Gemma2Model": "gemma", "CLIPTextModel": "clip", "T5EncoderModel": "t5"}
+        kinds = {model: kind for kind, model in TEXT_MODELS.items()}
         told |= {"kind": kinds.get(type(encoder.model).__name__), "length": encoder.length}
         told |= {"instruction": encoder.instruction, "lower": encoder.lower}
     elif isinstance(encoder, Blip3oNext) and not encoder.released_padding:

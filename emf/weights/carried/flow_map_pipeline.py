@@ -163,12 +163,12 @@ class EMFPipeline(DiffusionPipeline):
 def seeds_of(generator: torch.Generator | list[torch.Generator] | None, n: int) -> list[int]:
     """Seeds of n pictures: those of `emf generate` by the generator's; of a list of generators each gives one."""
     if isinstance(generator, list):
-        return [_seed(g) * APART for g in generator]
-    first = _seed(generator) * APART
+        return [seed_in(g) * APART for g in generator]
+    first = seed_in(generator) * APART
     return [first + i for i in range(n)]
 
 
-def _seed(generator: torch.Generator | None) -> int:
+def seed_in(generator: torch.Generator | None) -> int:
     """The seed that a generator was given; a further one where it has been used already, a random one of none."""
     if generator is None:
         return int(torch.randint(SEEDS, ()))
