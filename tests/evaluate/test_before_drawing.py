@@ -171,7 +171,8 @@ def test_it_is_loaded_once_and_says_how_far_it_is(
     stages = [line for line in lines if line.startswith("evaluate: ")]
     assert [line.split()[1] for line in stages] == ["loading", "drawing", "scoring", "scoring", "scoring"]
     assert "8 files of images in steps of 1, 2, 3 with" in stages[1]
-    assert "drawing: 24 of 24 after 0 s" in lines and "scoring: 8 of 8 after 0 s" in lines
+    counts = {line.partition(" after ")[0] for line in lines}  # how long it took is the machine's
+    assert {"drawing: 24 of 24", "scoring: 8 of 8"} <= counts
     # with everything there, nothing is drawn or scored again
     monkeypatch.setattr(Counted, "detect", lambda *_: pytest.fail("scored again"))
     commands.geneval(tmp_path / "out", prompts=metadata, draw=drawing, detections=detections)
