@@ -16,7 +16,7 @@ from typing import Any, Literal
 from emf.data.batches import Batches, DataConfig
 from emf.data.world import World
 from emf.files import read_object
-from emf.flow_config import FlowConfig
+from emf.flow_config import FlowConfig, MatchConfig
 from emf.model.sizes import EncoderConfig, TransformerConfig
 
 
@@ -209,6 +209,7 @@ class Config:
     world: World = field(default_factory=World)
     data: DataConfig = field(default_factory=DataConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
+    match: MatchConfig = field(default_factory=MatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -243,6 +244,10 @@ class Config:
             )
         if self.objective == "meanflow" and not self.transformer.dual_time:
             raise ValueError("config: objective meanflow needs transformer.dual_time True")
+        if self.match.weight and self.init is None:
+            raise ValueError("config: match.weight needs --init, the flow-matching weights that it holds as they are")
+        if self.match.weight and self.graphs:
+            raise ValueError("config: match.weight has micro-batches of several sizes, which graphs cannot replay")
         if self.run.prompts and self.transformer.in_channels != 3 and self.data.vae is None:
             raise ValueError("config: run.prompts needs data.vae, which makes images of the latents")
         if self.condition.kind == "small":

@@ -4,7 +4,45 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class MatchConfig:
+    """A distribution-matching term beside MeanFlow's loss (emf.matching): pictures of one step are moved to where the
+    frozen base would have them. Holds the base and a trained copy of it beside the network that is trained."""
+
+    weight: float = 0.0
+    """Weight of the term; 0: none."""
+    share: float = 0.25
+    """How many samples it has a step, for each of MeanFlow's."""
+    guidance: float = 1.25
+    """Guidance of the frozen base, to whose pictures those of one step are moved."""
+    fake_lr: float = 1.0
+    """Factor on the learning rate of the copy, which learns the flow of the pictures of one step."""
+    begin: float = 0.5
+    """Training progress at which it begins; its weight grows from 0 over the next twentieth of the run."""
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "weight": (self.weight >= 0, "at least 0"),
+            "share": (0 < self.share <= 1, "above 0 and at most 1"),
+            "guidance": (self.guidance > 0, "a positive number; 1 is none"),
+            "fake_lr": (self.fake_lr > 0, "a positive number"),
+            "begin": (0 <= self.begin < 1, "at least 0 and below 1"),
+        }
+        _check("match", self, ranges)
+
+    def weight_at(self, progress: float) -> float:
+        """Of the term, at a training progress in [0, 1]."""
+        return self.weight * min(1.0, max(0.0, (progress - self.begin) / 0.05))
+
+
+def _check(section: str, settings: Any, ranges: dict[str, tuple[bool, str]]) -> None:
+    """Raises ValueError on the first setting, by name, that is not what is expected of it."""
+    for name, (holds, expected) in ranges.items():
+        if not holds:
+            raise ValueError(f"config: {section}.{name} {getattr(settings, name)}; expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -62,9 +100,7 @@ class FlowConfig:
             "weight_p": (math.isfinite(self.weight_p) and self.weight_p >= 0, "at least 0"),
             "weight_c": (math.isfinite(self.weight_c) and self.weight_c > 0, "positive"),
         }
-        for name, (holds, expected) in ranges.items():
-            if not holds:
-                raise ValueError(f"config: flow.{name} {getattr(self, name)}; expected {expected}")
+        _check("flow", self, ranges)
 
     @property
     def built_in(self) -> float:

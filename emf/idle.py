@@ -76,6 +76,11 @@ NEEDS: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
     ("flow.alpha", "objective meanflow and a flow.share above 0", _apart),
     ("flow.alpha", "flow.derivative alpha", lambda c: c.flow.derivative == "alpha"),
     ("flow.zero_share", "objective meanflow and a flow.share above 0", _apart),
+    ("match.weight", "objective meanflow", _flow),
+    *(
+        (f"match.{name}", "match.weight above 0", lambda c: c.match.weight > 0)
+        for name in ("share", "guidance", "fake_lr", "begin")
+    ),
     ("optim.decay", "more steps than optim.warmup", lambda c: c.steps > c.warmup),
     ("optim.ema_cpu", "optim.ema above 0", lambda c: c.optim.ema > 0),
     (

@@ -23,7 +23,7 @@ ROOMS = [
     ["emf_kernels"],
     ["emf.errors", "emf.files", "emf.device"],
     ["emf.show"],
-    ["emf.flow", "emf.flow_config", "emf.model"],
+    ["emf.flow", "emf.flow_config", "emf.matching", "emf.model"],
     ["emf.conditioning"],
     ["emf.data"],
     ["emf.config", "emf.recipes", "emf.arguments", "emf.idle"],

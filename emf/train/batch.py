@@ -34,12 +34,19 @@ class Batch(NamedTuple):
     """Which of them are the caption's [n, M], bool."""
     drop: Tensor
     """Whose condition is dropped [n], bool."""
+    noise: Tensor | None = None
+    """Where the distribution-matching term acts (emf.matching): what the pictures of one step are made of, [k, C, H, W]
+    with k <= n; their captions are the first k. None: it does not act."""
+    tau: Tensor | None = None
+    """Times to which they are noised again [k], float32."""
+    again: Tensor | None = None
+    """The noise of that [k, C, H, W]."""
 
     def on(self, device: torch.device, dtype: torch.dtype) -> Batch:
-        """The batch on a device, with x and e in the dtype of the weights; times stay float32. The host does not wait
-        for what it copies from pinned memory."""
+        """The batch on a device, with pictures and noise in the dtype of the weights; times stay float32. The host does
+        not wait for what it copies from pinned memory."""
         moved = {name: x.to(device, non_blocking=True) for name, x in self._asdict().items() if isinstance(x, Tensor)}
-        moved |= {name: moved[name].to(dtype) for name in ("x", "e")}
+        moved |= {name: moved[name].to(dtype) for name in ("x", "e", "noise", "again") if name in moved}
         return Batch(**moved, b=self.b)
 
     def pinned(self) -> Batch:
@@ -60,7 +67,14 @@ def make_batch(config: Config, feed: Feed, step: int, part: int, parts: int) -> 
     e = torch.randn((n, *x.shape[1:]), generator=generator)
     drop = torch.rand(n, generator=generator) < config.drop
     e, t, r, drop = (a[mine].contiguous() for a in (e, t, r, drop))
-    return Batch(x, e, t, r, len(range(part, b, parts)), ids, mask, drop)
+    batch = Batch(x, e, t, r, len(range(part, b, parts)), ids, mask, drop)
+    if not config.match.weight or step / config.steps < config.match.begin:
+        return batch
+    k = max(parts, round(config.match.share * n))
+    noise, again = torch.randn((2, k, *x.shape[1:]), generator=generator)
+    tau = 0.02 + 0.96 * torch.rand(k, generator=generator)  # the ends say little, and the velocity at 0 is noise
+    noise, tau, again = (a[mine].contiguous() for a in (noise, tau, again))
+    return batch._replace(noise=noise, tau=tau, again=again)
 
 
 def batches(config: Config, feed: Feed, start: int, rank: int, world: int) -> Iterator[tuple[tuple[int, int], Batch]]:

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from emf.train.batch import Batch, batches
 from emf.train.faster import check_quick, quicken
 from emf.train.launcher import launcher_left
 from emf.train.log import Log, memory_mib, speed
+from emf.train.matched import matched
 from emf.train.objective import descended, learning_rate, losses
 from emf.train.opening import in_steps, opening
 from emf.train.paths import located
@@ -63,8 +64,8 @@ def train(config: Config, out: Path | str, resume: bool = False) -> None:
             print(f"{out} holds no checkpoint to continue from; the run starts at step 0", flush=True)
         torch.manual_seed(config.seed)
         network = shared(
-            lambda dtype: resumed(config, saved[-1], dtype) if saved else started(config, dtype),
-            lambda dtype: build(config, dtype, empty=True),
+            lambda dtype: matched(config, resumed(config, saved[-1], dtype) if saved else started(config, dtype)),
+            lambda dtype: matched(config, build(config, dtype, empty=True), empty=True),
             settings,
         )
         if config.run.prompts:  # what cannot be read of them is said before the first step
@@ -128,8 +129,8 @@ class Step:
     loss: float = 0.0
     error: float = 0.0
     """Mean squared error, without weights."""
-    own: float | None = None
-    """The language model's own loss, without its weight."""
+    further: dict[str, float] = field(default_factory=dict)
+    """Of Losses."""
     share: float = 0.0
     """Of the samples with r < t."""
     fault: str = ""
@@ -199,9 +200,9 @@ class Training:
             batch = batch.on(engine.device, engine.dtype)
             self.condition = getattr(engine.engine.module.encoder, "length", batch.ids.shape[1])
             with span("forward"):
-                loss, squared, own = losses(self.config, engine, batch, number / self.config.steps)
+                loss, squared, further = losses(self.config, engine, batch, number / self.config.steps)
             seen.append((batch.t, batch.r, loss.detach()))
-            means = torch.stack([x.detach().mean() for x in (loss, squared, own) if x is not None])
+            means = torch.stack([x.detach().mean() for x in (loss, squared, *further.values())])
             sums, share = sums + means / parts, share + batch.b / len(batch.t) / parts
             if micro == parts - 1:
                 told = engine.mean_later(sums, share, float(self.stop()))
@@ -209,8 +210,8 @@ class Training:
                 engine.backward(descended(loss, squared))
             with span("optimizer"):
                 stepped = engine.step(learning_rate(self.config, number), number)
-        step.loss, step.error, *further, step.share, asked = told()
-        step.own = further[0] if further else None
+        step.loss, step.error, *values, step.share, asked = told()
+        step.further = dict(zip(further, values, strict=True))
         self.stopping = asked > 0  # on every rank alike
         if not (math.isfinite(step.loss) and math.isfinite(step.error)):
             step.fault = f"loss is not finite at step {number} ({self.times_of(seen)})"
@@ -244,7 +245,7 @@ class Training:
             step=step.number + 1, loss=step.loss, error=step.error, lr=lr, it_s=rate, share=step.share
         )
         row |= dict(grad_norm=self.engine.norm, samples_s=rate * self.config.batch_size)
-        row |= {} if step.own is None else dict(lm_loss=step.own)
+        row |= step.further
         row |= dict(wall_s=now - self.begun + (self.log.before if self.log else 0.0))
         row |= dict(memory_mib=memory_mib(), skipped=self.skipped)
         row |= speed(self.config, self.condition, rate, self.engine.world)

@@ -37,8 +37,9 @@ class Losses(NamedTuple):
     """What is minimized [n]."""
     error: Tensor
     """Mean squared error [n], without weights."""
-    own: Tensor | None
-    """The language model's own loss [n], as it is before its weight; None where there is none."""
+    further: dict[str, Tensor]
+    """What the loss holds besides, before its weight, by the names of the log: the language model's own loss
+    (`lm_loss`), the distribution-matching term and the error of its fake flow (`match`, `fake_error`)."""
 
 
 def descended(loss: Tensor, squared: Tensor) -> Tensor:
@@ -51,7 +52,7 @@ def descended(loss: Tensor, squared: Tensor) -> Tensor:
 
 def losses(config: Config, network: Any, batch: Batch, progress: float) -> Losses:
     """What a micro-batch comes to at a training progress in [0, 1]."""
-    x, e, t, r, b, ids, mask, drop = batch
+    x, e, t, r, b, ids, mask, drop, *draws = batch
     weight, own = config.condition.ar_weight, []
     b = carried(b, len(t)) if config.compile else b
 
@@ -69,4 +70,12 @@ def losses(config: Config, network: Any, batch: Batch, progress: float) -> Losse
         loss, squared = flow_matching_loss(velocity, x, e, t)
     else:
         loss, squared = meanflow_loss(velocity, null, x, e, (t, r, b), config.flow, progress=progress, dropped=drop)
-    return Losses(loss + weight * own[-1] if own else loss, squared, own[-1].detach() if own else None)
+    further: dict[str, Tensor] = {}
+    if own:
+        loss, further = loss + weight * own[-1], {"lm_loss": own[-1].detach()}
+    if batch.noise is not None:
+        k, guidance = len(batch.noise), config.match.guidance
+        term, fake = network(*draws, ids[:k], mask[:k], guidance=guidance, matching=True)
+        loss = loss + config.match.weight_at(progress) * term.mean() + fake.mean()
+        further |= {"match": term.detach(), "fake_error": fake.detach()}
+    return Losses(loss, squared, further)

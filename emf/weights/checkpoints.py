@@ -65,12 +65,14 @@ def newest(run: Path) -> Path:
 
 
 def saved_names(network: TextToImage, config: Config) -> set[str]:
-    """The weights that a checkpoint holds: all but those of a pretrained encoder that stay as its folder has them."""
+    """The weights that a checkpoint holds: all but those of a pretrained encoder that stay as its folder has them, and
+    but the two flows of emf.matching, which no sampler needs."""
     pretrained = config.condition.kind != "small"
     return {
         name
         for name, p in network.named_parameters()
-        if p.requires_grad or name in network.own_encoder or not (pretrained and name.startswith("encoder."))
+        if not name.startswith(("base.", "fake."))
+        and (p.requires_grad or name in network.own_encoder or not (pretrained and name.startswith("encoder.")))
     }
 
 

@@ -30,14 +30,19 @@ from emf.weights.checkpoints import Made, saved_names
 
 def parameter_groups(network: TextToImage, config: Config) -> list[tuple[list[nn.Parameter], float]]:
     """(weights that are trained, the factor on their learning rate). The condition's path, which is the text encoder
-    and the projection of its states, has a factor of its own. Raises ValueError where nothing is trained, and where
-    that factor was chosen and none of the path is."""
+    and the projection of its states, has a factor of its own, and so has the fake flow of emf.matching. Raises
+    ValueError where nothing is trained, and where that factor was chosen and none of the path is."""
     slow: list[nn.Parameter] = []
     fast: list[nn.Parameter] = []
+    fake: list[nn.Parameter] = []
     for name, p in network.named_parameters():
         if p.requires_grad:
+            if name.startswith("fake."):
+                fake.append(p)
+                continue
             (slow if name.startswith(("encoder.", "transformer.caption_")) else fast).append(p)
-    groups = [(params, factor) for params, factor in ((fast, 1.0), (slow, config.optim.condition_lr)) if params]
+    every = ((fast, 1.0), (slow, config.optim.condition_lr), (fake, config.match.fake_lr))
+    groups = [(params, factor) for params, factor in every if params]
     if not groups:
         raise ValueError(f"config: trained {config.trained} leaves no weight to train")
     if not slow and "optim.condition_lr" in chosen(config):
@@ -79,9 +84,10 @@ class Engine:
         self.parameters = dict(network.named_parameters())
         if self.saved != self.parameters.keys():  # a frozen head that is tied to its embedding would be in it
             every = self.engine.module_state_dict
+            kept = self.saved | {name for name in self.parameters if name.startswith("fake.")}
 
             def some(*args: Any, **kwargs: Any) -> dict[str, Any]:
-                return {name: x for name, x in every(*args, **kwargs).items() if name in self.saved}
+                return {name: x for name, x in every(*args, **kwargs).items() if name in kept}
 
             self.engine.module_state_dict = some
         self.masters: dict[int, Tensor] = {}
@@ -322,6 +328,8 @@ class Engine:
         weights = checkpoints.stream(checkpoint)
         with self.average_in_place(), torch.no_grad():
             for name, p in self.trainable.items():
+                if name not in self.saved:
+                    continue  # nobody reads the fake flow's average: it begins anew at its weights
                 value = weights.read(name).to(self.device)
                 if self.stage:
                     safe_set_full_fp32_param(p, value)
