@@ -28,6 +28,7 @@ from emf.analyze.retrieval import BLOCK, cosine, mean_vector, nearest
 from emf.analyze.vectors import Gathered, VectorCache
 from emf.device import device as checked
 from emf.evaluate.published import ENCODERS
+from emf.files import place_or_name, whole_path
 from emf.show.sheet import Cell, write_sheet
 
 PLOT, SHEET = "discriminability.png", "retrieved.png"
@@ -151,9 +152,9 @@ def run_discriminability(
     check_out(out, (PLOT, SHEET))
     pairs = read_pairs(data, protocol.split)
     network = Dino.load(dino, protocol.image_pooling, device)
-    settings: dict[str, Any] = {"analysis": "discriminability", "data": str(data), "dino": dino, "dtype": compute.dtype}
-    settings |= asdict(protocol) | {"text": asdict(how)}
-    named = {e.name: f"{e.kind}:{e.folder}" for e in encoders}
+    settings: dict[str, Any] = {"analysis": "discriminability", "data": str(whole_path(data))}
+    settings |= {"dino": place_or_name(dino), "dtype": compute.dtype} | asdict(protocol) | {"text": asdict(how)}
+    named = {e.name: e.place for e in encoders}
     claim(out, settings | {"encoders": named}, "encoders", (PLOT, SHEET))
     pairs = readable(pairs, str(data))
     chosen = choose_captions(pairs.image, protocol.captions, protocol.seed)

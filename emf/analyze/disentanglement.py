@@ -25,6 +25,7 @@ from emf.analyze.retrieval import cosine, mean_vector
 from emf.conditioning.encoder import Encoder
 from emf.device import device as checked
 from emf.evaluate.published import ENCODERS
+from emf.files import whole_path
 from emf.show.progress import track
 from emf.show.sheet import Cell, write_sheet
 from emf.show.table import markdown
@@ -128,9 +129,9 @@ def run_disentanglement(
         raise ValueError(f"analyze: --limit {limit} must be at least 1")
     texts, names = texts[:limit], names[:limit]
     used, versions = usable(texts, how)
-    settings: dict[str, Any] = {"analysis": "disentanglement", "prompts": str(prompts), "limit": limit}
+    settings: dict[str, Any] = {"analysis": "disentanglement", "prompts": str(whole_path(prompts)), "limit": limit}
     settings |= asdict(how) | {"resamples": resamples, "dtype": compute.dtype, "text": asdict(embedding)}
-    named = {e.name: f"{e.kind}:{e.folder}" for e in encoders}
+    named = {e.name: e.place for e in encoders}
     claim(out, settings | {"encoders": named}, "encoders", (PLOT, SHEET))
     every = _texts(texts, used, versions)
     results = {}

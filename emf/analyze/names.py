@@ -14,7 +14,7 @@ import torch
 
 from emf.conditioning.encoder import Encoder
 from emf.conditioning.load import Kind, load
-from emf.files import read_json
+from emf.files import read_json, whole_path
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,11 @@ class EncoderName:
         else:
             encoder = load(self.kind, self.folder, dtype=dtype)  # type: ignore[arg-type]
         return encoder.to(device, dtype).eval()
+
+    @property
+    def place(self) -> str:
+        """Its kind and where it lies, as results are claimed by."""
+        return f"{self.kind}:{whole_path(self.folder)}"
 
     def stamp(self) -> str:
         """A digest that changes with the encoder's files."""

@@ -21,14 +21,14 @@ from emf.analyze.bootstrap import LEVEL, Interval, bootstrap
 from emf.analyze.choices import DType, Sampling
 from emf.analyze.dino import Dino
 from emf.analyze.figures import plot_steps
-from emf.analyze.names import EncoderName
+from emf.analyze.names import EncoderName, folder_stamp
 from emf.analyze.outcome import RESULTS, TABLE, check_out, claim
 from emf.analyze.prompts import read_prompts
 from emf.analyze.retrieval import cosine
 from emf.data.digits import prompts as digits_prompts
 from emf.device import device as checked
 from emf.evaluate.published import BENCHMARKS, FLOW_MATCHING, by_steps
-from emf.files import write_json, write_settings, write_text
+from emf.files import place_or_name, whole_path, write_json, write_settings, write_text
 from emf.sample.sampling_settings import GUIDANCE, GUIDANCE_PRETRAINED
 from emf.show.progress import track
 from emf.show.sheet import captioned, write_sheet
@@ -105,8 +105,9 @@ def run_steps(
     network = None if dino is None else Dino.load(dino, "cls", device)
     specs: list[Any] = digits_prompts(sampling.per_tag) if prompts is None else []
     texts = [s["prompt"] for s in specs] if prompts is None else read_prompts(prompts)[0]
-    stamps = {name: f"{folder} {EncoderName('', 'run', folder).stamp()}" for name, folder in runs.items()}
-    settings: dict[str, Any] = {"analysis": "steps", "dino": dino, "vae": vae and str(vae), "dtype": dtype}
+    stamps = {name: f"{whole_path(folder)} {EncoderName('', 'run', folder).stamp()}" for name, folder in runs.items()}
+    settings: dict[str, Any] = {"analysis": "steps", "dino": dino and place_or_name(dino), "dtype": dtype}
+    settings |= {k: f and f"{whole_path(f)} {folder_stamp(f)}" for k, f in (("vae", vae), ("text", text))}
     settings |= asdict(sampling) | {"steps": sorted({*sampling.steps}), "prompts": texts, "runs": stamps}
     del settings["batch"]
     claim(out, settings, "runs", (PLOT, SHEET))

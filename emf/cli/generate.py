@@ -49,7 +49,7 @@ def generate(
     """
     from dataclasses import replace
 
-    from emf.files import read_lines
+    from emf.files import read_lines, whole_path
     from emf.sample.picture_files import check_pictures_folder, write_images
     from emf.sample.sampler import Sampler
     from emf.sample.sampling_settings import Settings
@@ -70,7 +70,7 @@ def generate(
     sampler.check_captions(every)
     guidance = sampler.guidance if guidance is None else guidance
     how = replace(sampler.settings, steps=steps, guidance=guidance, seed=seed, batch=batch)
-    told = dict(steps=steps, guidance=guidance, seed=seed, run=str(run), flow_matching=flow_matching)
+    told = dict(steps=steps, guidance=guidance, seed=seed, run=str(whole_path(run)), flow_matching=flow_matching)
     if sampler.note:
         print(sampler.note, file=sys.stderr)
         told["note"] = sampler.note

@@ -21,7 +21,8 @@ from emf.device import device as find_device
 from emf.evaluate.benchmark import stamp
 from emf.evaluate.clip import Clip, center_square, normalized, pretrained
 from emf.evaluate.rules import SCORE, Detection
-from emf.files import numbered_jsonl, open_image
+from emf.files import numbered_jsonl, open_image, place_or_name
+from emf.weights.tensors import module_stamp
 
 MASK2FORMER, CLIP = "facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14"
 TEMPLATES = ("a photo of a {color} {label}", "a photo of a {color}-colored {label}", "a photo of a {color} object")
@@ -147,8 +148,9 @@ class HFDetector:
                 f"detector: it knows {len(self.model.config.id2label)} classes; expected COCO's {len(self.classes)}"
             )
         self._texts: dict[str, Tensor] = {}
+        called = _shown(self.settings.get("detector", "a Mask2Former"))
         self.deviations = [
-            f"the detector is {self.settings.get('detector', 'a Mask2Former')} through transformers, not mmdet's "
+            f"the detector is {called} through transformers, not mmdet's "
             "training run: numbers labelled so are not interchangeable with official ones",
             "the counting task's threshold of 0.9 was chosen for mmdet's scores",
             "images are resized by torch (bilinear, rounded) instead of OpenCV, colours are classified in float32",
@@ -163,7 +165,9 @@ class HFDetector:
         model = pretrained(Mask2FormerForUniversalSegmentation, detector, "GenEval's detector").to(place)
         colors = pretrained(CLIPModel, clip, "GenEval's colour classifier").to(place)
         tokenizer = pretrained(AutoTokenizer, clip, "GenEval's colour classifier")
-        return cls(model, Clip(colors, tokenizer), {"detector": detector, "clip": clip})
+        told = {"detector": place_or_name(detector), "clip": place_or_name(clip)}
+        told |= {"detector weights": module_stamp(model), "clip weights": module_stamp(colors)}
+        return cls(model, Clip(colors, tokenizer), told)
 
     @torch.no_grad()
     def detect(self, path: Path) -> list[Detection]:
@@ -189,6 +193,11 @@ class HFDetector:
             means = self.clip.texts(texts).unflatten(0, (len(COLORS), len(TEMPLATES))).mean(1)
             self._texts[label] = F.normalize(means, dim=-1)
         return self._texts[label]
+
+
+def _shown(name: str) -> str:
+    """A folder's or a Hub name as a page has it, which may be published: not where the folder lies."""
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def cut_out(image: Image.Image, d: Detection) -> Image.Image:

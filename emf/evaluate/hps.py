@@ -23,8 +23,9 @@ from emf.device import device as find_device
 from emf.evaluate.benchmark import Result, Row, check_images, mean, score_images, stamps, write_results
 from emf.evaluate.clip import MEAN, STD, Clip, pretrained
 from emf.evaluate.detector import CLIP
-from emf.files import files_in, open_image, read_json, why
+from emf.files import files_in, open_image, place_or_name, read_json, why
 from emf.model.state import read_pickle
+from emf.weights.tensors import module_stamp
 
 STYLES = ("anime", "concept-art", "paintings", "photo")
 PROMPTS, GROUP = 800, 80
@@ -293,9 +294,11 @@ class HPS:
     @classmethod
     def load(cls, prompts: Path, checkpoint: Path, *, tokenizer: str = CLIP, device: str = AUTO, **how: Any) -> HPS:
         """prompts: the folder with <style>.json. checkpoint, tokenizer: see load_clip. how: of score_hps."""
-        known = {"checkpoint": checkpoint.name, "tokenizer": tokenizer}
+        clip = load_clip(checkpoint, tokenizer, device)
+        known = {"checkpoint": checkpoint.name, "tokenizer": place_or_name(tokenizer)}
+        known |= {"weights": module_stamp(clip.model)}
         how = {"half": False, "antialias": True} | how
-        return cls(load_clip(checkpoint, tokenizer, device), prompts, settings_of(known, how), how)
+        return cls(clip, prompts, settings_of(known, how), how)
 
     def check(self, files: Sequence[str]) -> None:
         """See benchmark.Benchmark: what is drawn is of these prompts, all of them."""

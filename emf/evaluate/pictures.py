@@ -8,12 +8,14 @@ never drawn again.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -23,7 +25,7 @@ from emf.evaluate.benchmark import ELSEWHERE, Benchmark, Result, check_outs, wri
 from emf.evaluate.drawing import Drawing
 from emf.evaluate.hps import STYLES, read_prompts
 from emf.evaluate.rules import check_metadata
-from emf.files import check_writable, claim, files_in, numbered_jsonl, read_text, whole_file, write_text
+from emf.files import check_writable, claim, files_in, numbered_jsonl, read_text, whole_file, whole_path, write_text
 from emf.sample.sampler import Sampler
 from emf.show.progress import bars, say
 from emf.weights.folders import weights_folder
@@ -106,9 +108,17 @@ def hps_prompts(prompts: Path | None) -> Path:
     return files[0].parent
 
 
-def draw_pictures(items: Sequence[Item], texts: dict[str, str], out: Path, drawing: Drawing, device: str) -> None:
-    """This rank's share of what is missing, at every number of steps. Raises ValueError where `out` holds images of
-    other settings."""
+def digest_of(items: Sequence[Item]) -> str:
+    """Of the files of a benchmark with their prompts and numbers: other prompts have another one."""
+    told = [(item.file, item.prompt, item.number, item.grid) for item in items]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+
+def draw_pictures(
+    items: Sequence[Item], texts: dict[str, str], out: Path, drawing: Drawing, device: str, *, prompts: str = ""
+) -> None:
+    """This rank's share of what is missing, at every number of steps. prompts: digest of all of the benchmark's, where
+    these items are not all. Raises ValueError where `out` holds images of other settings or other prompts."""
     assert drawing.checkpoint is not None
     rank, world = launched()
     todo: list[tuple[int, list[Item]]] = []
@@ -122,8 +132,9 @@ def draw_pictures(items: Sequence[Item], texts: dict[str, str], out: Path, drawi
     sampler = Sampler.load(drawing.checkpoint, d.vae, d.dtype, device, d.flow_matching, text=d.text)
     sampler.check_captions([item.prompt for item in items])
     guidance = sampler.guidance if drawing.guidance is None else drawing.guidance
-    told = dict(checkpoint=str(drawing.checkpoint), weights=sampler.stamp, seed=drawing.seed, guidance=guidance)
-    told |= dict(dtype=str(sampler.dtype), flow_matching=drawing.flow_matching)
+    told: dict[str, Any] = dict(checkpoint=str(whole_path(drawing.checkpoint)), prompts=prompts or digest_of(items))
+    told |= sampler.stamps
+    told |= dict(dtype=str(sampler.dtype), flow_matching=d.flow_matching, seed=d.seed, guidance=guidance)
     if sampler.note and rank == 0:
         print(sampler.note, file=sys.stderr)
     how = replace(sampler.settings, guidance=guidance, seed=drawing.seed, batch=drawing.batch)
@@ -209,6 +220,7 @@ def draw_and_score(
     Raises ValueError, before the first picture is drawn, where something that is needed for any of it is missing."""
     assert drawing.checkpoint is not None
     scores = launched()[0] == 0 and not drawing.images_only
+    prompts = digest_of(items)
     items, texts = limited(items, texts, drawing.limit)
     weights_folder(drawing.checkpoint)
     find_device(device)
@@ -221,7 +233,7 @@ def draw_and_score(
         benchmark.check([item.file for item in items])
         check_outs(out, benchmark, name, drawing.counts)
     say(f"evaluate: drawing {counted} with {drawing.checkpoint}")
-    draw_pictures(items, texts, out, drawing, device)
+    draw_pictures(items, texts, out, drawing, device, prompts=prompts)
     if benchmark is None:
         return []
     results = []

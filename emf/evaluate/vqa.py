@@ -16,7 +16,8 @@ from emf.device import AUTO
 from emf.device import device as find_device
 from emf.evaluate.benchmark import stamp
 from emf.evaluate.clip import normalized, pretrained
-from emf.files import numbered_jsonl
+from emf.files import numbered_jsonl, place_or_name
+from emf.weights.tensors import module_stamp
 
 BLIP = "Salesforce/blip-vqa-base"
 IMAGES = 4
@@ -94,7 +95,8 @@ class BlipVQA:
 
         place = find_device(device)
         network = pretrained(BlipForQuestionAnswering, model, "DPG-Bench's VQA network").to(place)
-        return cls(network, pretrained(AutoTokenizer, model, "DPG-Bench's VQA network"), {"vqa": model})
+        told = {"vqa": place_or_name(model), "vqa weights": module_stamp(network)}
+        return cls(network, pretrained(AutoTokenizer, model, "DPG-Bench's VQA network"), told)
 
     @torch.no_grad()
     def answers(self, name: str, crop: int, image: Image.Image, questions: Mapping[int, str]) -> dict[int, str]:

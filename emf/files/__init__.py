@@ -15,6 +15,7 @@ from emf.files.reading import (
     numbered_jsonl,
     numbered_lines,
     parse_json,
+    place_or_name,
     read_bytes,
     read_csv,
     read_json,
@@ -22,6 +23,7 @@ from emf.files.reading import (
     read_lines,
     read_object,
     read_text,
+    whole_path,
     why,
 )
 from emf.files.rows import append_rows, mend_rows, read_rows, write_rows
@@ -62,6 +64,7 @@ __all__ = [
     "numbered_lines",
     "open_image",
     "parse_json",
+    "place_or_name",
     "read_bytes",
     "read_csv",
     "read_fields",
@@ -74,6 +77,7 @@ __all__ = [
     "refuse_existing",
     "whole_file",
     "whole_folder",
+    "whole_path",
     "why",
     "write_json",
     "write_rows",

@@ -43,6 +43,18 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
 
 
+def whole_path(path: Path | str) -> Path:
+    """The path from the root with every link followed, by which a place is written down and known again: however it was
+    spelled and wherever a command is called from, it has this one name. Of a run's own settings see
+    emf.train.paths.whole, which keeps links."""
+    return Path(path).expanduser().resolve()
+
+
+def place_or_name(text: str) -> str:
+    """The same of what may be a folder or a name on the Hub, which stays as it is."""
+    return str(whole_path(text)) if Path(text).exists() else text
+
+
 def check_readable(path: Path) -> None:
     """Raises ValueError where there is no such file, and where it, or a file in it if it is a folder, may not be read;
     folders in it and hidden files are not looked at.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -53,7 +54,11 @@ def check_pictures_folder(out: Path) -> None:
             # what is cut off as torn must have been ours: of a list without a whole row its beginning tells
             if not read_rows(out / MANIFEST, needs) and not read_bytes(out / MANIFEST).startswith(b'{"file"'):
                 raise ValueError(f"generate: {out / MANIFEST} lists no pictures of ours; give another --out")
+            torn = read_bytes(out / MANIFEST).rpartition(b"\n")[2].decode(errors="replace")
             mend_rows(out / MANIFEST, needs)
+            if torn:
+                said = f"its last line was torn by a kill and is cut off ({torn[:120]}); its picture tells the same"
+                print(f"generate: {out / MANIFEST}: {said}", file=sys.stderr)
 
 
 def write_images(

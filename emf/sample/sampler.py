@@ -31,6 +31,7 @@ from emf.sample.image_tokens import tokenize
 from emf.sample.sampling_settings import Settings, default_guidance
 from emf.weights.checkpoints import WEIGHTS
 from emf.weights.folders import load, load_velocity, weights_folder
+from emf.weights.tensors import module_stamp
 
 TOKENS_APART = 2**40  # is added to an image's seed for its image tokens, which must not follow its noise
 
@@ -181,6 +182,14 @@ class Sampler:
         if name := bad_weight(getattr(self.autoencoder, "module", None)):
             return f"{name} of the autoencoder holds NaN or inf"
         return ""
+
+    @property
+    def stamps(self) -> dict[str, str | None]:
+        """Digests of all that images depend on beside settings and captions: `weights`, see `stamp`, and those of the
+        text encoder and of the autoencoder, which may lie elsewhere."""
+        vae = getattr(self.autoencoder, "module", None)
+        text = module_stamp(self.network.encoder)
+        return {"weights": self.stamp, "text": text, "vae": None if vae is None else module_stamp(vae)}
 
     @property
     def guidance(self) -> float:

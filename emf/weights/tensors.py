@@ -7,6 +7,7 @@ data), and is written here.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import warnings
@@ -193,6 +194,16 @@ def load_weights(network: nn.Module, state: dict[str, Tensor], source: str, name
                 network.load_state_dict({name: made}, strict=False, assign=True)
             else:
                 own[name].copy_(value)
+
+
+@torch.no_grad()
+def module_stamp(module: nn.Module) -> str:
+    """A digest of a network's weights: of the name, the shape and the first numbers, in float32, of each. Another one
+    means other weights; where they lie and what the folder is called plays no part."""
+    digest = hashlib.sha256()
+    for name, x in module.named_parameters():
+        digest.update(f"{name} {tuple(x.shape)} ".encode() + x.flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,11 @@ def test_steps_on_the_digits(digit_runs: list[str], tmp_path: Path, monkeypatch:
     assert (tmp_path / "out" / "steps.png").is_file()
     with pytest.raises(ValueError, match="other settings"):
         run_steps(parse_runs(digit_runs), tmp_path / "out", Sampling((1, 2), per_tag=1))
-    # all images are there, and are not drawn again
+    # all images are there, and are not drawn again, wherever the command is called from
     monkeypatch.setattr(Sampler, "images", None)
+    folder = Path(digit_runs[0].partition("=")[2]).parent
+    monkeypatch.chdir(folder)
+    assert run_steps(parse_runs(["one=one", f"two=../{folder.name}/two"]), tmp_path / "out", sampling) == panels
     assert run_steps(parse_runs(digit_runs), tmp_path / "out", sampling) == panels
 
 
@@ -78,6 +81,8 @@ def test_steps_elsewhere_go_on_where_they_were_stopped(
     assert sum(calls[4:]) == 12 - 4  # those that were there are not drawn again
     assert all(path.read_bytes() == data for path, data in kept.items() if path != again)
     assert_same_pictures([Image.open(again)], [before[again]])  # in a batch of its own this time
+    with pytest.raises(ValueError, match=r"other settings \(text\)"):  # another text encoder gives other images
+        run_steps(runs, out, sampling, prompts=prompts, text=models / "clip")
     assert list(panels) == ["PSNR, dB"]
     calls[:] = [0] * 9
     named = run_steps(runs, tmp_path / "other", sampling, prompts=prompts, dino=str(models / "dinov3"))

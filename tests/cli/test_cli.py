@@ -168,7 +168,8 @@ def test_benchmarks_look_at_the_images_first(
 
 def test_generate_writes_and_never_overwrites(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, caption = tmp_path / "images", "a red seven"
-    call = ["generate", "--run", str(run), "--out", str(out), "--n", "2", "--steps", "2"]
+    here = os.path.relpath(run)  # the manifest says the whole path
+    call = ["generate", "--run", here, "--out", str(out), "--n", "2", "--steps", "2"]
     assert emf(*call, "--", caption) == 0
     first = sorted(out.iterdir())
     manifest = out / "manifest.jsonl"

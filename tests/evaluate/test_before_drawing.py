@@ -29,7 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def nothing_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "draw_pictures", lambda *_: pytest.fail("drawn"))
+    monkeypatch.setattr(pictures, "draw_pictures", lambda *_, **__: pytest.fail("drawn"))
 
 
 def write_lines(file: Path, rows: list[dict[str, Any]]) -> Path:

@@ -4,6 +4,7 @@ classes."""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from geneval_cases import make_folder, one
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny import clip_tokenizer
 
 from emf.data.digits import COLORS
@@ -159,6 +161,29 @@ def test_the_whole_path(weights: tuple[Path, Path], tmp_path: Path, monkeypatch:
     assert score_geneval(tmp_path / "images", tmp_path / "out", detector) == result
 
 
+def test_other_weights_in_the_same_folder_are_another_detector(
+    weights: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Verdicts that are there are not taken for theirs; where the folder's path is spelled otherwise they are."""
+    names = make_folder(tmp_path / "images", [{"tag": "colors", "prompt": "a dog", "include": [one("dog")]}])
+    monkeypatch.setattr(HFDetector, "detect", lambda *_: [])
+    for which in weights:
+        shutil.copytree(which, tmp_path / which.name)
+    model, clip = (tmp_path / which.name for which in weights)
+
+    def scored(detector: str) -> int:
+        return score_geneval(tmp_path / "images", tmp_path / "out", HFDetector.load(detector, str(clip))).images
+
+    assert scored(str(model)) == len(names)
+    monkeypatch.chdir(tmp_path)
+    assert scored(model.name) == len(names)
+    for folder, other in ((model, "detector weights"), (clip, "clip weights")):
+        state = load_file(folder / "model.safetensors")
+        save_file({k: v + 1 for k, v in state.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=rf"other settings \(.*{other}.*\); give another folder"):
+            scored(str(model))
+
+
 def test_colours_are_clips_nearest_mean_of_templates(weights: tuple[Path, Path], tmp_path: Path) -> None:
     detector = HFDetector.load(str(weights[0]), str(weights[1]))
     from transformers import AutoTokenizer, CLIPModel
@@ -184,8 +209,6 @@ def test_weights_that_are_not_there_are_named(weights: tuple[Path, Path], tmp_pa
     with pytest.raises(ValueError, match="GenEval's detector: .*absent cannot be loaded .* put config.json") as error:
         HFDetector.load(str(tmp_path / "absent"), str(weights[1]))
     assert "\n" not in str(error.value)
-    from safetensors.torch import load_file, save_file
-
     half = tmp_path / "half"
     half.mkdir()
     state = load_file(weights[1] / "model.safetensors")

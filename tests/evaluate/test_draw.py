@@ -122,6 +122,51 @@ def test_other_settings_are_refused(run: Path, metadata: Path, tmp_path: Path, c
     assert files(tmp_path / "out") == before
 
 
+def test_images_of_other_prompts_are_not_scored_as_these(run: Path, metadata: Path, tmp_path: Path) -> None:
+    """A word, the order and the number of the prompts count; how many of them are drawn does not."""
+    out, whole = tmp_path / "out", metadata.read_text()
+    geneval(run, out, metadata, steps=(1,), limit=2)
+    first = files(out)
+    rows = whole.splitlines()
+    for other in (whole.replace("seven", "six"), "\n".join(rows[::-1]), "\n".join(rows[:2])):
+        metadata.write_text(other + "\n")
+        with pytest.raises(ValueError, match=r"other settings \(prompts\); give another folder"):
+            geneval(run, out, metadata, steps=(1,))
+        assert files(out) == first
+    metadata.write_text(whole)
+    geneval(run, out, metadata, steps=(1,))
+    assert len(list(out.rglob("*.png"))) == 12 and first.items() <= files(out).items()
+
+
+def test_dpg_and_hps_know_their_prompts_again(run: Path, texts: Path, tmp_path: Path) -> None:
+    styles, drawing = tmp_path / "styles", Drawing(checkpoint=run, steps=(1,), images_only=True)
+    styles.mkdir()
+    for style in pictures.STYLES:
+        (styles / f"{style}.json").write_text(json.dumps(PROMPTS[:1]))
+    commands.dpg(tmp_path / "dpg", prompts=texts, draw=drawing)
+    commands.hps(tmp_path / "hps", prompts=styles, draw=drawing)
+    (texts / "other.txt").write_text("two red threes")
+    (styles / "photo.json").write_text(json.dumps(PROMPTS[1:2]))
+    with pytest.raises(ValueError, match=r"other settings \(prompts\)"):
+        commands.dpg(tmp_path / "dpg", prompts=texts, draw=drawing)
+    with pytest.raises(ValueError, match=r"other settings \(prompts\)"):
+        commands.hps(tmp_path / "hps", prompts=styles, draw=drawing)
+
+
+def test_a_checkpoint_spelled_otherwise_is_the_same(
+    run: Path, metadata: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    geneval(run, tmp_path / "out", metadata, steps=(1,))
+    before = files(tmp_path / "out")
+    (tmp_path / "link").symlink_to(run)
+    monkeypatch.chdir(run.parent)
+    for spelled in (Path(run.name), Path("..") / run.parent.name / run.name, tmp_path / "link"):
+        geneval(spelled, tmp_path / "out", metadata, steps=(1,))
+    assert files(tmp_path / "out") == before
+    told = json.loads((tmp_path / "out" / "1" / "images" / "drawing.json").read_text())
+    assert told["checkpoint"] == str(run.resolve()) and told["vae"] is None
+
+
 def test_somebodys_own_images_are_left_alone(run: Path, metadata: Path, tmp_path: Path) -> None:
     own = tmp_path / "out" / "1" / "images" / "00000" / "samples" / "0000.png"
     own.parent.mkdir(parents=True)

@@ -73,11 +73,15 @@ def test_pictures_say_their_prompt_and_are_listed(tmp_path: Path) -> None:
     )
 
 
-def test_a_line_that_was_torn_is_cut_off(tmp_path: Path) -> None:
+def test_a_line_that_was_torn_is_cut_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_images(images(1), ["a"], tmp_path, {}, [0])
     with (tmp_path / MANIFEST).open("a") as file:
         file.write('{"file": "00001_b.p')
     check_pictures_folder(tmp_path)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "manifest.jsonl: its last line was torn" in said and "00001_b.p" in said
+    check_pictures_folder(tmp_path)
+    assert not capsys.readouterr().err
     write_images(images(1), ["b"], tmp_path, {}, [1])
     assert [row["prompt"] for row in rows(tmp_path)] == ["a", "b"]
 
