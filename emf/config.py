@@ -120,8 +120,8 @@ class ConditionConfig:
     kind: Literal["small", "blip3o", "gemma", "clip", "t5"] = "small"
     """Text encoder. small: that of the digits, trained here (see the encoder section); the others are pretrained."""
     folder: Path | None = None
-    """blip3o: a folder from emf convert or emf export; for the others an encoder's or a diffusers pipeline's. By
-    default that of `init`, where it has one."""
+    """blip3o: a folder from emf convert or emf export; for the others an encoder's or a diffusers pipeline's; or the
+    OWNER/NAME of one on the Hugging Face Hub. By default that of `init`, where it has one."""
     scale: Literal[1, 2, 3] = 1
     """BLIP3o-NEXT: image tokens pooled s x s into one; 729, 169 or 81 of them."""
     window: Literal["inference", "released"] = "inference"
@@ -176,7 +176,7 @@ class Config:
     objective: Literal["flow_matching", "meanflow"] = "meanflow"
     init: Path | None = None
     """Weights to start from: a folder from emf convert or emf export, a run, one of its checkpoints, a file of weights,
-    or the name of weights in emf/assets; none: random."""
+    the name of weights in emf/assets, or OWNER/NAME of a folder on the Hugging Face Hub; none: random."""
     embedder_init: Literal["duplicate", "preserve"] = "duplicate"
     """MeanFlow's two time embedders from the pretrained one: `duplicate` copies it into both (the paper); `preserve`
     keeps the pretrained function at r = t: the end-time branch is fitted to it at the new time scale, the interval

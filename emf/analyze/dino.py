@@ -13,6 +13,7 @@ from torch import Tensor
 
 from emf.analyze.choices import DINO, ImagePooling
 from emf.evaluate.clip import pretrained
+from emf.weights.hub import NETWORK, named
 
 TYPES = ("dinov2", "dinov2_with_registers", "dinov3_vit", "dinov3_convnext")
 
@@ -42,6 +43,7 @@ class Dino:
                 "model.safetensors of a DINOv2 or DINOv3 into a folder and name that (DINOv3 on the Hub is gated)"
             )
 
+        where = str(named(where, NETWORK, "analyze"))
         try:
             config = AutoConfig.from_pretrained(where)
         except Exception as error:  # a config with a value of another kind fails wherever that is used

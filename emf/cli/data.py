@@ -50,7 +50,7 @@ def cache(
 
     Args:
         sources: tars of webdataset, folders of images and texts: PATH, PATH@WEIGHT or PATH@WEIGHT@CAPTION-KEY
-        vae: a diffusers folder with the autoencoder (DC-AE)
+        vae: a diffusers folder with the autoencoder (DC-AE), or its OWNER/NAME on the Hugging Face Hub
         out: folder of the cache, for --data.sources
         ta_tok: ta_tok.pth, to keep the image tokens too
         scale: side of the square of image tokens that is pooled into one
@@ -72,10 +72,11 @@ def cache(
     from emf.device import device as find_device
     from emf.files import check_writable
     from emf.model.autoencoder import load_dcae
+    from emf.weights.hub import AUTOENCODER, named
 
     place = find_device(device)
     check_writable(out, "cache: ")
-    autoencoder = load_dcae(vae, device=place)
+    autoencoder = load_dcae(named(vae, AUTOENCODER, "latent"), device=place)
     further: dict[str, Any] = {}
     if ta_tok is not None:
         tokenizer = load_ta_tok(ta_tok, scale=scale).to(place)

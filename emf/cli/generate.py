@@ -41,8 +41,9 @@ def generate(
         n: how many images to draw of each caption
         flow_matching: sample the instantaneous velocity with Euler's method instead: of a trained run that of its
             start, where it is there
-        vae: a diffusers folder with the autoencoder; default: that of the run's data, or of the export
-        text: the folder of the text encoder, where it was moved; default: the run's
+        vae: a diffusers folder with the autoencoder, or its OWNER/NAME on the Hugging Face Hub; default: that of the
+            run's data, or of the export
+        text: the folder or Hub name of the text encoder, where it was moved; default: the run's
         batch: how many images are computed at once
         dtype: number format that the transformer computes in; default: float32 on a CPU, bfloat16 on a GPU
         device: where to compute: cpu, cuda, cuda:1; auto: the GPU where there is one

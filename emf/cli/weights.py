@@ -26,7 +26,8 @@ def convert(
     """Published weights into a folder to start from (--init): SANA, BLIP3o-NEXT, or EMF's own.
 
     Args:
-        source: a diffusers SANA folder, an original .pth, a BLIP3o-NEXT folder or a released EMF checkpoint
+        source: a diffusers SANA folder, an original .pth, a BLIP3o-NEXT folder or a released EMF checkpoint; or the
+            OWNER/NAME of one on the Hugging Face Hub
         out: the folder; must not exist
         config: diffusers' config.json of the transformer, where the source has none
         embedder_init: how EMF's two time embedders begin where the source has none: as copies, or so that the function
@@ -39,7 +40,9 @@ def convert(
         shard_gb: size of the largest file that is written, in 1e9 bytes
     """
     from emf.weights.convert import convert as run
+    from emf.weights.hub import PUBLISHED, named
 
+    source = named(source, PUBLISHED, "convert")
     how: dict[str, Any] = dict(config=config, embedder_init=embedder_init, time_scale=time_scale, dtype=dtype)
     how |= dict(allow_missing=allow_missing, allow_extra=allow_extra, allow_misshaped=allow_misshaped)
     print(run(source, out, **how, shard_gb=shard_gb))

@@ -18,7 +18,8 @@ class DataConfig:
     size: int = 1024
     """Pixels along a side of the centre crop."""
     vae: Path | None = None
-    """A diffusers folder with the autoencoder (DC-AE); none: the flow works on pixels."""
+    """A diffusers folder with the autoencoder (DC-AE), or its OWNER/NAME on the Hugging Face Hub; none: the flow works
+    on pixels."""
     ta_tok: Path | None = None
     """BLIP3o-NEXT: ta_tok.pth, for images whose tokens no cache holds."""
     workers: int = 4

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from emf.files import check_readable, why
 from emf.model.state import variant
+from emf.weights.hub import NETWORK, named
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Of the pixels CLIP was trained on, in [0, 1]; BLIP uses them too."""
@@ -28,11 +28,12 @@ def pretrained(cls: Any, where: str, what: str) -> Any:
     # a tokenizer has no weights that could be missing
     weights = hasattr(cls, "forward")
     how: dict[str, Any] = {"output_loading_info": True, "dtype": torch.float32} if weights else {}
+    folder = named(where, NETWORK, what)
     try:
-        if Path(where).is_dir():
-            check_readable(Path(where))
-            how |= {"variant": variant(Path(where))} if weights else {}
-        loaded = cls.from_pretrained(where, **how)
+        if folder.is_dir():
+            check_readable(folder)
+            how |= {"variant": variant(folder)} if weights else {}
+        loaded = cls.from_pretrained(str(folder), **how)
     except Exception as error:  # a config with a value of another kind fails wherever that is used
         files = "config.json and model.safetensors" if weights else "the tokenizer's files"
         raise ValueError(

@@ -27,9 +27,10 @@ class Drawing:
     seed: int = 0
     """Seed of the noise."""
     vae: Path | None = None
-    """A diffusers folder with the autoencoder; default: that of the run's data, or of the export."""
+    """A diffusers folder with the autoencoder, or its OWNER/NAME on the Hugging Face Hub; default: that of the run's
+    data, or of the export."""
     text: Path | None = None
-    """The folder of the text encoder, where it was moved; default: the run's."""
+    """The folder or Hub name of the text encoder, where it was moved; default: the run's."""
     batch: int = 4
     """How many images are computed at once."""
     dtype: Literal["float32", "bfloat16"] | None = None

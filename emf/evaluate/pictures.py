@@ -29,6 +29,7 @@ from emf.files import check_writable, claim, files_in, numbered_jsonl, read_text
 from emf.sample.sampler import Sampler
 from emf.show.progress import bars, say
 from emf.weights.folders import weights_folder
+from emf.weights.hub import named
 
 IMAGES, SETTINGS = "images", "drawing.json"
 PATIENCE = 1800  # seconds without a new image, after which rank 0 no longer waits for the others
@@ -96,16 +97,8 @@ def hps_prompts(prompts: Path | None) -> Path:
     """The folder with HPSv2's prompts: the one given, or from the Hub. Raises ValueError where that cannot be."""
     if prompts is not None:
         return prompts
-    from huggingface_hub import hf_hub_download
-
-    try:
-        files = [Path(hf_hub_download("zhwang/HPDv2", f"benchmark/{s}.json", repo_type="dataset")) for s in STYLES]
-    except Exception as error:  # no network, no such file, a gate: each has its own class
-        raise ValueError(
-            f"HPSv2.1: the prompts cannot be had from the Hub ({type(error).__name__}); give --prompts, a folder with "
-            "anime.json, concept-art.json, paintings.json, photo.json of zhwang/HPDv2, benchmark/"
-        ) from None
-    return files[0].parent
+    files = [f"benchmark/{style}.json" for style in STYLES]
+    return named("zhwang/HPDv2", files, "HPSv2.1: --prompts (benchmark/ in it)", kind="dataset") / "benchmark"
 
 
 def digest_of(items: Sequence[Item]) -> str:

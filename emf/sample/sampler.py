@@ -31,6 +31,7 @@ from emf.sample.image_tokens import tokenize
 from emf.sample.sampling_settings import Settings, default_guidance
 from emf.weights.checkpoints import WEIGHTS
 from emf.weights.folders import load, load_velocity, weights_folder
+from emf.weights.hub import AUTOENCODER, ENCODER, named
 from emf.weights.tensors import module_stamp
 
 TOKENS_APART = 2**40  # is added to an image's seed for its image tokens, which must not follow its noise
@@ -146,9 +147,12 @@ class Sampler:
         the autoencoder; None: that of the run's data, or of the export. dtype: None is float32 on a CPU, bfloat16 on a
         GPU. flow_matching: sample the instantaneous velocity by Euler's method (`average` of Settings), that of the
         run's start where it is there; `note` says whose it is. text: the folder of the text encoder; None: where the
-        run has it from. Raises ValueError on what does not fit, and NotFinite on weights that hold NaN or inf."""
+        run has it from. vae and text may be names on the Hugging Face Hub (emf.weights.hub.named). Raises ValueError on
+        what does not fit, and NotFinite on weights that hold NaN or inf."""
         place = find_device(device)
         run = Path(run)
+        vae = named(vae, AUTOENCODER, "generate") if vae else None
+        text = named(text, ENCODER, "generate") if text else None
         note, place_of = "", run
         if flow_matching:
             found = load_velocity(run, text)

@@ -14,6 +14,7 @@ from emf.config import Config
 from emf.errors import report_errors
 from emf.files import check_text
 from emf.recipes import RECIPES, from_file
+from emf.weights.hub import SETTINGS, START, named
 
 try:
     import tyro
@@ -64,7 +65,7 @@ def parse_run(arguments: list[str], kind: type[Asked], verb: str) -> Asked:
         raise ValueError(f"{verb}: the recipe comes first: emf {verb} RECIPE {first} ...; recipes are {names}")
     else:
         raise ValueError(f"{verb}: no recipe {first!r}; recipes are {names}, or give a config.json")
-    known = to_arguments(_known_to_init(arguments[1:], config))
+    known = to_arguments(_known_to_init(arguments[1:], config, sizes=verb == "plan"))
     asked: Asked = parse(kind, [*known, *arguments[1:]], f"emf {verb} {first}", default=kind(config))
     if asked.config.epochs is not None and any(word.split("=")[0] == "--steps" for word in arguments):
         raise ValueError(f"{verb}: --epochs and --steps both say how long the run is; give one of them")
@@ -95,15 +96,19 @@ def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
             yield from _texts(item, name)
 
 
-def _known_to_init(arguments: list[str], config: Config) -> dict[str, Any]:
-    """The settings that the folder after --init knows, by section; none where there is no such folder."""
+def _known_to_init(arguments: list[str], config: Config, sizes: bool) -> dict[str, Any]:
+    """The settings that the folder after --init knows, by section; none where there is no such folder. sizes: of a name
+    on the Hub no weights are fetched."""
     given = [after for word, after in pairwise([*arguments, ""]) if word == "--init"]
     given += [word.removeprefix("--init=") for word in arguments if word.startswith("--init=")]
-    if not given or not Path(given[-1]).is_dir():
+    if not given:
+        return {}
+    source = named(given[-1], SETTINGS if sizes else START, "config: init")
+    if not source.is_dir():
         return {}
     from emf.weights.start import sizes_of  # seconds, which a command without --init need not take
 
-    return sizes_of(Path(given[-1]), config)
+    return sizes_of(source, config)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -29,7 +29,7 @@ from emf.train.log import Log, memory_mib, speed
 from emf.train.matched import matched
 from emf.train.objective import descended, learning_rate, losses
 from emf.train.opening import in_steps, opening
-from emf.train.paths import located
+from emf.train.paths import fetched, located
 from emf.train.ranges import mark_network, span
 from emf.train.takeover import own_folder
 from emf.train.validation import Validation
@@ -52,7 +52,7 @@ def train(config: Config, out: Path | str, resume: bool = False) -> None:
 
     Raises ValueError on a config that does not fit, and where another process trains there; Diverged where the loss,
     the gradient or the weights are not finite. A KeyboardInterrupt says whether there is a checkpoint to go on from."""
-    out, config = Path(out), located(with_encoder(config))
+    out, config = Path(out), located(with_encoder(fetched(config)))
     config.check_given()
     check_idle(config)
     check_sources(config.batches)

@@ -1,5 +1,6 @@
-"""Where a run's files lie. Every path of its config is kept whole, so that a run works and resumes from any folder; the
-same place spelled otherwise is the same run, and what was moved may be named anew."""
+"""Where a run's files lie. What its config names on the Hugging Face Hub is fetched, and every path of it is whole, so
+that a run works and resumes from any folder; the same place spelled otherwise is the same run, and what was moved may
+be named anew."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any
 from emf.config import Config
 from emf.data.sources import parse_source
 from emf.files import read_lines
+from emf.weights.hub import AUTOENCODER, ENCODER, SETTINGS, START, named
 from emf.weights.start import ASSETS
 
 CAPTIONS = ".txt"
@@ -35,6 +37,19 @@ def whole_source(text: str) -> str:
     if parse_source(path + further).path != path:  # the path ends in an @ and a number of its own
         further = f"@{source.weight}"
     return path + further
+
+
+def fetched(config: Config, *, sizes: bool = False) -> Config:
+    """The config with folders in the place of names on the Hugging Face Hub: of a snapshot of one commit, in the cache
+    of the Hub's client, so that the run's config.json says which. sizes: fetch only what says the sizes of what is
+    named, and no weights. Raises ValueError, saying what to download, where the Hub does not give it."""
+
+    def folder(path: Path | None, needs: tuple[str, ...], who: str) -> Path | None:
+        return path and named(path, SETTINGS if sizes else needs, who)
+
+    condition = replace(config.condition, folder=folder(config.condition.folder, ENCODER, "config: condition.folder"))
+    data = replace(config.data, vae=folder(config.data.vae, AUTOENCODER, "config: data.vae"))
+    return replace(config, init=folder(config.init, START, "config: init"), condition=condition, data=data)
 
 
 def located(config: Config) -> Config:

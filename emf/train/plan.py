@@ -28,6 +28,7 @@ from emf.train.costs import activation_bytes, counted, forward_flops
 from emf.train.faster import check_quick
 from emf.train.hardware import PEAK_FLOPS, Hardware
 from emf.train.opening import checkpoint_bytes, in_steps
+from emf.train.paths import fetched
 from emf.train.zero import engine_config, exchanged
 from emf.weights.checkpoints import saved_names
 from emf.weights.start import with_encoder
@@ -129,7 +130,7 @@ STATE = ("weights", "gradients", "optimizer", "ema", "buffers", "beside")
 def plan(config: Config, hardware: Hardware | None = None) -> Plan:
     """Plan the run of a config. Raises ValueError where the run would be refused for its settings; folders that are not
     there are no fault, a plan is made elsewhere too."""
-    hardware, config = hardware or Hardware(), with_encoder(config)
+    hardware, config = hardware or Hardware(), with_encoder(fetched(config, sizes=True))
     check_idle(config)
     cached, samples = _cache(config)
     config = in_steps(config, samples)

@@ -10,6 +10,7 @@ from emf.config import Config
 from emf.files import copy_file, read_json, read_text, write_text
 from emf.show.table import cell, markdown
 from emf.weights.converted import is_base, read_converted
+from emf.weights.hub import hub_name
 from emf.weights.tensors import Weights
 
 SHEET = "samples.png"
@@ -68,9 +69,9 @@ def base_model(config: Config) -> str | None:
     where they lie somewhere that tells no such name."""
     if config.init is None or not config.init.is_dir():
         return None
-    origin = str(read_converted(config.init).source.get("path", "")) if is_base(config.init) else str(config.init)
-    found = re.search(r"models--([\w.-]+?)--([\w.-]+)", origin)
-    return f"{found[1]}/{found[2]}" if found else None
+    path = str(read_converted(config.init).source.get("path", "")) if is_base(config.init) else str(config.init)
+    found = hub_name(path)
+    return found and found.partition("@")[0]
 
 
 def facts(config: Config, folder: Path) -> list[list[str]]:

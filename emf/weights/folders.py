@@ -21,6 +21,7 @@ from emf.recipes import from_file
 from emf.weights.checkpoints import SETTINGS, WEIGHTS, checkpoints, newest
 from emf.weights.converted import is_base, load_converted
 from emf.weights.diffusers_folder import load_exported_transformer
+from emf.weights.hub import AUTOENCODER, ENCODER, hub_name, named
 from emf.weights.layouts import part_of, read_settings
 from emf.weights.start import resumed, shipped, started
 from emf.weights.tensors import load_weights, read_weights
@@ -176,9 +177,10 @@ def load_base(folder: Path, text: Path | None = None) -> tuple[Config, TextToIma
     if converted.language_model:
         condition = ConditionConfig("blip3o", text or folder)
     else:
+        if there := hub_name(origin):  # of a snapshot emf convert has fetched what it needed itself
+            origin = named(there, [*AUTOENCODER, *ENCODER * (text is None)], "weights")
         place = text or origin
-        there = (place / "model_index.json").is_file()
-        kind = text_parts(place)["kind"] if there else None
+        kind = text_parts(place)["kind"] if (place / "model_index.json").is_file() else None
         if kind is None:
             raise ValueError(
                 f"{folder} holds no text encoder, and neither does {place}"
