@@ -298,11 +298,14 @@ def test_what_sdpa_refuses() -> None:
 @pytest.mark.parametrize("causal", [False, True, "lower right"])
 def test_a_place_beyond_the_row_is_its_end(causal: Any) -> None:
     args, x_dot, _ = make(
-        attention, Case("", dict(B=2, Nq=30, Nk=25, H=1, D=16, packed=1, b=1), tuple("qkv")), torch.float32
+        attention, Case("", dict(B=2, Nq=30, Nk=25, H=1, D=16, packed=1, b=1), tuple("qkv")), torch.float32, DEVICE
     )
-    beyond = {k: torch.tensor([[0, 5, 99], [3, 10, 20]], dtype=torch.int32) for k in ("cu_seqlens_q", "cu_seqlens_k")}
+    beyond = {
+        k: torch.tensor([[0, 5, 99], [3, 10, 20]], dtype=torch.int32, device=DEVICE)
+        for k in ("cu_seqlens_q", "cu_seqlens_k")
+    }
     ends = {"cu_seqlens_q": 30, "cu_seqlens_k": 25}
-    within = {k: torch.tensor([[0, 5, n], [3, 10, 20]], dtype=torch.int32) for k, n in ends.items()}
+    within = {k: torch.tensor([[0, 5, n], [3, 10, 20]], dtype=torch.int32, device=DEVICE) for k, n in ends.items()}
     wanted: Any = None
     for name in ("reference", "triton"):
         for places in (within, beyond):

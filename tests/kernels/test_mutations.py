@@ -47,7 +47,7 @@ MUTATIONS = {
         ("y_dot += tl.load(shift_dot_ptr", "y_dot -= tl.load(shift_dot_ptr"),
         ("sample * scale_dot_b + c", "c"),
         ("if sample < b:", "if sample < b - 1:"),
-        ("norm_dot(dy * (1 + scale), n, rstd, C)", "norm_dot(dy, n, rstd, C)"),
+        ("norm_dot(tl.fma(dy, scale, dy), n, rstd, C)", "norm_dot(dy, n, rstd, C)"),
         ("dscale += dy * n", "dscale += dy"),
         ("min(chunk * ROWS + ROWS, N)", "min(chunk * ROWS + ROWS, N - 1)"),
         ("dscale.sum(1)", "dscale[:, 0]"),

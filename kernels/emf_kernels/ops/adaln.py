@@ -90,7 +90,8 @@ def _bwd(
         next_rstd = tl.load(rstd_ptr + token + 1, mask=more)
         n = tl.where(inside, (x - mean) * rstd, 0)
         at = (sample * N + token) * C + c
-        tl.store(dx_ptr + at, norm_dot(dy * (1 + scale), n, rstd, C), mask=inside)
+        # no product: see gated_residual_adaln
+        tl.store(dx_ptr + at, norm_dot(tl.fma(dy, scale, dy), n, rstd, C), mask=inside)
         dscale += dy * n
         dshift += dy
     part = (sample * tl.num_programs(0) + chunk) * C + c
@@ -151,6 +152,7 @@ CASES = [
     Case("odd", dict(B=2, N=3, C=37, b=1, tenth_eps=3), ("x", "scale", "shift")),
     Case("chunks", dict(B=2, N=19, C=8, b=1), ("x", "scale", "shift")),  # more than 16 tokens
     Case("one-token", dict(B=1, N=1, C=16), ("x", "scale", "shift")),
+    Case("one-channel", dict(B=2, N=3, C=1), ("x", "scale", "shift")),  # n and every gradient of x are 0
     Case("x-only", dict(B=3, N=4, C=12, b=2), ("x",)),
     Case("modulation-only", dict(B=3, N=4, C=12), ("scale", "shift")),
     Case("sana-1.6b", dict(B=4, N=1024, C=2240), ("x", "scale", "shift"), frozenset({"bench"})),

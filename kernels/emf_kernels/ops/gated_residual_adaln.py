@@ -115,7 +115,9 @@ def _bwd(
         dy = tl.zeros([BLOCK], tl.float32)
         if Y_USED:
             dy += tl.load(dy_ptr + sample * dy_b + token * dy_n + c, mask=inside, other=0).to(tl.float32)
-        dx = norm_dot(dn * (1 + scale), n, rstd, C) + dy
+        # as a product, a compiler makes one FMA of it and of its mean's subtraction: a row of one channel is left with
+        # the product's rounding times rstd, where its gradient is 0
+        dx = norm_dot(tl.fma(dn, scale, dn), n, rstd, C) + dy
         tl.store(dx_ptr + row * C + c, dx, mask=inside)
         if GATED:
             gate = tl.load(gate_ptr + sample * gate_b + c, mask=inside, other=0).to(tl.float32)
