@@ -18,6 +18,7 @@ from PIL import Image
 
 from emf.analyze.bootstrap import Interval, bootstrap
 from emf.analyze.choices import DINO, RESAMPLES, Computing, Embedding, Protocol
+from emf.analyze.digit_pairs import DIGITS, PIXELS, Pixels
 from emf.analyze.dino import Dino
 from emf.analyze.encoders import CUT, TextVectors
 from emf.analyze.figures import plot_scores
@@ -128,14 +129,14 @@ def assumed(protocol: Protocol, how: Embedding, dino: str, found: Retrieved) -> 
         f"{choice[protocol.captions]} of each image: {len(found.chosen)} captions of {images} images to retrieve from",
         "captions of the query's own image are never retrieved",
         f"text embedding: {how.pooling} over the last hidden states, `{how.states}`",
-        f"image feature: {dino}, {protocol.image_pooling}",
+        f"image feature: {dino}" + f", {protocol.image_pooling}" * (dino != PIXELS),
         "the encoders' sizes: the paper names families alone",
     ]
 
 
 def run_discriminability(
     encoders: Sequence[EncoderName],
-    data: Path,
+    data: Path | None,
     out: Path,
     protocol: Protocol | None = None,
     how: Embedding | None = None,
@@ -143,20 +144,25 @@ def run_discriminability(
     *,
     compute: Computing | None = None,
 ) -> list[Row]:
-    """Every encoder's score on COCO, or other images with captions: results.json, results.md, a plot and a sheet of
-    retrieved images in `out`. Vectors are kept there (cache/): stopped, it goes on.
+    """Every encoder's score on COCO, or other images with captions (None: the digits' scenes, whose features are their
+    smoothed pixels instead of DINO's): results.json, results.md, a plot and a sheet of retrieved images in `out`.
+    Vectors are kept there (cache/): stopped, it goes on.
 
     Raises ValueError where something is missing or `out` holds something else."""
     protocol, how, compute = protocol or Protocol(), how or Embedding(), compute or Computing()
     device = str(checked(compute.device))
     check_out(out, (PLOT, SHEET))
     pairs = read_pairs(data, protocol.split)
-    network = Dino.load(dino, protocol.image_pooling, device)
-    settings: dict[str, Any] = {"analysis": "discriminability", "data": str(whole_path(data))}
+    network: Dino | Pixels
+    if data is None:
+        network, dino, source = Pixels(), PIXELS, DIGITS
+    else:
+        network, source = Dino.load(dino, protocol.image_pooling, device), str(whole_path(data))
+    settings: dict[str, Any] = {"analysis": "discriminability", "data": source}
     settings |= {"dino": place_or_name(dino), "dtype": compute.dtype} | asdict(protocol) | {"text": asdict(how)}
     named = {e.name: e.place for e in encoders}
     claim(out, settings | {"encoders": named}, "encoders", (PLOT, SHEET))
-    pairs = readable(pairs, str(data))
+    pairs = readable(pairs, str(data or DIGITS))
     chosen = choose_captions(pairs.image, protocol.captions, protocol.seed)
     captions, image = [pairs.captions[i] for i in chosen], pairs.image[chosen]
     queries = choose_queries(image, protocol.queries or None, protocol.seed)
@@ -171,8 +177,8 @@ def run_discriminability(
     rows, further = [], {}
     for name, hits in found.hits.items():
         each = [image_similarity(features, image[queries], image[index]) for index in hits]
-        scores = [bootstrap(x, resamples=protocol.resamples, seed=protocol.seed) for x in each]
-        rows.append(Row(name, *scores))
+        plain, centred = (bootstrap(x, resamples=protocol.resamples, seed=protocol.seed) for x in each)
+        rows.append(Row(name, plain, centred, (each[0], each[1])))
         further[name] = [
             {"query": int(chosen[q]), "plain": chosen[a].tolist(), "centred": chosen[b].tolist()}
             for q, a, b in zip(queries[:1000], *hits, strict=False)
@@ -188,9 +194,9 @@ def run_discriminability(
     shared = {"queries": len(queries), "captions": len(captions), "chance": random, "retrieved": further}
     told, settings = assumed(protocol, how, dino, found), settings | {"encoders": named}
     Outcome("discriminability", rows, settings, told, notes, shared).write(out)
-    label = "mean cosine of DINO features, query and retrieved"
+    label = f"mean cosine of {'smoothed pixels' if data is None else 'DINO features'}, query and retrieved"
     plot_scores(out / PLOT, rows, ENCODERS["discriminability"], label, random)
-    _write_sheet(out / SHEET, found, features)
+    _write_sheet(out / SHEET, found, features, "pixels" if data is None else "DINO")
     return rows
 
 
@@ -207,7 +213,7 @@ class _ByImage:
         return self.vectors[where]
 
 
-def _features(found: Retrieved, network: Dino, dino: str, out: Path, batch: int) -> _ByImage:
+def _features(found: Retrieved, network: Dino | Pixels, dino: str, out: Path, batch: int) -> _ByImage:
     """DINO's features of the images that are asked for, not of all."""
     pairs, image = found.pairs, found.image
     asked = [image[found.queries], *(image[index].ravel() for hits in found.hits.values() for index in hits)]
@@ -223,8 +229,9 @@ def _features(found: Retrieved, network: Dino, dino: str, out: Path, batch: int)
     return _ByImage(vectors, needed, len(pairs.keys))
 
 
-def _write_sheet(path: Path, found: Retrieved, features: _ByImage) -> None:
-    """Queries down; across the query, then by encoder what is nearest to it, with the cosine of the images."""
+def _write_sheet(path: Path, found: Retrieved, features: _ByImage, measure: str) -> None:
+    """Queries down; across the query, then by encoder what is nearest to it, with the cosine of the images by the
+    measure."""
     places = np.unique(np.linspace(0, len(found.queries) - 1, SHOWN).round().astype(int))
     rows = []
     for place in places:
@@ -233,6 +240,6 @@ def _write_sheet(path: Path, found: Retrieved, features: _ByImage) -> None:
         for plain, _ in found.hits.values():
             hit = plain[place, 0]
             alike = float(image_similarity(features, found.image[[q]], found.image[[[hit]]])[0])
-            row.append(Cell(f"DINO {alike:.3f}\n{found.caption(hit)}", found.picture(hit)))
+            row.append(Cell(f"{measure} {alike:.3f}\n{found.caption(hit)}", found.picture(hit)))
         rows.append(row)
     write_sheet(path, rows, ["query", *found.hits])

@@ -16,6 +16,7 @@ import numpy as np
 
 from emf.analyze.bootstrap import Interval, bootstrap
 from emf.analyze.choices import RESAMPLES, Computing, Embedding, Shortening
+from emf.analyze.digit_pairs import DIGITS, SCENES, scenes
 from emf.analyze.encoders import CUT, TextVectors, embed_texts
 from emf.analyze.figures import plot_scores
 from emf.analyze.names import EncoderName
@@ -106,7 +107,7 @@ def summarize(
 
 def run_disentanglement(
     encoders: Sequence[EncoderName],
-    prompts: Path,
+    prompts: Path | None,
     out: Path,
     how: Shortening | None = None,
     embedding: Embedding | None = None,
@@ -115,8 +116,8 @@ def run_disentanglement(
     resamples: int = RESAMPLES,
     compute: Computing | None = None,
 ) -> list[Row]:
-    """Every encoder's score over a file's prompts: results.json, results.md, a plot and a sheet of examples in `out`.
-    Vectors are kept there (cache/): stopped, it goes on.
+    """Every encoder's score over a file's prompts (None: the digits' captions): results.json, results.md, a plot and a
+    sheet of examples in `out`. Vectors are kept there (cache/): stopped, it goes on.
 
     Raises ValueError where something is missing or `out` holds something else."""
     how, embedding, compute = how or Shortening(), embedding or Embedding(), compute or Computing()
@@ -124,12 +125,17 @@ def run_disentanglement(
     if resamples < 1:
         raise ValueError(f"analyze: --resamples {resamples} must be at least 1")
     check_out(out, (PLOT, SHEET))
-    texts, names = read_prompts(prompts)
+    if prompts is None:
+        texts = scenes(SCENES)[0]
+        names = [str(n) for n in range(len(texts))]
+    else:
+        texts, names = read_prompts(prompts)
     if limit is not None and limit < 1:
         raise ValueError(f"analyze: --limit {limit} must be at least 1")
     texts, names = texts[:limit], names[:limit]
     used, versions = usable(texts, how)
-    settings: dict[str, Any] = {"analysis": "disentanglement", "prompts": str(whole_path(prompts)), "limit": limit}
+    source = DIGITS if prompts is None else str(whole_path(prompts))
+    settings: dict[str, Any] = {"analysis": "disentanglement", "prompts": source, "limit": limit}
     settings |= asdict(how) | {"resamples": resamples, "dtype": compute.dtype, "text": asdict(embedding)}
     named = {e.name: e.place for e in encoders}
     claim(out, settings | {"encoders": named}, "encoders", (PLOT, SHEET))
@@ -138,7 +144,10 @@ def run_disentanglement(
     for encoder in encoders:
         vectors = TextVectors(encoder, embedding, out, compute.dtype, device)(every, compute.batch)
         results[encoder.name] = summarize(vectors[:], used, versions, resamples, how.seed)
-    rows = [Row(name, result.plain, result.centred) for name, result in results.items()]
+    rows = [
+        Row(name, result.plain, result.centred, (result.each.mean(1), result.each_centred.mean(1)))
+        for name, result in results.items()
+    ]
     assumed = [
         f"what is removed: {how.fraction:g} of the {how.unit}s, at random, the others in order (seed {how.seed})",
         f"{how.repeats} removals of each prompt; the interval is over prompts",

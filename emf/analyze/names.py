@@ -13,41 +13,47 @@ from typing import get_args
 import torch
 
 from emf.conditioning.encoder import Encoder
-from emf.conditioning.load import Kind, load
+from emf.conditioning.load import Kind, kind_of, load
 from emf.files import read_json, whole_path
+
+SMALL = ("trained", "blurred", "bag-of-words", "random")
+"""The digits' own encoders, all of the shipped base's weights but the last: as it was trained; words taken for one two
+by two; its word embeddings alone, without order or context; weights that nothing was trained of."""
 
 
 @dataclass(frozen=True)
 class EncoderName:
-    """An encoder on a command line: NAME=KIND:FOLDER, or NAME=FOLDER of a run or an export; NAME= may be absent."""
+    """An encoder on a command line: NAME=KIND:FOLDER, or NAME=FOLDER, of which the kind is found; NAME= may be absent.
+    digits:WHICH is one of SMALL."""
 
     name: str
     kind: str
-    """One of emf.conditioning.load's, or "run"."""
+    """One of emf.conditioning.load's, "run", or "digits"."""
     folder: Path
+    """Of the digits' own encoders the name in the place of a folder."""
 
     @classmethod
     def parse(cls, text: str) -> EncoderName:
-        """Raises ValueError where there is no such folder, and on a folder that is no run without a kind."""
+        """Raises ValueError where there is no such folder, and on a folder that holds no text encoder."""
         name, equals, where = text.partition("=")
         if not equals:
             name, where = "", text
         kind, colon, folder = where.partition(":")
+        if colon and kind == "digits":
+            if folder not in SMALL:
+                raise ValueError(f"analyze: {text!r}: the digits' own encoders are {', '.join(SMALL)}")
+            return cls(name or where, kind, Path(folder))
         if not (colon and kind in get_args(Kind)):
-            kind, folder = "run", where
+            kind, folder = "", where
         path = Path(folder)
         name = name or path.resolve().name
         if not folder or not path.is_dir():
             raise ValueError(
-                f"analyze: {text!r} names no folder; expected NAME=KIND:FOLDER with KIND one of "
-                f"{', '.join(get_args(Kind))}, or NAME=FOLDER of a run"
+                f"analyze: {text!r} names no folder; expected FOLDER of a text encoder or a run, NAME=FOLDER, "
+                f"NAME=KIND:FOLDER with KIND one of {', '.join(get_args(Kind))}, or digits:WHICH with one of "
+                f"{', '.join(SMALL)}"
             )
-        if kind == "run" and not is_run(path):
-            raise ValueError(
-                f"analyze: {folder} is no run and no export; of an encoder's folder say its kind, "
-                f"{name}=KIND:{folder} with KIND one of {', '.join(get_args(Kind))}"
-            )
-        return cls(name, kind, path)
+        return cls(name, kind or ("run" if is_run(path) else _kind(path)), path)
 
     def load(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Encoder:
         """The encoder, in eval mode. Raises ValueError where the folder holds another."""
@@ -56,6 +62,8 @@ class EncoderName:
 
             encoder = load_network(self.folder)[1].encoder
             assert isinstance(encoder, Encoder)
+        elif self.kind == "digits":
+            encoder = _small(str(self.folder))
         else:
             encoder = load(self.kind, self.folder, dtype=dtype)  # type: ignore[arg-type]
         return encoder.to(device, dtype).eval()
@@ -63,13 +71,44 @@ class EncoderName:
     @property
     def place(self) -> str:
         """Its kind and where it lies, as results are claimed by."""
-        return f"{self.kind}:{whole_path(self.folder)}"
+        return f"{self.kind}:{self.folder if self.kind == 'digits' else whole_path(self.folder)}"
 
     def stamp(self) -> str:
         """A digest that changes with the encoder's files."""
         from emf.weights.folders import weights_folder
 
+        if self.kind == "digits":
+            return self.place
         return f"{self.kind} {folder_stamp(weights_folder(self.folder) if self.kind == 'run' else self.folder)}"
+
+
+def _kind(folder: Path) -> str:
+    try:
+        return kind_of(folder)
+    except ValueError as error:
+        raise ValueError(
+            f"analyze: {folder} is no run, no export and no text encoder's folder "
+            f"({str(error).removeprefix('conditioning: ')})"
+        ) from None
+
+
+def _small(which: str) -> Encoder:
+    """One of SMALL."""
+    from emf.conditioning.small import SmallEncoder
+    from emf.data.digits import WORDS
+    from emf.model.sizes import EncoderConfig
+    from emf.recipes import BASE
+    from emf.weights.start import read_init
+
+    sizes = EncoderConfig(num_hidden_layers=0) if which == "bag-of-words" else EncoderConfig(blurred=which == "blurred")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = SmallEncoder(sizes, WORDS)
+    if which != "random":
+        state = {k.removeprefix("encoder."): w for k, w in read_init(BASE).items() if k.startswith("encoder.")}
+        own = encoder.state_dict().keys()
+        encoder.load_state_dict({k: w for k, w in state.items() if k in own})
+    return encoder
 
 
 def is_run(folder: Path) -> bool:
@@ -99,7 +138,7 @@ def parse_encoders(texts: Sequence[str]) -> list[EncoderName]:
     if not names or len({*names}) < len(names):
         twice = next((n for n in names if names.count(n) > 1), None)
         problem = f"two encoders are called {twice}" if twice else "no encoder"
-        raise ValueError(f"analyze: {problem}; give each as NAME=KIND:FOLDER, or NAME=FOLDER of a run")
+        raise ValueError(f"analyze: {problem}; give each as FOLDER, NAME=FOLDER or NAME=KIND:FOLDER")
     return encoders
 
 

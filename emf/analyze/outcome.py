@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from emf import files
 from emf.analyze.bootstrap import LEVEL, Interval
 from emf.evaluate.published import ENCODERS
@@ -24,6 +26,14 @@ class Row:
     name: str
     plain: Interval
     centred: Interval
+    each: tuple[np.ndarray, np.ndarray] = field(compare=False, repr=False)
+    """[n] float64, as they are and centred: what the scores are the means of, by query or prompt. It is the same one
+    for every encoder of an analysis, so that encoders can be compared by it."""
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """As results.json holds it."""
+        return {"name": self.name, "plain": asdict(self.plain), "centred": asdict(self.centred)}
 
 
 def check_out(out: Path, own: Sequence[str]) -> None:
@@ -56,7 +66,7 @@ class Outcome:
 
     def write(self, out: Path) -> None:
         """results.json and results.md: ours beside the paper's; then the settings that there are now results of."""
-        tree: dict[str, Any] = {"analysis": self.analysis, "rows": [asdict(row) for row in self.rows]}
+        tree: dict[str, Any] = {"analysis": self.analysis, "rows": [row.told for row in self.rows]}
         tree |= {"paper": ENCODERS[self.analysis], "settings": self.settings, "assumed": list(self.assumed)}
         files.write_json(out / RESULTS, tree | {"notes": list(self.notes)} | self.further)
         files.write_settings(out, self.settings)

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from emf.analyze.choices import Choice
+from emf.analyze.digit_pairs import SCENES, scenes
 from emf.data.drops import Drops
 from emf.data.images import read_caption
 from emf.data.sources import Source, read_part, scan
@@ -34,9 +35,15 @@ class Pairs:
     """What was left out, a sentence each."""
 
 
-def read_pairs(data: Path, split: str = "train2017") -> Pairs:
+def read_pairs(data: Path | None, split: str = "train2017") -> Pairs:
     """COCO's layout where there is annotations/captions_SPLIT.json (COCO 2017: train2017, val2017), else what
-    emf.data.sources reads: tars, or a folder of images with texts of the same name. Raises ValueError."""
+    emf.data.sources reads: tars, or a folder of images with texts of the same name; None: the digits' scenes. Raises
+    ValueError."""
+    if data is None:
+        captions, images = scenes(SCENES)
+        pictures = [Image.fromarray(image) for image in images]
+        keys = [f"scene {n}" for n in range(len(captions))]
+        return Pairs(captions, np.arange(len(captions)), keys, pictures.__getitem__, [])
     if not data.exists() and not any(c in data.name for c in "*?[{"):
         raise ValueError(
             f"analyze: {data} does not exist; expected COCO's folder (annotations/captions_{split}.json and {split}/), "

@@ -9,7 +9,7 @@ import tyro
 
 from emf.analyze.choices import DINO, RESAMPLES, Computing, DType, Embedding, Protocol, Sampling, Shortening
 
-Encoders = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="NAME=KIND:FOLDER")]
+Encoders = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[NAME=][KIND:]FOLDER")]
 Runs = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="NAME=FOLDER")]
 # their fields are flags of the command itself
 Retrieving = Annotated[Protocol, tyro.conf.arg(name="")]
@@ -19,10 +19,43 @@ Running = Annotated[Computing, tyro.conf.arg(name="")]
 Drawing = Annotated[Sampling, tyro.conf.arg(name="")]
 
 
+def compare(
+    encoders: Encoders,
+    out: Path,
+    data: Path | None = None,
+    prompts: Path | None = None,
+    *,
+    dino: str = DINO,
+    seed: int = 0,
+    embedding: Reading = Embedding(),  # noqa: B008 (frozen)
+    compute: Running = Computing(),  # noqa: B008
+) -> None:
+    """Which text encoder to train with? Discriminability and disentanglement of each in one table, ranked, and which of
+    them are told apart; on the digits' scenes where no data is given. Goes on where it was stopped; more encoders can
+    be named later.
+
+    Args:
+        encoders: any text encoder's folder that transformers reads, a run or an export; digits:trained, digits:blurred,
+            digits:bag-of-words and digits:random are the digits' own; NAME= says what the table calls it, KIND
+            (blip3o, gemma, clip, t5, text) how it is read, where config.json does not say it
+        out: folder for results.json and results.md, and the two analyses' own folders
+        data: for discriminability, see emf analyze discriminability; default: the digits' scenes
+        prompts: for disentanglement, see emf analyze disentanglement; default: the digits' captions
+        dino: folder or Hub name of a DINOv3 or DINOv2, for data that is given
+        seed: seed of the queries, the removals and the bootstrap
+    """
+    from emf.analyze.comparison import compare_encoders
+    from emf.analyze.names import parse_encoders
+
+    how: Any = dict(dino=dino, seed=seed, embedding=embedding, compute=compute)
+    compare_encoders(parse_encoders(encoders), out, data, prompts, **how)
+    print(f"open {out / 'results.md'}")
+
+
 def discriminability(
     encoders: Encoders,
-    data: Path,
     out: Path,
+    data: Path | None = None,
     *,
     dino: str = DINO,
     protocol: Retrieving = Protocol(),  # noqa: B008 (frozen)
@@ -33,10 +66,11 @@ def discriminability(
     can be named later.
 
     Args:
-        encoders: KIND is blip3o, gemma, clip or t5; NAME=FOLDER alone is a run or an export
-        data: COCO 2017 (annotations/captions_SPLIT.json and SPLIT/), or tars or a folder of images with texts
+        encoders: see emf analyze encoders
         out: folder for results.json, results.md, discriminability.png, retrieved.png and cache/
-        dino: folder or Hub name of a DINOv3 or DINOv2
+        data: COCO 2017 (annotations/captions_SPLIT.json and SPLIT/), or tars or a folder of images with texts;
+            default: the digits' scenes, by their smoothed pixels
+        dino: folder or Hub name of a DINOv3 or DINOv2, for data that is given
     """
     from emf.analyze.discriminability import run_discriminability
     from emf.analyze.names import parse_encoders
@@ -48,8 +82,8 @@ def discriminability(
 
 def disentanglement(
     encoders: Encoders,
-    prompts: Path,
     out: Path,
+    prompts: Path | None = None,
     *,
     how: Removing = Shortening(),  # noqa: B008 (frozen)
     limit: int | None = None,
@@ -61,9 +95,10 @@ def disentanglement(
     encoders can be named later.
 
     Args:
-        encoders: KIND is blip3o, gemma, clip or t5; NAME=FOLDER alone is a run or an export
-        prompts: a folder of texts (DPG-Bench's prompts), a jsonl file, or a text file with a prompt a line
+        encoders: see emf analyze encoders
         out: folder for results.json, results.md, disentanglement.png, shortened.png and cache/
+        prompts: a folder of texts (DPG-Bench's prompts), a jsonl file, or a text file with a prompt a line; default:
+            the digits' captions
         limit: take only the first so many prompts
         resamples: how often the bootstrap draws anew, for the intervals
     """

@@ -35,7 +35,7 @@ def _evaluate() -> None:
 
 
 def _analyze() -> None:
-    """Compare text encoders: discriminability, disentanglement; flow matching at few steps: steps."""
+    """Choose a text encoder: encoders, discriminability, disentanglement; flow matching at few steps: steps."""
 
 
 def _data() -> None:
@@ -66,6 +66,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
         "hps": evaluate.hps,
     },
     "analyze": {
+        "encoders": analyze.compare,
         "discriminability": analyze.discriminability,
         "disentanglement": analyze.disentanglement,
         "steps": analyze.steps,

@@ -16,10 +16,13 @@ from emf.conditioning.text import TextEncoder, sana_instruction
 from emf.files import check_readable, files_in, read_object, why
 from emf.model.state import read_state, variant
 
-Kind = Literal["blip3o", "gemma", "clip", "t5"]
+Kind = Literal["blip3o", "gemma", "clip", "t5", "text"]
 TEXT_MODELS = {"gemma": "Gemma2Model", "clip": "CLIPTextModel", "t5": "T5EncoderModel"}
 """Classes of transformers."""
-LENGTHS = {"gemma": 300, "clip": 77, "t5": 300}
+LENGTHS = {"gemma": 300, "clip": 77, "t5": 300, "text": 300}
+"""Most tokens of a caption; of "text" less where the model reads less."""
+BY_TYPE: dict[str, Kind] = {"gemma2": "gemma", "clip": "clip", "clip_text_model": "clip", "t5": "t5"}
+"""By the model_type of a config.json: the kinds that are read in a way of their own."""
 
 
 def load(
@@ -35,7 +38,8 @@ def load(
 
     kind: "blip3o": BLIP3o-NEXT's or EMF's, as emf convert and emf export write it: language_model/ and
           a connector; what else is in the folder is not read. "gemma": Gemma-2 with SANA's instruction,
-          300 tokens. "clip": 77 tokens. "t5": 300 tokens. A diffusers pipeline's folder will do for these three:
+          300 tokens. "clip": 77 tokens. "t5": 300 tokens. "text": any other text model that transformers' AutoModel
+          knows, of an encoder with a decoder the encoder. A diffusers pipeline's folder will do for these four:
           text_encoder/ and tokenizer/ in it are taken.
     empty: leave the model's weights on the meta device: their values come from elsewhere.
     settings: keywords of Blip3oNext or TextEncoder (window, length, instruction, null, ...).
@@ -47,19 +51,75 @@ def load(
         raise ValueError(f"conditioning: no folder {folder}; expected that of a {kind} encoder")
     if kind == "blip3o":
         return _load_blip3o(folder, dtype, freeze, empty, **settings)
-    import transformers
-
-    parts = [folder / name if (folder / name).is_dir() else folder for name in ("text_encoder", "tokenizer")]
-    model = (_empty if empty else _model)(getattr(transformers, TEXT_MODELS[kind]), parts[0], dtype)
+    parts = _parts(folder)
+    model = (_empty if empty else _model)(_class(kind, parts[0]), parts[0], dtype)
+    tokenizer = _tokenizer(parts[1])
+    if kind == "text":
+        model = _text_part(model)
+        settings = {"length": _most_tokens(model, tokenizer), **settings}
+        if tokenizer.pad_token is None:  # of a language model: what stands at padding is never read
+            tokenizer.pad_token = tokenizer.eos_token
     if kind == "gemma":
         settings = {"lower": True, **settings}
         if "instruction" not in settings:
             settings["instruction"] = sana_instruction()
     settings = {"length": LENGTHS[kind], **settings}
     try:
-        return TextEncoder(model, _tokenizer(parts[1]), freeze=freeze, **settings)
+        return TextEncoder(model, tokenizer, freeze=freeze, **settings)
     except Exception as error:  # a tokenizer that cannot pad, or a model that says no width
         raise ValueError(f"conditioning: {folder}: {why(error).removeprefix('conditioning: ')}") from None
+
+
+def kind_of(folder: Path) -> Kind:
+    """Which kind of encoder a folder holds. Raises ValueError where it has no config.json that says so."""
+    if (folder / "language_model").is_dir():
+        return "blip3o"
+    told = _config(_parts(folder)[0]).get("model_type")
+    if not isinstance(told, str):
+        raise ValueError(
+            f"conditioning: {_parts(folder)[0] / 'config.json'} says no model_type; expected a text model's"
+        )
+    return BY_TYPE.get(told, "text")
+
+
+def _parts(folder: Path) -> list[Path]:
+    """Where the model and its tokenizer lie: in folders of their own in a diffusers pipeline."""
+    return [folder / name if (folder / name).is_dir() else folder for name in ("text_encoder", "tokenizer")]
+
+
+def _class(kind: Kind, folder: Path) -> Any:
+    """The class of transformers that reads a folder."""
+    import transformers
+
+    if kind in TEXT_MODELS:
+        return getattr(transformers, TEXT_MODELS[kind])
+    _config(folder)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        known = transformers.MODEL_FOR_TEXT_ENCODING_MAPPING, transformers.MODEL_MAPPING
+        # a configuration has one class, or a tuple of which the first is the usual one
+        found = next(mapping[type(config)] for mapping in known if type(config) in mapping)
+    except StopIteration:
+        raise ValueError(f"conditioning: {folder} holds no text model that transformers knows") from None
+    except Exception as error:  # a config with a value of another kind fails wherever that is used
+        raise ValueError(f"conditioning: {folder} holds no text model: {why(error)}") from None
+    return found[0] if isinstance(found, (tuple, list)) else found
+
+
+def _text_part(model: Any) -> Any:
+    """What of a model reads text alone: the encoder of one with a decoder, the text tower of one for images too."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        return model.get_encoder()
+    return getattr(model, "text_model", model)
+
+
+def _most_tokens(model: Any, tokenizer: Any) -> int:
+    """How many tokens a text model reads, at most LENGTHS says so many."""
+    sizes = model.config.get_text_config()
+    positions = getattr(sizes, "max_position_embeddings", None) or LENGTHS["text"]
+    # RoBERTa and its like count positions from behind the padding's
+    reserved = (getattr(sizes, "pad_token_id", None) or 0) + 1 if "roberta" in sizes.model_type else 0
+    return int(min(LENGTHS["text"], positions - reserved, tokenizer.model_max_length))
 
 
 def _load_blip3o(
@@ -127,7 +187,8 @@ def _model(kind: Any, folder: Path, dtype: torch.dtype, **arguments: Any) -> Any
             )
     except Exception as error:  # a config with a value of another kind fails wherever that is used
         raise ValueError(f"conditioning: {folder} is no {kind.__name__}: {why(error)}") from None
-    if missing := sorted(report["missing_keys"]):
+    # a pooler makes one vector of the states, which nobody asks for: a model without a head for it may lack it
+    if missing := sorted(name for name in report["missing_keys"] if not name.startswith("pooler.")):
         raise ValueError(
             f"conditioning: {folder} is no {kind.__name__}: {len(missing)} weights missing, first {missing[0]}"
         )

@@ -58,10 +58,11 @@ class TextEncoder(Encoder):
             raise ValueError(f"conditioning: length {length}, null {null!r}; expected at least 2, and empty or zeros")
         self.model, self.tokenizer, self.length, self.null_kind = model, tokenizer, length, null
         self.instruction, self.lower = instruction, lower
-        self.channels: int = model.config.hidden_size
+        sizes = model.config.get_text_config()
+        self.channels: int = sizes.hidden_size
         # 2: the token that begins every text, counted in both, and one that is left for the caption's own end
         self.row = length + (len(tokenizer.encode(instruction)) - 2 if instruction else 0)
-        limit = getattr(model.config, "max_position_embeddings", None)
+        limit = getattr(sizes, "max_position_embeddings", None)
         if limit is not None and self.row > limit:
             raise ValueError(f"conditioning: {self.row} tokens with the instruction; the model has {limit} positions")
         ids, mask = self._tokens([""], self.row)
@@ -99,11 +100,15 @@ class TextEncoder(Encoder):
         return self._tokens([self.instruction + c for c in self._clean(captions)], self.row)
 
     def states(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return self._states(ids, mask, ids.shape[1])
+
+    def _states(self, ids: Tensor, mask: Tensor, row: int) -> tuple[Tensor, Tensor]:
+        """States of rows of `row` tokens, of which padding that no caption reaches may be cut off."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(self.model)):
             states = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-        if ids.shape[1] <= self.length:
+        if row <= self.length:
             return states, mask
-        last = ids.shape[1] - self.length + 1
+        last = row - self.length + 1
         return torch.cat([states[:, :1], states[:, last:]], 1), torch.cat([mask[:, :1], mask[:, last:]], 1)
 
     def forward(self, ids: Tensor, mask: Tensor, drop: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -117,9 +122,10 @@ class TextEncoder(Encoder):
         return self.states(torch.where(dropped, self.empty_ids, ids), torch.where(dropped, self.empty_mask, mask))
 
     def text_states(self, captions: Sequence[str], template: bool = True) -> tuple[Tensor, Tensor]:
-        """See Encoder; the template is the instruction."""
-        tokens = self.tokenize(captions) if template else self._tokens(self._clean(captions), self.length)
-        return self.states(*(x.to(self.device) for x in tokens))
+        """See Encoder; the template is the instruction. L is that of the longest caption: padding is not computed."""
+        ids, mask = self.tokenize(captions) if template else self._tokens(self._clean(captions), self.length)
+        longest = int(mask.sum(1).max())
+        return self._states(ids[:, :longest].to(self.device), mask[:, :longest].to(self.device), ids.shape[1])
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder / "text_encoder")

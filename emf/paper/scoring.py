@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.ndimage import gaussian_filter
 
+from emf.analyze.digit_pairs import scene_features, scenes
 from emf.analyze.discriminability import chance, discriminability
 from emf.analyze.disentanglement import disentanglement
 from emf.analyze.encoders import embed_texts
-from emf.data.digits import BACKGROUND, TAGS, prompts, render, sample_spec
+from emf.data.digits import TAGS, prompts
 from emf.evaluate.digits_scorer import Scorer
 from emf.files import whole_file
 from emf.paper.parts import EMF_STEPS, FM_STEPS, Budget
@@ -44,7 +44,8 @@ def measure(run: Path, budget: Budget) -> dict[str, Any]:
     """Discriminability and disentanglement of a base's text encoder (the paper's Tables 1 and 2), with pixels in the
     place of DINO features."""
     encoder = load_run(run)[1].encoder
-    captions, features = scenes(budget.texts)
+    captions, images = scenes(budget.texts)
+    features = scene_features(images)
     number = np.arange(len(captions))
     own = embed_texts(encoder, captions).numpy()
     near, centred = (discriminability(own, number, features, number, centred=c).score.mean for c in (False, True))
@@ -56,16 +57,3 @@ def measure(run: Path, budget: Budget) -> dict[str, Any]:
         "disentanglement": apart.plain.mean,
         "disentanglement, centred": apart.centred.mean,
     }
-
-
-def scenes(n: int, seed: int = 5) -> tuple[list[str], np.ndarray]:
-    """(n different captions, features [n, 3 H W] of a held-out scene of each): pixels less background, smoothed, so
-    that their cosine says whether colours and places agree."""
-
-    rng, specs = np.random.default_rng(seed), dict[str, Any]()
-    while len(specs) < n:
-        spec = sample_spec(rng)
-        specs.setdefault(spec["prompt"], spec)
-    images = np.stack([render(spec, rng, "held_out") for spec in specs.values()])
-    smooth = gaussian_filter(images - (BACKGROUND / 127.5 - 1), (0, 0, 1, 1))
-    return list(specs), smooth.reshape(n, -1)

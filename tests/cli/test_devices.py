@@ -26,6 +26,7 @@ WORDS = {
     "evaluate geneval": "evaluate geneval images --out {out}",
     "evaluate dpg": "evaluate dpg images --questions q.csv --out {out}",
     "evaluate hps": "evaluate hps images --weights w.pt --out {out}",
+    "analyze encoders": "analyze encoders A=clip:{run} --out {out}",
     "analyze discriminability": "analyze discriminability A=clip:{run} --data d --out {out}",
     "analyze disentanglement": "analyze disentanglement A=clip:{run} --prompts p.txt --out {out}",
     "analyze steps": "analyze steps A={run} B={run} --out {out}",

@@ -76,7 +76,7 @@ def test_load_errors_are_one_line(checkpoint: Path, tmp_path: Path) -> None:
             load(*arguments)
         assert "\n" not in str(raised.value)
 
-    check("encoder 'bert'; expected one of blip3o, gemma, clip, t5", "bert", checkpoint)
+    check("encoder 'bert'; expected one of blip3o, gemma, clip, t5, text", "bert", checkpoint)
     check("no folder .*; expected that of a t5 encoder", "t5", tmp_path / "nowhere")
     check("has no language_model and connector; .*`emf convert`", "blip3o", language)
     save_file({k: v for k, v in load_file(weights).items() if "1.mlp.up_proj" not in k}, weights, {"format": "pt"})

@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("deepspeed")
 
+from emf.analyze.digit_pairs import scene_features, scenes
 from emf.conditioning.small import EncoderConfig, SmallEncoder
 from emf.data.digits import WORDS
 from emf.network.build import build
@@ -20,7 +21,6 @@ from emf.paper.found import Found, verdicts
 from emf.paper.parts import ABLATIONS, ENCODERS, FULL, QUICK, parts
 from emf.paper.results_page import write_paper
 from emf.paper.runs import run_all
-from emf.paper.scoring import scenes
 
 
 def encoder(**further: Any) -> SmallEncoder:
@@ -74,8 +74,8 @@ def test_every_run_is_there_once_and_differs_as_it_says() -> None:
 
 
 def test_captions_of_the_analyses_are_different() -> None:
-    captions, features = scenes(30)
-    assert len({*captions}) == 30 and features.shape == (30, 3 * 18 * 18)
+    captions, images = scenes(30)
+    assert len({*captions}) == 30 and scene_features(images).shape == (30, 3 * 18 * 18)
 
 
 @pytest.fixture(scope="module")
