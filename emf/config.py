@@ -107,6 +107,11 @@ class LoraConfig:
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Ends of the names of the linear layers that get an adapter."""
 
+    @property
+    def scale(self) -> float:
+        """What the adapters' products are multiplied by; 0 without adapters."""
+        return self.alpha / self.rank if self.rank else 0.0
+
     def __post_init__(self) -> None:
         at_least("lora", self, rank=0, alpha=1)
         if self.rank and not self.targets:

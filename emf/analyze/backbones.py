@@ -19,7 +19,7 @@ from emf.files import open_image, whole_file
 from emf.sample.sampler import Sampler, to_uint8
 from emf.sample.sampling_settings import SMALL_AT_ONCE, Settings
 from emf.show.progress import track
-from emf.weights.checkpoints import newest
+from emf.weights.checkpoints import at_newest
 from emf.weights.converted import is_base
 from emf.weights.folders import load, text_parts
 
@@ -102,7 +102,7 @@ def draws_digits(folder: Path) -> bool:
         return bool(text_parts(folder)["kind"] == "small")
     if is_base(folder):
         return False
-    tree = read(newest(folder) / "config.json")
+    tree = at_newest(folder, lambda checkpoint: read(checkpoint / "config.json"))
     check_flow_matching(folder, tree.get("objective"))
     return bool(tree.get("condition", {}).get("kind", "small") == "small")
 

@@ -75,11 +75,12 @@ class EncoderName:
 
     def stamp(self) -> str:
         """A digest that changes with the encoder's files."""
-        from emf.weights.folders import weights_folder
+        from emf.weights.folders import at_weights
 
         if self.kind == "digits":
             return self.place
-        return f"{self.kind} {folder_stamp(weights_folder(self.folder) if self.kind == 'run' else self.folder)}"
+        stamp = at_weights(self.folder, folder_stamp) if self.kind == "run" else folder_stamp(self.folder)
+        return f"{self.kind} {stamp}"
 
 
 def _kind(folder: Path) -> str:

@@ -33,6 +33,7 @@ from emf.sample.sampling_settings import GUIDANCE, GUIDANCE_PRETRAINED
 from emf.show.progress import track
 from emf.show.sheet import captioned, write_sheet
 from emf.show.table import Markdown, bold, markdown
+from emf.weights.hub import AUTOENCODER, ENCODER, named
 
 Panels = dict[str, dict[str, dict[int, Interval]]]
 """measure -> backbone -> steps -> its mean."""
@@ -106,6 +107,8 @@ def run_steps(
     specs: list[Any] = digits_prompts(sampling.per_tag) if prompts is None else []
     texts = [s["prompt"] for s in specs] if prompts is None else read_prompts(prompts)[0]
     stamps = {name: f"{whole_path(folder)} {EncoderName('', 'run', folder).stamp()}" for name, folder in runs.items()}
+    vae = named(vae, AUTOENCODER, "analyze") if vae else None
+    text = named(text, ENCODER, "analyze") if text else None
     settings: dict[str, Any] = {"analysis": "steps", "dino": dino and place_or_name(dino), "dtype": dtype}
     settings |= {k: f and f"{whole_path(f)} {folder_stamp(f)}" for k, f in (("vae", vae), ("text", text))}
     settings |= asdict(sampling) | {"steps": sorted({*sampling.steps}), "prompts": texts, "runs": stamps}

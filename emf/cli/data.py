@@ -72,6 +72,7 @@ def cache(
     from emf.device import device as find_device
     from emf.files import check_writable
     from emf.model.autoencoder import load_dcae
+    from emf.train.paths import whole_source
     from emf.weights.hub import AUTOENCODER, named
 
     place = find_device(device)
@@ -82,6 +83,6 @@ def cache(
         tokenizer = load_ta_tok(ta_tok, scale=scale).to(place)
         further = dict(tokenize=lambda x: tokenizer(x.to(place)), tokenizer=f"TA-Tok, pooled {scale} x {scale}")
     small = TOKEN_PIXELS if ta_tok is not None else None
-    images = Images([parse_source(text) for text in sources], size, small, listings)
+    images = Images([parse_source(whole_source(text)) for text in sources], size, small, listings)
     further |= dict(dtype=dtype, shard=shard, batch=batch, workers=workers, part=part, parts=parts)
     write_cache(images, autoencoder.encode, out, encoder=autoencoder.name, **further)

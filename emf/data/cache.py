@@ -8,6 +8,7 @@ is, and a torn file is known by its header. A shard holds
     std   [m, C, h, w]  only of an autoencoder with a posterior: see autoencoder.posterior_sample
     ids   [m, N] int32  only with a tokenizer
     row   [n] int32     row of each sample, -1 where it was dropped
+    mark  [n] int64     of each sample: Images.mark, by which a source that has changed is noticed
     text  [bytes] uint8 JSON: keys and captions of the m rows; (key, source, reason, detail) of the others
 """
 
@@ -26,10 +27,10 @@ from rich.filesize import decimal
 from torch import Tensor
 
 from emf.data.drops import Dropped, Drops
-from emf.data.images import Images, Sample, fetch
+from emf.data.images import Images, Sample, fetch, marks
 from emf.data.shards import Shard, is_whole, shard_file, write_shard
 from emf.files import SETTINGS, check_claim, claim, filled, read_object
-from emf.show.progress import bars
+from emf.show.progress import bars, track
 
 Encode = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
 """Images [B, 3, size, size] in [-1, 1] -> latents [B, C, h, w], or (mean, std) of a posterior, of that shape each."""
@@ -151,6 +152,24 @@ def check_same_encoder(out: Path, shards: Iterable[int], probe: Sample) -> None:
         return
 
 
+def check_unchanged(out: Path, images: Images, whole: Sequence[int], shard: int, workers: int) -> None:
+    """Raises ValueError where a sample of a whole shard has another caption or image than the shard was made of. Shards
+    of earlier versions do not say what they were made of, and are kept."""
+    every, changed = places(images.counts), dict[int, list[str]]()
+    for k in track(whole, "compare with the sources", disable=not whole):
+        made, here = Shard(shard_file(out, k)).marks, every[k * shard : (k + 1) * shard]
+        if made and (differ := [p for p, a, b in zip(here, marks(images, here, workers), made, strict=True) if a != b]):
+            changed[k] = [images.key(*place) for place in differ]
+    if changed:
+        names = [shard_file(out, k).name for k in changed]
+        count, first = sum(map(len, changed.values())), next(iter(changed.values()))[0]
+        said = f"{', '.join(names[:5])}{f' and {len(names) - 5} more' * (len(names) > 5)}"
+        raise ValueError(
+            f"cache: caption or image of {count} samples, {first} the first, changed since they were encoded into "
+            f"{out}; choose another --out, or move away {said} to have them made anew"
+        )
+
+
 def write_cache(
     images: Images,
     encode: Encode,
@@ -171,7 +190,8 @@ def write_cache(
     encoder, tokenizer: what they are, for settings.json (an autoencoder's `name`). shard: samples a file; a kill loses
     one shard's work. batch: see encode_samples. part of parts: this process writes shards part, part + parts, ..., so
     that several can share the work. Prints what it will write before it starts, and what was dropped.
-    Raises ValueError where out holds something else or a cache of other settings, and where the disk is too small.
+    Raises ValueError where out holds something else, a cache of other settings, or one of captions or images that have
+    changed since, and where the disk is too small.
     """
     if min(shard, batch, workers) < 1 or not 0 <= part < parts:
         raise ValueError(
@@ -187,6 +207,7 @@ def write_cache(
     probe = encode_samples([first_usable(images, workers)], encode, tokenize, DTYPES[dtype])[0]
     shards = range(part, -(-total // shard), parts)
     whole = [k for k in shards if is_whole(shard_file(out, k))]
+    check_unchanged(out, images, whole, shard, workers)
     check_same_encoder(out, whole, probe)
     todo = [k for k in shards if k not in set(whole)]
     remaining = sum(min(shard, total - k * shard) for k in todo)
@@ -218,7 +239,9 @@ def write_cache(
             for drop in Shard(shard_file(out, k)).drops:
                 images.drops.add(*drop)
         for k in todo:
-            write_shard(shard_file(out, k), encoded(every[k * shard : (k + 1) * shard]))
+            here = every[k * shard : (k + 1) * shard]
+            made_of = marks(images, here, workers)  # before they are encoded: what changes meanwhile is noticed later
+            write_shard(shard_file(out, k), encoded(here), made_of)
     for line in images.drops.lines():
         print(f"cache: {line}", flush=True)
 

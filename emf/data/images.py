@@ -6,8 +6,9 @@ Images are cropped as EMF's data are (arXiv 2604.18168, released code): the shor
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from emf.data.sources import Index, Source, read_part, scan
 from emf.files import BrokenImage, check_text, decode_text, open_image, parse_json
 
 JSON_KEYS = ("caption", "text")
+ENDS = 2048
+"""Bytes at either end of an image by which it is known again: a picture that was encoded anew has others."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,19 @@ class Images:
     def key(self, source: int, index: int) -> str:
         return self.indices[source].keys[index]
 
+    def mark(self, source: int, index: int) -> int:
+        """A digest of what a sample is made of, as a signed number of 64 bits: of its caption and the key that it is
+        read by, and of the size and both ends of its image. Another one means another sample; when and where the files
+        were written plays no part."""
+        where = self.indices[source]
+        digest = hashlib.sha256(f"{where.source.caption} {where.is_json[index]} {where.image[index][2]} ".encode())
+        for entry, ends in ((where.caption[index], None), (where.image[index], ENDS)):
+            try:
+                digest.update(read_part(where, entry, ends))
+            except ValueError:  # what cannot be read is no sample, and may be one later
+                digest.update(b"unreadable")
+        return int.from_bytes(digest.digest()[:8], "little", signed=True)
+
     def get(self, source: int, index: int) -> Sample:
         """The decoded sample. Raises Dropped."""
         where = self.indices[source]
@@ -133,6 +149,12 @@ class Images:
         self.upscaled[source][index] = min(image.size) < self.size
         small = centre_crop(image, self.token_size) if self.token_size else None
         return Sample(key, name, caption, centre_crop(image, self.size), small, image.width, image.height)
+
+
+def marks(images: Images, places: Sequence[tuple[int, int]], workers: int = 4) -> list[int]:
+    """The marks of the samples at places (source, index), in their order, read by threads."""
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(lambda place: images.mark(*place), places))
 
 
 def fetch(store: Store, places: Iterable[tuple[int, int]], workers: int = 4) -> Iterator[Sample | Dropped]:

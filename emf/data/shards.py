@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,9 @@ def is_whole(file: Path) -> bool:
         return False
 
 
-def write_shard(file: Path, samples: Iterable[Sample | Dropped]) -> None:
-    """One shard of encoded samples in order, renamed into place when it is whole and on the disk. Raises ValueError
-    where it cannot be written."""
+def write_shard(file: Path, samples: Iterable[Sample | Dropped], marks: Sequence[int] = ()) -> None:
+    """One shard of encoded samples in order, renamed into place when it is whole and on the disk. marks: of all
+    of them, see emf.data.images.Images.mark. Raises ValueError where it cannot be written."""
     kept: list[Sample] = []
     row, drops = [], []
     for sample in samples:
@@ -48,6 +48,8 @@ def write_shard(file: Path, samples: Iterable[Sample | Dropped]) -> None:
     text = {"keys": [s.key for s in kept], "captions": [s.caption for s in kept], "drops": drops}
     tensors = {"row": torch.tensor(row, dtype=torch.int32)}
     tensors["text"] = torch.from_numpy(np.frombuffer(json.dumps(text).encode(), np.uint8).copy())
+    if marks:
+        tensors["mark"] = torch.tensor(marks, dtype=torch.int64)
     for name in ("mean", "std", "ids"):
         values = [value for s in kept if (value := getattr(s, name)) is not None]
         if values:
@@ -85,6 +87,7 @@ class Shard:
             self._file = safe_open(file, "pt")
             self._names = set(self._file.keys())
             self.rows: list[int] = self._file.get_tensor("row").tolist()
+            self.marks: list[int] = self._file.get_tensor("mark").tolist() if "mark" in self._names else []
             text = json.loads(bytes(self._file.get_tensor("text").numpy()))
             filled(_Told, text, "its text")
             self._check(text)
@@ -96,6 +99,8 @@ class Shard:
 
     def _check(self, text: dict[str, Any]) -> None:
         """Raises ValueError where the rows, the texts and the tensors do not fit each other."""
+        if self.marks and len(self.marks) != len(self.rows):
+            raise ValueError("it has not a mark for every sample")
         kept = sum(row >= 0 for row in self.rows)
         sizes = {len(text["keys"]), len(text["captions"])}
         if kept and "mean" not in self._names:

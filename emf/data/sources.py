@@ -247,16 +247,20 @@ def scan(sources: Iterable[Source], drops: Drops, listings: Path | None = None) 
     return indices
 
 
-def read_part(index: Index, entry: np.ndarray) -> bytes:
-    """The bytes of a sample's image or caption, of which the index has the entry [3]. Raises ValueError("file cannot be
-    read: why") where they are not there any more, or not all of them."""
+def read_part(index: Index, entry: np.ndarray, ends: int | None = None) -> bytes:
+    """The bytes of a sample's image or caption, of which the index has the entry [3]; with `ends` as many from its
+    beginning and from its end alone. Raises ValueError("file cannot be read: why") where they are not there any more,
+    or not all of them."""
     number, offset, size = entry.tolist()
+    parts = [(offset, size)] if ends is None or size <= 2 * ends else [(offset, ends), (offset + size - ends, ends)]
+    data = b""
     try:
         with open(index.files[number], "rb") as file:
-            file.seek(offset)
-            data = file.read(size)
+            for start, length in parts:
+                file.seek(start)
+                data += file.read(length)
     except OSError as error:
         raise ValueError(f"file cannot be read: {why(error)}") from None
-    if len(data) < size:
+    if len(data) < sum(length for _, length in parts):
         raise ValueError("file cannot be read: it became shorter since it was scanned")
     return data

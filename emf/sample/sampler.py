@@ -30,7 +30,7 @@ from emf.model.text_to_image import TextToImage
 from emf.sample.image_tokens import tokenize
 from emf.sample.sampling_settings import Settings, default_guidance
 from emf.weights.checkpoints import WEIGHTS
-from emf.weights.folders import load, load_velocity, weights_folder
+from emf.weights.folders import at_weights, load, load_velocity
 from emf.weights.hub import AUTOENCODER, ENCODER, named
 from emf.weights.tensors import module_stamp
 
@@ -158,8 +158,7 @@ class Sampler:
             found = load_velocity(run, text)
             config, network, place_of, note = found.config, found.network, found.source, found.note
         else:
-            config, network = load(run, text)
-            place_of = weights_folder(run)
+            config, network, place_of = at_weights(run, lambda place: (*load(place, text), place))
             if config.objective == "flow_matching":
                 raise ValueError(f"generate: {run} was trained for flow matching alone; say --flow-matching")
         network = network.to(place, getattr(torch, dtype or ("float32" if place.type == "cpu" else "bfloat16")))

@@ -97,14 +97,14 @@ def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _known_to_init(arguments: list[str], config: Config, sizes: bool) -> dict[str, Any]:
-    """The settings that the folder after --init knows, by section; none where there is no such folder. sizes: of a name
-    on the Hub no weights are fetched."""
+    """The settings that the folder or file after --init knows, by section; none where there is neither. sizes: of a
+    name on the Hub no weights are fetched."""
     given = [after for word, after in pairwise([*arguments, ""]) if word == "--init"]
     given += [word.removeprefix("--init=") for word in arguments if word.startswith("--init=")]
     if not given:
         return {}
     source = named(given[-1], SETTINGS if sizes else START, "config: init")
-    if not source.is_dir():
+    if not source.exists():
         return {}
     from emf.weights.start import sizes_of  # seconds, which a command without --init need not take
 

@@ -76,6 +76,21 @@ def stamp_of(factors: Mapping[str, tuple[Tensor, Tensor]], scale: float) -> str:
     return digest.hexdigest()[:16]
 
 
+def merged(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """A state dict without adapters, their products B A, times the scale, added to the weights: what the network loads
+    that has none. One without adapters is as it was."""
+    whole = dict[str, Tensor]()
+    for name, value in state.items():
+        if ".lora_" in name:
+            continue
+        layer = name.removesuffix(".base_layer.weight")
+        if layer + A in state:
+            product = state[layer + B].float() @ state[layer + A].float() * scale
+            value = (value.float() + product).to(value.dtype)
+        whole[name.replace(".base_layer.", ".")] = value
+    return whole
+
+
 def stamp_in(transformer: nn.Module, scale: float) -> str:
     """The stamp of the adapters that a transformer was trained with."""
     state = transformer.state_dict()

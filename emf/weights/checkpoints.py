@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -22,6 +24,7 @@ from emf.files import check_readable, files_in, read_fields
 from emf.model.text_to_image import TextToImage
 from emf.weights.tensors import Weights, items, read_weights, write_file
 
+Read = TypeVar("Read")
 FOLDER = "checkpoints"
 """Where a run's folder has them."""
 WEIGHTS, SETTINGS, MADE = "model.safetensors", "config.json", "checkpoint.json"
@@ -62,6 +65,31 @@ def newest(run: Path) -> Path:
             "export or emf convert"
         )
     return saved[-1]
+
+
+def while_there(find: Callable[[], Path], read: Callable[[Path], Read]) -> Read:
+    """What `read` makes of the folder that `find` names. A run that is being trained may remove a checkpoint while it
+    is read: then it is asked for the next. Raises as the two do."""
+    while True:
+        found = find()
+        try:
+            return read(found)
+        except (ValueError, OSError):
+            if found.exists():
+                raise
+
+
+def at_newest(run: Path, read: Callable[[Path], Read]) -> Read:
+    """What `read` makes of the newest whole checkpoint of a run's folder; see `newest` and `while_there`."""
+    return while_there(lambda: newest(run), read)
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """The step after which a checkpoint was saved; None where nothing says it, or it is none."""
+    try:
+        return read_made(checkpoint).step
+    except ValueError:
+        return None
 
 
 def saved_names(network: TextToImage, config: Config) -> set[str]:
@@ -132,10 +160,12 @@ def write_checkpoint(part: Path, weights: dict[str, Tensor], config: str, made: 
 
 def finish(part: Path, keep: int) -> Path:
     """The written checkpoint under its name, in the place of one that has it; of the older ones `keep` - 1 stay."""
-    final = part.with_suffix("")
+    final, gone = part.with_suffix(""), part.with_suffix(GONE)
+    shutil.rmtree(gone, ignore_errors=True)
     if final.exists():
-        remove(final)
+        final.rename(gone)  # and deleted when the other has its name, so that whoever reads finds one of the two
     part.rename(final)
+    shutil.rmtree(gone, ignore_errors=True)
     for old in checkpoints(final.parents[1])[:-keep]:
         remove(old)
     return final

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from emf.conditioning.encoder import Encoder
 from emf.conditioning.small import CONNECTOR, connector_file
@@ -25,16 +25,16 @@ from emf.config import Config
 from emf.files import copy_file, copy_folder, refuse_existing, whole_file, whole_folder
 from emf.model.sizes import TransformerConfig
 from emf.model.state import STEMS, variant
-from emf.recipes import from_file
 from emf.show.progress import count_bytes
 from emf.weights import tensors
-from emf.weights.adapter_settings import STAMP, stamp_in
+from emf.weights.adapter_settings import STAMP, merged, stamp_in
 from emf.weights.branches import BRANCHES, scales
 from emf.weights.card import write_card
 from emf.weights.carried import INDEX, carry, settings_of
-from emf.weights.checkpoints import SETTINGS, WEIGHTS, newest
+from emf.weights.checkpoints import at_newest
 from emf.weights.folders import load
 from emf.weights.layouts import DUAL, part_of, read_settings, to_diffusers
+from emf.weights.start import read_merged, said_of
 
 WHO = "weights: "  # how errors about the folder begin
 TEXT_PARTS = ("text_encoder", "tokenizer")
@@ -70,12 +70,13 @@ def export(
         raise ValueError(f"export: {run} has a text encoder that was trained with it; leave --text out")
     if text is None and config.condition.kind == "blip3o":
         text = config.condition.folder or config.init
-    state = {k: v.to(getattr(torch, dtype)) for k, v in merged(network.transformer).items()}
+    whole = merged(network.transformer.state_dict(), config.lora.scale)
+    state = {k: v.to(getattr(torch, dtype)) for k, v in whole.items()}
     how = {k: getattr(config.condition, k) for k in ("kind", "scale", "window")}
     base = base or config.data.vae
     merged_in = network.transformer.adapters
     if config.lora.rank:
-        merged_in = (*merged_in, stamp_in(network.transformer, config.lora.alpha / config.lora.rank))
+        merged_in = (*merged_in, stamp_in(network.transformer, config.lora.scale))
     further = dict[str, Any](condition=how, settings=settings_of(network.encoder, config.flow.built_in))
     further["adapters"] = merged_in
     further["card"] = partial(write_card, run, config, name=name or out.name)
@@ -83,23 +84,13 @@ def export(
     return config
 
 
-def merged(transformer: nn.Module) -> dict[str, Tensor]:
-    """The state dict without adapters, their products added to the weights: what a transformer without them loads."""
-    from emf.network.adapters import LoraLinear
-
-    for module in transformer.modules():
-        if isinstance(module, LoraLinear) and not module.merged:
-            module.merge()
-    return {k.replace(".base_layer.", "."): v for k, v in transformer.state_dict().items() if ".lora_" not in k}
-
-
 def release(run: Path, out: Path) -> int:
-    """A run's averaged weights in float16 as one file; returns its bytes. Raises ValueError where `out` exists."""
+    """A run's averaged weights in float16 as one file, low-rank adapters merged, whose header says its sizes; returns
+    its bytes. Raises ValueError where `out` exists."""
     refuse_existing(out, "release: ")
-    checkpoint = newest(run)
-    state, sizes = tensors.read_weights(checkpoint / WEIGHTS), from_file(checkpoint / SETTINGS).transformer
+    config, state = at_newest(run, read_merged)
     with whole_file(out) as part:
-        tensors.write_file(part, tensors.items(state, torch.float16), metadata=scales(sizes))
+        tensors.write_file(part, tensors.items(state, torch.float16), metadata=said_of(config))
     return out.stat().st_size
 
 

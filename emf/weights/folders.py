@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,12 @@ from emf.model.sizes import EncoderConfig, TransformerConfig
 from emf.model.text_to_image import TextToImage
 from emf.network.build import encoder
 from emf.recipes import from_file
-from emf.weights.checkpoints import SETTINGS, WEIGHTS, checkpoints, newest
+from emf.weights.checkpoints import SETTINGS, WEIGHTS, Read, at_newest, checkpoints, newest, while_there
 from emf.weights.converted import is_base, load_converted
 from emf.weights.diffusers_folder import load_exported_transformer
 from emf.weights.hub import AUTOENCODER, ENCODER, hub_name, named
 from emf.weights.layouts import part_of, read_settings
-from emf.weights.start import resumed, shipped, started
+from emf.weights.start import for_few_steps, resumed, shipped, started
 from emf.weights.tensors import load_weights, read_weights
 
 KINDS = {model: kind for kind, model in TEXT_MODELS.items()}
@@ -46,6 +47,12 @@ def weights_folder(folder: Path) -> Path:
     """Where the weights of a network lie: an export's and a converted folder's in it, else those of the newest
     checkpoint. Raises ValueError where there are none."""
     return folder if (folder / "model_index.json").is_file() or is_base(folder) else newest(folder)
+
+
+def at_weights(folder: Path, read: Callable[[Path], Read]) -> Read:
+    """What `read` makes of the folder where the weights of a network lie; where that is a run in training, whose
+    checkpoint goes while it is read, of the next one. See weights_folder."""
+    return while_there(lambda: weights_folder(folder), read)
 
 
 @dataclass(frozen=True)
@@ -77,10 +84,10 @@ def load_velocity(folder: Path | str, text: Path | None = None) -> Velocity:
                 return replace(found, note=found.note or f"flow matching samples the start of {folder}, {config.init}")
             except ValueError as error:
                 reason = f"its start cannot be had: {error}"
-    config, network = load(folder, text)
+    config, network, source = at_weights(folder, lambda place: (*load(place, text), place))
     trained = config.objective == "meanflow"
     note = f"flow matching samples {folder}'s own velocity, which training for few steps has moved; {reason}"
-    return Velocity(config, network, weights_folder(folder), note * trained)
+    return Velocity(config, network, source, note * trained)
 
 
 def load_start(config: Config) -> Velocity:
@@ -89,24 +96,30 @@ def load_start(config: Config) -> Velocity:
     if config.init is None:
         raise ValueError("the run started from random weights, so there is no base to compare with")
     is_run = (config.init / WEIGHTS).is_file() or checkpoints(config.init)
-    if is_run and from_file(newest(config.init) / SETTINGS).objective == "meanflow":
+    if is_run and _run_config(config.init, None).objective == "meanflow":
         return load_velocity(config.init)
     sizes = replace(config.transformer, dual_time=False)
     base = replace(config, objective="flow_matching", transformer=sizes, trained=(), lora=LoraConfig())
     where = shipped(config.init)
-    return Velocity(base, started(base).eval(), weights_folder(where) if where.is_dir() else where, "")
+    note = f"the start of the run, {config.init}, was trained for few steps itself, which has moved its velocity"
+    source = weights_folder(where) if where.is_dir() else where
+    return Velocity(base, started(base).eval(), source, note * for_few_steps(where))
 
 
 def _run_config(run: Path, text: Path | None) -> Config:
     """The config of a run or a checkpoint, with its text encoder's folder where another is named."""
-    config = from_file(newest(run) / SETTINGS)
+    config = at_newest(run, lambda checkpoint: from_file(checkpoint / SETTINGS))
     return config if text is None else replace(config, condition=replace(config.condition, folder=text))
 
 
 def load_run(run: Path, text: Path | None = None) -> tuple[Config, TextToImage]:
     """(config, network with the averaged weights) of a run's folder or one of its checkpoints; text: see load."""
-    config = _run_config(run, text)
-    return config, resumed(config, newest(run)).eval()
+
+    def read(checkpoint: Path) -> tuple[Config, TextToImage]:
+        config = _run_config(checkpoint, text)
+        return config, resumed(config, checkpoint).eval()
+
+    return at_newest(run, read)
 
 
 def load_export(folder: Path, text: Path | None = None) -> tuple[Config, TextToImage]:

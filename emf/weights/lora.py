@@ -68,7 +68,7 @@ def export_adapters(
         ours = items({DIFFUSERS_PREFIX + k: v for k, v in factors.items()}, as_written)
         write_file(part / DIFFUSERS, ours, metadata={DIFFUSERS_SETTINGS: told})
         said = {k: str(getattr(config.transformer, k)) for k in SCALES}
-        said[STAMP] = stamp_in(network.transformer, config.lora.alpha / config.lora.rank)
+        said[STAMP] = stamp_in(network.transformer, config.lora.scale)
         write_file(part / FULL, items(full, as_written), metadata=said)
     return config
 

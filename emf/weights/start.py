@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+import json
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +11,44 @@ import torch
 from torch import Tensor
 
 from emf.config import Config
+from emf.files import filled, parse_json
 from emf.idle import chosen
-from emf.model.sizes import TransformerConfig
+from emf.model.sizes import EncoderConfig, TransformerConfig
 from emf.model.state import read_state
 from emf.model.text_to_image import TextToImage
 from emf.model.transformer import Transformer
 from emf.network.build import adapt, assemble, build
 from emf.recipes import from_file
 from emf.weights import checkpoints
-from emf.weights.branches import PREFIX, SCALES, add_time_branches, has_time_branches
-from emf.weights.checkpoints import MADE, SETTINGS, WEIGHTS, newest, saved_names
+from emf.weights.adapter_settings import merged
+from emf.weights.branches import PREFIX, SCALES, add_time_branches, has_time_branches, scales
+from emf.weights.checkpoints import MADE, SETTINGS, WEIGHTS, saved_names
 from emf.weights.converted import is_base, load_converted, read_converted
 from emf.weights.diffusers_folder import exported_sizes, load_exported_transformer
-from emf.weights.tensors import load_weights, read_metadata
+from emf.weights.layouts import read_settings
+from emf.weights.tensors import PICKLES, Weights, load_weights, read_metadata
 
+RELEASED = "emf"
+"""Under which name the header of a released file has what it says of its run."""
 ASSETS = Path(__file__).parents[1] / "assets"
 FREE = ("checkpointing", "sample_size", "dual_time")
 """Sizes that a run may choose otherwise than the folder that it starts from."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a released file says of its run: the sizes of the parts, the geometry of the digits' pictures."""
+
+    transformer: dict[str, Any]
+    encoder: dict[str, Any]
+    world: dict[str, Any]
+    kind: str
+    """Of the text encoder."""
+
+    @classmethod
+    def of(cls, config: Config) -> Said:
+        """What would be said of the run of a config."""
+        return cls(asdict(config.transformer), asdict(config.encoder), asdict(config.world), config.condition.kind)
 
 
 def started(config: Config, dtype: torch.dtype = torch.float32) -> TextToImage:
@@ -47,7 +69,9 @@ def started(config: Config, dtype: torch.dtype = torch.float32) -> TextToImage:
             transformer = Transformer(config.transformer).to(dtype)
         network = assemble(config, transformer)
         state = _read_folder(source, config) if source.is_dir() else _read_file(source, config)
-        if config.transformer.dual_time:
+        if not config.transformer.dual_time:  # as of a converted folder: they are made anew from what is trained now
+            state = {k: v for k, v in state.items() if not k.startswith((f"{PREFIX}_t.", f"{PREFIX}_r."))}
+        else:
             if has_time_branches(state):
                 _refuse_embedder_init(source, config)
             # the second embedder is fitted in float32, whatever the file is in
@@ -70,20 +94,24 @@ def resumed(config: Config, checkpoint: Path, dtype: torch.dtype = torch.float32
 
 
 def sizes_of(source: Path, config: Config) -> dict[str, Any]:
-    """The settings, by section of a config, that the folder to start from knows: the transformer's sizes, and the scale
-    of its times where it has EMF's two time embedders; of a run on the digits also its text encoder's sizes and the
-    geometry of its pictures, for a config that has those. Raises ValueError where the folder holds nothing to start
-    from."""
-    told: dict[str, Any] = {}
+    """The settings, by section of a config, that the folder or file to start from knows: the transformer's sizes, and
+    the scale of its times where it has EMF's two time embedders; of the digits also the text encoder's sizes, and of a
+    run on them the geometry of its pictures, for a config that has those. Of a file that says nothing, none. Raises
+    ValueError where a folder holds nothing to start from."""
+    told, small = dict[str, Any](), config.condition.kind == "small"
     if is_base(source):
         theirs = read_converted(source).transformer
     elif (source / "model_index.json").is_file():
         theirs = exported_sizes(source / "transformer")
+        if small and (sizes := source / "text_encoder" / "config.json").is_file():
+            told |= {"encoder": asdict(filled(EncoderConfig, read_settings(sizes), f"weights: {sizes}"))}
     else:
-        run = _run_at(source)
-        theirs = run.transformer
-        if run.condition.kind == config.condition.kind == "small":
-            told |= {"encoder": asdict(run.encoder), "world": asdict(run.world)}
+        said = said_by(source) if source.is_file() else Said.of(_run_at(source))
+        if said is None:
+            return {}
+        theirs = filled(TransformerConfig, said.transformer, f"weights: {source}: transformer")
+        if said.kind == "small" and small:
+            told |= {"encoder": said.encoder, "world": said.world}
     own = ("checkpointing", "dual_time") if theirs.dual_time else ("checkpointing", "dual_time", "time_scale")
     return told | {"transformer": {k: v for k, v in asdict(theirs).items() if k not in own}}
 
@@ -98,40 +126,86 @@ def with_encoder(config: Config) -> Config:
     if is_base(source):
         folder = source if c.kind == "blip3o" else None
     elif not (source / "model_index.json").is_file():
-        theirs = from_file(newest(source) / SETTINGS)
+        theirs = _config_at(source)
         folder = (theirs.condition.folder or theirs.init) if theirs.condition.kind == c.kind else None
     return replace(config, condition=replace(c, folder=folder))
 
 
 def _read_folder(source: Path, config: Config) -> dict[str, Tensor]:
-    """The weights of a run, a checkpoint or an export that a run starts from. Raises ValueError where the
-    folder is none of them, has adapters, or other sizes than the config's."""
+    """The weights of a run, a checkpoint or an export that a run starts from, low-rank adapters merged; of an export on
+    the digits with its text encoder. Raises ValueError where the folder is none of them, or has other sizes than the
+    config's."""
     if (source / "model_index.json").is_file():
         transformer = load_exported_transformer(source / "transformer")
         _check_sizes(source, transformer.config, config)
-        return {f"transformer.{k}": v for k, v in transformer.state_dict().items()}
-    _check_run(source, _run_at(source), config)
-    return read_state(newest(source) / WEIGHTS)
-
-
-def _check_run(source: Path, theirs: Config, config: Config) -> None:
-    """Raises ValueError where a run, from which `source` is, has adapters or other sizes than the config's."""
-    if theirs.lora.rank:
-        raise ValueError(
-            f"config: init {source} has adapters beside its weights; emf export merges them: give its folder"
-        )
+        state = {f"transformer.{k}": v for k, v in transformer.state_dict().items()}
+        if config.condition.kind == "small" and (encoder := source / "text_encoder" / WEIGHTS).is_file():
+            state |= {f"encoder.{k}": v for k, v in read_state(encoder).items()}
+        return state
+    _run_at(source)
+    theirs, state = checkpoints.at_newest(source, read_merged)
     _check_sizes(source, theirs.transformer, config)
+    return state
+
+
+def read_merged(checkpoint: Path) -> tuple[Config, dict[str, Tensor]]:
+    """(config, averaged weights) of a checkpoint, low-rank adapters merged. Raises ValueError where it is broken."""
+    config = from_file(checkpoint / SETTINGS)
+    return config, merged(read_state(checkpoint / WEIGHTS), config.lora.scale)
+
+
+def said_of(config: Config) -> dict[str, str]:
+    """The header of a released file: its time scales, and what it says of its run."""
+    return scales(config.transformer) | {RELEASED: json.dumps(asdict(Said.of(config)))}
+
+
+def said_by(file: Path) -> Said | None:
+    """What a file of weights says of its run: a checkpoint's by the config beside it, a released one by its header.
+    None where nothing does. Raises ValueError where that cannot be used."""
+    if _of_checkpoint(file):
+        return Said.of(from_file(file.parent / SETTINGS))
+    header = {} if file.suffix in PICKLES else read_metadata(file)
+    where = f"weights: {RELEASED} in the header of {file}"
+    return filled(Said, parse_json(header[RELEASED], where), where) if RELEASED in header else None
+
+
+def for_few_steps(source: Path) -> bool:
+    """Whether what a run starts from, a folder or a file, was trained for few steps before: its time embedders are
+    EMF's."""
+    if source.is_file():
+        return any(f"{PREFIX}_t." in name for name in Weights([source]).entries)
+    if is_base(source):
+        return read_converted(source).made is None
+    if (source / "model_index.json").is_file():
+        return exported_sizes(source / "transformer").dual_time
+    return _run_at(source).objective == "meanflow"
+
+
+def _of_checkpoint(file: Path) -> bool:
+    """Whether a file of weights lies in a checkpoint, beside its config."""
+    return file.name == WEIGHTS and (file.parent / MADE).is_file()
 
 
 def _read_file(source: Path, config: Config) -> dict[str, Tensor]:
-    """The weights of a file that a run starts from. Raises ValueError where it is missing or broken, and
-    where a checkpoint's config.json beside it, or the file's own header, tells of other sizes or time scales."""
+    """The weights of a file that a run starts from, low-rank adapters merged. Raises ValueError where it is missing or
+    broken, has adapters of which nothing says how they are merged, and where a checkpoint's config.json beside it, or
+    the file's own header, tells of other sizes or time scales."""
+    if _of_checkpoint(source):
+        theirs, state = read_merged(source.parent)
+        _check_sizes(source, theirs.transformer, config)
+        return state
     state = read_init(source)
-    if source.name == WEIGHTS and (source.parent / MADE).is_file():
-        _check_run(source, from_file(source.parent / SETTINGS), config)
-    elif source.is_file() and has_time_branches(state):
-        scales = {k: float(v) for k, v in read_metadata(source).items() if k in SCALES}
-        _check_sizes(source, replace(config.transformer, **scales), config)  # type: ignore[arg-type]
+    if source.is_file() and (said := said_by(source)) is not None:
+        _check_sizes(source, filled(TransformerConfig, said.transformer, f"weights: {source}: transformer"), config)
+        return state
+    if lone := next((name for name in state if ".lora_" in name), None):
+        raise ValueError(
+            f"config: init {source} holds adapters, {lone} the first, and not their scale; give the run's folder, or "
+            "release it again"
+        )
+    if source.is_file() and has_time_branches(state):
+        scale = {k: float(v) for k, v in read_metadata(source).items() if k in SCALES}
+        _check_sizes(source, replace(config.transformer, **scale), config)  # type: ignore[arg-type]
     return state
 
 
@@ -151,7 +225,11 @@ def _run_at(source: Path) -> Config:
             f"weights: {source} is neither a run with a checkpoint, nor from emf convert or emf export; give one of "
             "these, or a file of weights"
         )
-    return from_file(newest(source) / SETTINGS)
+    return _config_at(source)
+
+
+def _config_at(run: Path) -> Config:
+    return checkpoints.at_newest(run, lambda checkpoint: from_file(checkpoint / SETTINGS))
 
 
 def read_init(source: Path) -> dict[str, Tensor]:

@@ -266,6 +266,42 @@ def test_other_data_is_refused(sources: list[Source], tmp_path: Path) -> None:
         write_cache(Images(sources, 32), posterior, tmp_path / "c", encoder="small", shard=5)
 
 
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_a_caption_or_a_picture_that_changed_is_noticed(kind: str, tmp_path: Path) -> None:
+    """By what is in it, not by when it was written; a sample that was dropped too, and the key of the captions."""
+    data = pairs(7) | {"0002.png": b"broken"} | {"0004.json": b'{"caption": "a", "other": "b"}'}
+    data.pop("0004.txt")
+
+    def source(changed: dict[str, bytes], key: str | None = None) -> list[Source]:
+        shutil.rmtree(tmp_path / "d", ignore_errors=True)
+        (tmp_path / "d").mkdir()
+        place = tmp_path / "d" / ("a.tar" if kind == "tar" else "a")
+        return [Source(str((write_tar if kind == "tar" else write_folder)(place, data | changed)), caption=key)]
+
+    calls: list[int] = []
+    write(source({}), counting(posterior, calls), tmp_path / "c", shard=3)
+    before, drawn = contents(tmp_path / "c"), len(calls)
+    write(source({}), counting(posterior, calls), tmp_path / "c", shard=3)  # written anew with other times
+    assert len(calls) == drawn + 1  # the probe alone
+    caption = data["0005.txt"]
+    picture = bytearray(data["0000.png"])
+    picture[-20] ^= 1
+    for changed, key, file in (
+        ({"0005.txt": bytes([caption[0] ^ 1]) + caption[1:]}, None, 1),  # of the same length
+        ({"0000.png": bytes(picture)}, None, 0),
+        ({"0002.png": data["0001.png"]}, None, 0),
+        ({}, "other", 0),
+    ):
+        with pytest.raises(ValueError, match=rf"changed since they were encoded .*move away shard-0000{file}.saf") as e:
+            write(source(changed, key), posterior, tmp_path / "c", shard=3)
+        assert "\n" not in str(e.value) and contents(tmp_path / "c") == before
+    fresh = source({"0005.txt": b"another caption"})
+    (tmp_path / "c" / "shard-00001.safetensors").unlink()
+    write(fresh, posterior, tmp_path / "c", shard=3)
+    assert [Cache(tmp_path / "c").get(0, i).caption for i in (0, 5)] == ["picture 0", "another caption"]
+    write(fresh, posterior, tmp_path / "c", shard=3)
+
+
 def test_another_encoder_of_the_same_name_is_refused(sources: list[Source], tmp_path: Path) -> None:
     write(sources, posterior, tmp_path / "c", tokenize=tokenize)
     (tmp_path / "c" / "shard-00002.safetensors").unlink()

@@ -147,11 +147,11 @@ def test_low_rank_adapters(recipe: list[str], base: Path, tmp_path: Path) -> Non
     for name, value in end.items():
         moved = name.startswith(full) or name.endswith("scale_shift_table") or name in adapters
         assert torch.equal(value, start[name]) != moved, name
-    _, network = load_run(tmp_path / "run0")
+    config, network = load_run(tmp_path / "run0")
     z, t, c = torch.randn(2, 3, 18, 18), torch.tensor([0.3, 0.9]), torch.randn(2, 4, 32)
     want = network.transformer(z, t, t / 2, c)
     whole = type(network.transformer)(network.transformer.config)
-    whole.load_state_dict(merged(network.transformer))
+    whole.load_state_dict(merged(network.transformer.state_dict(), config.lora.scale))
     assert torch.allclose(whole(z, t, t / 2, c), want, atol=1e-5)
     changed = whole.state_dict()["transformer_blocks.0.attn1.to_q.weight"]
     assert not torch.equal(changed, load_file(base)["transformer.transformer_blocks.0.attn1.to_q.weight"])
