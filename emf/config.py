@@ -8,71 +8,56 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from emf.data.batches import Batches, DataConfig
 from emf.data.world import World
 from emf.files import read_object
 from emf.flow_config import FlowConfig, MatchConfig
-from emf.model.sizes import EncoderConfig, TransformerConfig
+from emf.limits import Within, check_limits
+from emf.model.sizes import LARGEST_SIZE, EncoderConfig, TransformerConfig
 
-
-def at_least(section: str, settings: Any, **least: float) -> None:
-    """Raises ValueError where one of a section's settings is smaller than its least value."""
-    for name, smallest in least.items():
-        if (value := getattr(settings, name)) < smallest:
-            raise ValueError(f"config: {section}.{name} {value} must be at least {smallest}")
-
-
-def check_finite(settings: Any, section: str = "") -> None:
-    """Raises ValueError where a number of a config, at any depth, is NaN or inf: every comparison lets NaN pass."""
-    for f in dataclasses.fields(settings):
-        value = getattr(settings, f.name)
-        if dataclasses.is_dataclass(value):
-            check_finite(value, f"{f.name}.")
-        numbers = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(x, float) and not math.isfinite(x) for x in numbers):
-            raise ValueError(f"config: {section}{f.name} {value} must be finite")
+MOST_STEPS = 9_999_999
+"""As many as a checkpoint's name has digits for."""
+Counted = Annotated[int, Within(1, MOST_STEPS)]
+SAMPLES_A_STEP = 2**20
+Decay = Annotated[float, Within(0, below=1)]
+"""Of an average."""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """AdamW with linear warm-up."""
 
-    lr: float = 1e-4
+    lr: Annotated[float, Within(above=0)] = 1e-4
     """Learning rate after warm-up."""
-    condition_lr: float = 1.0
+    condition_lr: Annotated[float, Within(0, 1e6)] = 1.0
     """Factor on the learning rate of the condition's path: text encoder and caption projection."""
     decay: Literal["cosine", "constant"] = "cosine"
     """Learning rate after warm-up: to zero along a cosine, or constant."""
-    warmup: float = 0.05
+    warmup: Annotated[float, Within(0)] = 0.05
     """How long the learning rate takes to grow from 0 to its full value: below 1 a share of the run's steps, else a
     number of steps."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Annotated[tuple[float, float], Within(0, below=1)] = (0.9, 0.999)
     """Decay of AdamW's averages of the gradient and of its square."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, Within(0)] = 0.0
     """AdamW's decoupled weight decay."""
-    clip: float = 1.0
+    clip: Annotated[float, Within(0)] = 1.0
     """Largest norm of the whole gradient; 0 does not clip."""
-    ema: float = 0.999
+    ema: Decay = 0.999
     """Decay of the exponential moving average of the weights; early steps use (1 + step) / (10 + step) where that is
     smaller. 0: no average is kept, and what is saved and sampled are the weights themselves."""
     ema_cpu: bool = False
     """Keep the moving average in the host's memory."""
 
     def __post_init__(self) -> None:
-        at_least("optim", self, warmup=0, clip=0)
+        check_limits(self, "config: optim.")
         if self.warmup >= 1 and self.warmup % 1:
             raise ValueError(
                 f"config: optim.warmup {self.warmup} must be a share of the steps, below 1, or a whole number of them"
             )
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ValueError(f"config: optim.lr {self.lr} must be a positive number")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"config: optim.ema {self.ema} must lie in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -83,7 +68,7 @@ class ZeroConfig:
     """What the ranks share. 0: nothing; 1: optimizer states; 2: gradients too; 3: weights too."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format that the network computes in; with bfloat16 float32 master weights are kept."""
-    accumulation: int = 1
+    accumulation: Annotated[int, Within(1, SAMPLES_A_STEP)] = 1
     """How many micro-batches an optimizer step is made of."""
     offload: bool = False
     """Keep the optimizer's states and float32 weights in the host's memory, and step there."""
@@ -91,7 +76,7 @@ class ZeroConfig:
     """A DeepSpeed JSON merged over the derived config."""
 
     def __post_init__(self) -> None:
-        at_least("zero", self, accumulation=1)
+        check_limits(self, "config: zero.")
 
 
 @dataclass(frozen=True)
@@ -100,9 +85,9 @@ class LoraConfig:
     The two time embedders and the tables (scale_shift_table) are trained in full beside them: without embedders that
     move no base becomes a flow map."""
 
-    rank: int = 0
+    rank: Annotated[int, Within(0, LARGEST_SIZE)] = 0
     """Rank of each adapter; 0: no adapters, the weights themselves are trained."""
-    alpha: int = 16
+    alpha: Annotated[int, Within(1, LARGEST_SIZE)] = 16
     """The adapters' product is scaled by alpha / rank."""
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Ends of the names of the linear layers that get an adapter."""
@@ -113,7 +98,7 @@ class LoraConfig:
         return self.alpha / self.rank if self.rank else 0.0
 
     def __post_init__(self) -> None:
-        at_least("lora", self, rank=0, alpha=1)
+        check_limits(self, "config: lora.")
         if self.rank and not self.targets:
             raise ValueError("config: lora.targets names no layer; expected ends of names, as to_q")
 
@@ -132,10 +117,11 @@ class ConditionConfig:
     window: Literal["inference", "released"] = "inference"
     """BLIP3o-NEXT: the 730 positions that condition the transformer are those of inference, or the last 730 of the
     padded sequence, as the released training code takes them."""
-    ar_weight: float = 0.0
+    ar_weight: Annotated[float, Within(0)] = 0.0
     """BLIP3o-NEXT: weight of the language model's own loss, next-token cross entropy, beside the transformer's."""
 
     def __post_init__(self) -> None:
+        check_limits(self, "config: condition.")
         if self.ar_weight and self.kind != "blip3o":
             raise ValueError(
                 f"config: condition.ar_weight {self.ar_weight} needs condition.kind blip3o; the others have no loss of "
@@ -147,17 +133,17 @@ class ConditionConfig:
 class RunConfig:
     """What is written and when; nothing here changes the weights that come out."""
 
-    log_every: int = 10
+    log_every: Counted = 10
     """Write a line of metrics.jsonl every so many steps."""
-    save_every: int = 100
+    save_every: Counted = 100
     """Save a checkpoint every so many steps."""
-    eval_every: int = 0
+    eval_every: Annotated[int, Within(0, MOST_STEPS)] = 0
     """Sample and score during training every so many steps; 0: never."""
-    eval_prompts: int = 10
+    eval_prompts: Annotated[int, Within(1, 10_000)] = 10
     """With eval_every: how many prompts of each of the six tasks are scored."""
-    keep: int = 2
+    keep: Counted = 2
     """How many checkpoints are kept; older ones are removed."""
-    skip: int = 0
+    skip: Annotated[int, Within(0, MOST_STEPS)] = 0
     """How many steps with a NaN or inf loss are skipped before the run stops."""
     prompts: tuple[str, ...] = ()
     """With eval_every: captions of a grid of samples, by the moving average and by the raw weights, at 1, 2 and 4
@@ -167,7 +153,7 @@ class RunConfig:
     csv takes no pictures."""
 
     def __post_init__(self) -> None:
-        at_least("run", self, log_every=1, save_every=1, eval_every=0, eval_prompts=1, keep=1, skip=0)
+        check_limits(self, "config: run.")
         if self.prompts and not self.eval_every:
             raise ValueError("config: run.prompts needs run.eval_every, the steps between two grids of samples")
         for prompt in self.prompts:
@@ -191,15 +177,15 @@ class Config:
     trained: tuple[str, ...] = ()
     """Beginnings of the names of the weights that are trained; none: all that the objective trains. With lora.rank they
     name what is trained in full beside the adapters, of a block its table alone; none: embedders and tables."""
-    seed: int = 0
+    seed: Annotated[int, Within(0, below=2**31)] = 0
     """Seed of everything random in a run: new weights, data, noise, times and dropped conditions."""
-    steps: int = 1000
+    steps: Counted = 1000
     """How many optimizer steps the run takes."""
-    epochs: float | None = None
+    epochs: Annotated[float | None, Within(above=0)] = None
     """Length in another way, in the place of steps: how often as many samples are seen as data.sources hold."""
-    batch_size: int = 64
+    batch_size: Annotated[int, Within(1, SAMPLES_A_STEP)] = 64
     """How many samples an optimizer step sees, over all ranks and micro-batches."""
-    drop: float = 0.1
+    drop: Annotated[float, Within(0, below=1)] = 0.1
     """Probability of dropping a sample's condition."""
     compile: bool = False
     """Compile the transformer's blocks (torch.compile) for training, which costs minutes at its start; not with ZeRO 3.
@@ -221,11 +207,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """What concerns the run, or several sections; each section has checked itself."""
-        check_finite(self)
-        if self.steps < 1 or self.batch_size < 1:
-            raise ValueError(f"config: steps {self.steps} and batch_size {self.batch_size} must be at least 1")
-        if self.epochs is not None and not (math.isfinite(self.epochs) and self.epochs > 0):
-            raise ValueError(f"config: epochs {self.epochs} must be a positive number")
+        check_limits(self, "config: ")
         if self.epochs is not None and not self.data.sources:
             raise ValueError("config: epochs needs data.sources, whose size is known; say steps for the digits")
         if self.epochs is None and self.warmup > self.steps:
@@ -233,10 +215,6 @@ class Config:
                 f"config: optim.warmup {self.warmup} is longer than the run of {self.steps} steps; give a share of the "
                 "steps, as 0.03"
             )
-        if not 0 <= self.seed < 2**31:
-            raise ValueError(f"config: seed {self.seed} must lie in [0, 2^31)")
-        if not 0 <= self.drop < 1:
-            raise ValueError(f"config: drop {self.drop} must lie in [0, 1)")
         if self.batch_size % self.zero.accumulation:
             raise ValueError(
                 f"config: batch_size {self.batch_size} is no multiple of zero.accumulation {self.zero.accumulation}"

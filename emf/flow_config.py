@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Literal
+
+from emf.limits import Within, check_limits
+
+Pair = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -12,37 +15,23 @@ class MatchConfig:
     """A distribution-matching term beside MeanFlow's loss (emf.matching): pictures of one step are moved to where the
     frozen base would have them. Holds the base and a trained copy of it beside the network that is trained."""
 
-    weight: float = 0.0
+    weight: Annotated[float, Within(0)] = 0.0
     """Weight of the term; 0: none."""
-    share: float = 0.25
+    share: Annotated[float, Within(above=0, most=1)] = 0.25
     """How many samples it has a step, for each of MeanFlow's."""
-    guidance: float = 1.25
+    guidance: Annotated[float, Within(above=0)] = 1.25
     """Guidance of the frozen base, to whose pictures those of one step are moved."""
-    fake_lr: float = 1.0
+    fake_lr: Annotated[float, Within(above=0, most=1e6)] = 1.0
     """Factor on the learning rate of the copy, which learns the flow of the pictures of one step."""
-    begin: float = 0.5
+    begin: Annotated[float, Within(0, below=1)] = 0.5
     """Training progress at which it begins; its weight grows from 0 over the next twentieth of the run."""
 
     def __post_init__(self) -> None:
-        ranges = {
-            "weight": (self.weight >= 0, "at least 0"),
-            "share": (0 < self.share <= 1, "above 0 and at most 1"),
-            "guidance": (self.guidance > 0, "a positive number; 1 is none"),
-            "fake_lr": (self.fake_lr > 0, "a positive number"),
-            "begin": (0 <= self.begin < 1, "at least 0 and below 1"),
-        }
-        _check("match", self, ranges)
+        check_limits(self, "config: match.")
 
     def weight_at(self, progress: float) -> float:
         """Of the term, at a training progress in [0, 1]."""
         return self.weight * min(1.0, max(0.0, (progress - self.begin) / 0.05))
-
-
-def _check(section: str, settings: Any, ranges: dict[str, tuple[bool, str]]) -> None:
-    """Raises ValueError on the first setting, by name, that is not what is expected of it."""
-    for name, (holds, expected) in ranges.items():
-        if not holds:
-            raise ValueError(f"config: {section}.{name} {getattr(settings, name)}; expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -51,24 +40,24 @@ class FlowConfig:
     """Distribution of the two draws whose larger is t and whose smaller is r."""
     schedule: Literal["linear", "cosine"] = "linear"
     """How mean, spread and share move from their first to their second value with training progress."""
-    mean: tuple[float, float] = (-0.5, 0.5)
+    mean: Annotated[Pair, Within(-50, 50)] = (-0.5, 0.5)
     """Logit-normal location at progress 0 and 1."""
-    spread: tuple[float, float] = (1.0, 2.0)
+    spread: Annotated[Pair, Within(0, 50)] = (1.0, 2.0)
     """Logit-normal scale at progress 0 and 1."""
-    share: tuple[float, float] = (0.25, 0.75)
+    share: Annotated[Pair, Within(0, 1)] = (0.25, 0.75)
     """Probability of r < t at progress 0 and 1."""
-    weight_p: float = 1.0
+    weight_p: Annotated[float, Within(0, 10)] = 1.0
     """Adaptive weight 1 / (L + c)^p of a sample with summed squared error L; 0 switches it off."""
-    weight_c: float = 1e-3
+    weight_c: Annotated[float, Within(above=0)] = 1e-3
     """The small number c in the adaptive weight."""
-    guidance: float = 1.0
+    guidance: Annotated[float, Within(above=0)] = 1.0
     """Guidance omega inside the target, so that a step of the sampler needs one evaluation and no extrapolation: v
     becomes omega v + kappa u(z, t, t) + (1 - omega - kappa) u(z, t, t | no condition), at one or two more forwards
     without gradient a step (MeanFlow, arXiv 2505.13447, eq. 13, 19 and 21). 1: none, as in EMF."""
-    kappa: float = 0.0
+    kappa: Annotated[float, Within(0, below=1)] = 0.0
     """Share kappa of the network's own conditional velocity in the guided target; the guidance that results is
     omega / (1 - kappa)."""
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_interval: Annotated[Pair, Within(0, 1)] = (0.0, 1.0)
     """Times t at which there is guidance inside the target."""
     along: Literal["data", "network"] = "data"
     """What the tangent runs along: e - x (MeanFlow, EMF; with guidance inside the target, the guided velocity), or the
@@ -78,29 +67,19 @@ class FlowConfig:
     """du/dt by one dual pass; by a central difference along the path, with guidance too (TiM, arXiv 2509.04394), for
     networks that know no Duals, at two more forwards; or alpha-Flow's target without a derivative (arXiv 2510.20771),
     at one, until its alpha is 0, which is by one dual pass."""
-    difference_step: float = 0.005
+    difference_step: Annotated[float, Within(above=0, below=0.5)] = 0.005
     """Distance in t of the central difference to either side."""
-    alpha: tuple[float, float] = (1.0, 0.0)
+    alpha: Annotated[Pair, Within(0, 1)] = (1.0, 0.0)
     """alpha-Flow's alpha at progress 0 and 1, between them along a sigmoid: 1 is trajectory flow matching, 0 MeanFlow,
     exactly so below 0.005."""
-    zero_share: float = 0.0
+    zero_share: Annotated[float, Within(0, 1)] = 0.0
     """Share of the samples with r < t whose r is 0 (TiM: 0.2, a tenth of all): pairs for the one-step sampler."""
 
     def __post_init__(self) -> None:
+        check_limits(self, "config: flow.")
         low, high = self.guidance_interval
-        ranges = {
-            "share": (min(self.share) >= 0 and max(self.share) <= 1, "probabilities"),
-            "spread": (min(self.spread) >= 0, "at least 0"),
-            "zero_share": (0 <= self.zero_share <= 1, "a probability"),
-            "guidance": (math.isfinite(self.guidance) and self.guidance > 0, "a positive number; 1 is none"),
-            "kappa": (0 <= self.kappa < 1, "at least 0 and below 1"),
-            "guidance_interval": (0 <= low <= high <= 1, "two times in [0, 1], the smaller first"),
-            "difference_step": (0 < self.difference_step < 0.5, "above 0 and below 0.5"),
-            "alpha": (min(self.alpha) >= 0 and max(self.alpha) <= 1, "two numbers in [0, 1]"),
-            "weight_p": (math.isfinite(self.weight_p) and self.weight_p >= 0, "at least 0"),
-            "weight_c": (math.isfinite(self.weight_c) and self.weight_c > 0, "positive"),
-        }
-        _check("flow", self, ranges)
+        if low > high:
+            raise ValueError(f"config: flow.guidance_interval {low} {high} must have the smaller time first")
 
     @property
     def built_in(self) -> float:

@@ -352,5 +352,5 @@ def test_a_share_of_pairs_ends_at_zero() -> None:
 )  # fmt: skip
 def test_settings_out_of_range_are_named(wrong: Any) -> None:
     (name,) = wrong
-    with pytest.raises(ValueError, match=f"flow.{name} .*; expected"):
+    with pytest.raises(ValueError, match=f"flow.{name} .* must"):
         FlowConfig(**wrong)

@@ -21,7 +21,7 @@ SHIPPED = [p for p in FILES if p.relative_to(ROOT).parts[0] in ("emf", "kernels"
 
 ROOMS = [
     ["emf_kernels"],
-    ["emf.errors", "emf.files", "emf.device"],
+    ["emf.errors", "emf.files", "emf.device", "emf.limits"],
     ["emf.show"],
     ["emf.flow", "emf.flow_config", "emf.matching", "emf.model"],
     ["emf.conditioning"],

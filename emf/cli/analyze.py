@@ -7,7 +7,19 @@ from typing import Annotated, Any
 
 import tyro
 
-from emf.analyze.choices import DINO, RESAMPLES, Computing, DType, Embedding, Protocol, Sampling, Shortening
+from emf.analyze.choices import (
+    DINO,
+    RESAMPLES,
+    Computing,
+    DrawSeed,
+    DType,
+    Embedding,
+    Protocol,
+    Resamples,
+    Sampling,
+    Shortening,
+)
+from emf.limits import Within
 
 Encoders = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[NAME=][KIND:]FOLDER")]
 Runs = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="NAME=FOLDER")]
@@ -26,7 +38,7 @@ def compare(
     prompts: Path | None = None,
     *,
     dino: str = DINO,
-    seed: int = 0,
+    seed: DrawSeed = 0,
     embedding: Reading = Embedding(),  # noqa: B008 (frozen)
     compute: Running = Computing(),  # noqa: B008
 ) -> None:
@@ -86,9 +98,9 @@ def disentanglement(
     prompts: Path | None = None,
     *,
     how: Removing = Shortening(),  # noqa: B008 (frozen)
-    limit: int | None = None,
+    limit: Annotated[int | None, Within(1, 10_000_000)] = None,
     embedding: Reading = Embedding(),  # noqa: B008
-    resamples: int = RESAMPLES,
+    resamples: Resamples = RESAMPLES,
     compute: Running = Computing(),  # noqa: B008
 ) -> None:
     """How much of a prompt's embedding is left when parts of the prompt are removed? Goes on where it was stopped; more

@@ -7,11 +7,18 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from emf.limits import Within
+
+Pixels = Annotated[int, Within(1, 65_536)]
 Sources = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCES")]
 
 
 def inspect(
-    sources: Sources, out: Path, size: int = 1024, limit: int | None = None, listings: Path | None = None
+    sources: Sources,
+    out: Path,
+    size: Pixels = 1024,
+    limit: Annotated[int | None, Within(1, 1_000_000_000)] = None,
+    listings: Path | None = None,
 ) -> None:
     """What is in image-text data: counts, drops with reasons, sizes, caption lengths, a contact sheet.
 
@@ -35,14 +42,14 @@ def cache(
     out: Path,
     ta_tok: Path | None = None,
     scale: Literal[1, 2, 3] = 1,
-    size: int = 1024,
+    size: Pixels = 1024,
     *,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
-    shard: int = 512,
-    batch: int = 1,
-    workers: int = 4,
-    part: int = 0,
-    parts: int = 1,
+    shard: Annotated[int, Within(1, 1_000_000)] = 512,
+    batch: Annotated[int, Within(1, 65_535)] = 1,
+    workers: Annotated[int, Within(1, 1024)] = 4,
+    part: Annotated[int, Within(0, 99_999)] = 0,
+    parts: Annotated[int, Within(1, 100_000)] = 1,
     listings: Path | None = None,
     device: str = "auto",
 ) -> None:

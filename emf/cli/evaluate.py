@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import tyro
 
 from emf.evaluate.drawing import Drawing
-from emf.sample.sampling_settings import GUIDANCE
+from emf.limits import Within
+from emf.sample.sampling_settings import GUIDANCE, Guidance, PerTag, Seed
 
 RunFolder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
 Images = Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[IMAGES]")]
@@ -17,7 +18,7 @@ Draw = Annotated[Drawing, tyro.conf.arg(name="")]
 NOTHING = Drawing()
 
 
-def on_digits(run: RunFolder, per_tag: int = 50, guidance: float = GUIDANCE, seed: int = 0) -> None:
+def on_digits(run: RunFolder, per_tag: PerTag = 50, guidance: Guidance = GUIDANCE, seed: Seed = 0) -> None:
     """Score a run: scores.json and samples.png in its folder, few-step EMF beside flow matching by the base it
     started from.
 
@@ -78,7 +79,7 @@ def dpg(
     draw: Draw = NOTHING,
     answers: Path | None = None,
     vqa: str = "Salesforce/blip-vqa-base",
-    resolution: int | None = None,
+    resolution: Annotated[int | None, Within(1, 65_536)] = None,
     skip_first_row: bool = True,
     last_crop_categories: bool = True,
     device: str = "auto",

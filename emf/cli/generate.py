@@ -8,6 +8,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from emf.limits import Within
+from emf.sample.sampling_settings import AtOnce, Guidance, Seed, Steps
+
 
 def generate(
     captions: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="CAPTIONS")],
@@ -15,14 +18,14 @@ def generate(
     out: Path,
     prompts: Path | None = None,
     *,
-    steps: int = 1,
-    guidance: float | None = None,
-    seed: int = 0,
-    n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1,
+    steps: Steps = 1,
+    guidance: Guidance | None = None,
+    seed: Seed = 0,
+    n: Annotated[int, tyro.conf.arg(aliases=["-n"]), Within(1, 1_000_000)] = 1,
     flow_matching: bool = False,
     vae: Path | None = None,
     text: Path | None = None,
-    batch: int = 4,
+    batch: AtOnce = 4,
     dtype: Literal["float32", "bfloat16"] | None = None,
     device: str = "auto",
 ) -> None:
@@ -53,11 +56,7 @@ def generate(
     from emf.files import read_lines, whole_path
     from emf.sample.picture_files import check_pictures_folder, write_images
     from emf.sample.sampler import Sampler
-    from emf.sample.sampling_settings import Settings
 
-    if n < 1:
-        raise ValueError(f"generate: {n} images of each caption (-n); expected at least 1")
-    Settings(steps, guidance, seed, batch=batch)  # what cannot be is said before the weights are read
     read = [] if prompts is None else read_lines(prompts)
     every = [c for c in (*captions, *read) for _ in range(n)]
     if not every:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial, wraps
+from inspect import signature
 from typing import Any
 
 from emf.arguments import NEEDS_EXTRA, one_line, options_of, spelled
 from emf.errors import cleaned_up, report_errors
+from emf.limits import check_limit, limits_of
 
 try:
     import tyro
@@ -76,11 +78,18 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
 
 
 def _deferred(command: Callable[..., None]) -> Callable[..., Any]:
-    """A command that is parsed now and called afterwards, its errors being its own."""
+    """A command that is parsed now and called afterwards, its errors being its own. A number that is out of its range
+    is the first of them."""
+
+    def checked(*args: Any, **kwargs: Any) -> None:
+        given = signature(command).bind(*args, **kwargs).arguments
+        for name, limit in limits_of(command).items():
+            check_limit(given.get(name), limit, f"{command.__name__}: --{name.replace('_', '-')}")
+        command(*args, **kwargs)
 
     @wraps(command)
     def later(*args: Any, **kwargs: Any) -> Callable[[], None]:
-        return partial(command, *args, **kwargs)
+        return partial(checked, *args, **kwargs)
 
     return later
 

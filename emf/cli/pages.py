@@ -7,6 +7,8 @@ from typing import Annotated
 
 import tyro
 
+from emf.limits import Within
+
 RunFolder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
 
 
@@ -21,7 +23,12 @@ def report(run: RunFolder) -> None:
     print(f"open {write_report(run)}")
 
 
-def paper(out: Path = Path("runs/paper"), quick: bool = False, jobs: int | None = None, seeds: int = 3) -> None:
+def paper(
+    out: Path = Path("runs/paper"),
+    quick: bool = False,
+    jobs: Annotated[int | None, Within(1, 1024)] = None,
+    seeds: Annotated[int, Within(1, 1000)] = 3,
+) -> None:
     """The paper's tables and figures in miniature, on the digits: results.json and report-paper.html. Stopped, it goes
     on.
 
@@ -38,8 +45,6 @@ def paper(out: Path = Path("runs/paper"), quick: bool = False, jobs: int | None 
     from emf.paper.results_page import write_paper
     from emf.paper.runs import run_all
 
-    if seeds < 1 or (jobs is not None and jobs < 1):
-        raise ValueError(f"paper: {seeds} seeds, {jobs} jobs; expected at least 1 of each")
     budget = QUICK if quick else replace(FULL, seeds=tuple(range(seeds)))
     run_all(out, budget, jobs or os.cpu_count() or 1)
     print(f"open {write_paper(out, budget)}")

@@ -7,6 +7,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from emf.limits import Within
+from emf.model.sizes import Scale
+
 RunFolder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
 
 
@@ -16,12 +19,12 @@ def convert(
     config: Path | None = None,
     *,
     embedder_init: Literal["duplicate", "preserve"] = "duplicate",
-    time_scale: float = 1.0,
+    time_scale: Scale = 1.0,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     allow_missing: tuple[str, ...] = (),
     allow_extra: tuple[str, ...] = (),
     allow_misshaped: tuple[str, ...] = (),
-    shard_gb: float = 5.0,
+    shard_gb: Annotated[float, Within(above=0, most=1e6)] = 5.0,
 ) -> None:
     """Published weights into a folder to start from (--init): SANA, BLIP3o-NEXT, or EMF's own.
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 from emf.data.world import World
+from emf.limits import Within, check_limits
 
 
 @dataclass(frozen=True)
@@ -15,21 +17,20 @@ class DataConfig:
     sources: tuple[str, ...] = ()
     """Tars of webdataset, folders of images and texts: PATH, PATH@WEIGHT or PATH@WEIGHT@CAPTION-KEY
     (emf.data.sources); or folders that emf cache wrote, PATH or PATH@WEIGHT, of one encoder."""
-    size: int = 1024
+    size: Annotated[int, Within(1, 65_536)] = 1024
     """Pixels along a side of the centre crop."""
     vae: Path | None = None
     """A diffusers folder with the autoencoder (DC-AE), or its OWNER/NAME on the Hugging Face Hub; none: the flow works
     on pixels."""
     ta_tok: Path | None = None
     """BLIP3o-NEXT: ta_tok.pth, for images whose tokens no cache holds."""
-    workers: int = 4
+    workers: Annotated[int, Within(1, 1024)] = 4
     """How many threads of a rank read and decode images."""
     listings: Path | None = None
     """A file that keeps what is in the tars, so that the next start need not read them."""
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise ValueError(f"config: data.workers {self.workers} must be at least 1")
+        check_limits(self, "config: data.")
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from emf.sample.sampling_settings import Settings
+from emf.limits import Within, check_limits
+from emf.sample.sampling_settings import AtOnce, Guidance, Seed, Steps
 
 
 @dataclass(frozen=True)
@@ -17,36 +18,34 @@ class Drawing:
     checkpoint: Path | None = None
     """What to draw the images with: a run's folder, one of its checkpoints, an export, or a folder from emf
     convert."""
-    steps: tuple[int, ...] = (1, 2, 4, 8)
+    steps: tuple[Steps, ...] = (1, 2, 4, 8)
     """Numbers of steps to draw with; with a folder of images the number that the table says."""
     flow_matching: bool = False
     """Sample the instantaneous velocity with Euler's method, of a trained run that of its start: the baseline's rows,
     at 30, 4, 1."""
-    guidance: float | None = None
+    guidance: Guidance | None = None
     """Classifier-free guidance, 1 is none; default: 1.25 for the digits, else 2."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the noise."""
     vae: Path | None = None
     """A diffusers folder with the autoencoder, or its OWNER/NAME on the Hugging Face Hub; default: that of the run's
     data, or of the export."""
     text: Path | None = None
     """The folder or Hub name of the text encoder, where it was moved; default: the run's."""
-    batch: int = 4
+    batch: AtOnce = 4
     """How many images are computed at once."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Number format that the transformer computes in; default: float32 on a CPU, bfloat16 on a GPU."""
     images_only: bool = False
     """Draw the images and do not score them."""
-    limit: int | None = None
+    limit: Annotated[int | None, Within(1, 10_000_000)] = None
     """Draw the first so many prompts only, to try it."""
 
     def __post_init__(self) -> None:
         """Raises ValueError on what cannot be."""
-        if not self.steps or min(self.steps) < 1:
-            raise ValueError(f"evaluate: steps {self.steps} (--steps); expected numbers from 1 on, as in 1 2 4 8")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"evaluate: limit {self.limit} (--limit); expected at least 1 prompt")
-        Settings(1, self.guidance, self.seed, batch=self.batch)
+        check_limits(self, "evaluate: --")
+        if not self.steps:
+            raise ValueError("evaluate: --steps is empty; expected numbers as in 1 2 4 8")
 
     def refuse(self, further: Sequence[str] = ()) -> None:
         """Raises ValueError where something is said of drawing, though images are there. further: options of the

@@ -25,7 +25,7 @@ def evaluate_run(run: Path, per_tag: int, guidance: float, seed: int) -> dict[st
     holds. Raises ValueError where the folder is no run that can be scored.
     """
     if per_tag < 1:
-        raise ValueError(f"evaluate: per_tag {per_tag} (--per-tag); expected at least 1 prompt of each task")
+        raise ValueError(f"evaluate: --per-tag {per_tag} must be at least 1")
     Settings(1, guidance, seed)
     if not (run / "metrics.jsonl").exists() and (run / "model.safetensors").exists():
         raise ValueError(f"evaluate: {run} is a checkpoint; give the run's folder, in which the scores are written")

@@ -3,7 +3,6 @@ not stopped."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -80,13 +79,16 @@ def make_batch(config: Config, feed: Feed, step: int, part: int, parts: int) -> 
 def batches(config: Config, feed: Feed, start: int, rank: int, world: int) -> Iterator[tuple[tuple[int, int], Batch]]:
     """((step, micro-batch), this rank's samples) from step start on; the next is made while this one is used."""
     accumulation = config.zero.accumulation
-    places = [(step, micro) for step in range(start, config.steps) for micro in range(accumulation)]
+    places = ((step, micro) for step in range(start, config.steps) for micro in range(accumulation))
 
     def make(step: int, micro: int) -> Batch:
         return make_batch(config, feed, step, rank + world * micro, world * accumulation).pinned()
 
     with ThreadPoolExecutor(1) as ahead:
-        coming = deque(ahead.submit(make, *place) for place in places[:1])
-        for i, place in enumerate(places):
-            coming.extend(ahead.submit(make, *later) for later in places[i + 1 : i + 2])
-            yield place, coming.popleft().result()
+        place = next(places, None)
+        coming = place and ahead.submit(make, *place)
+        while place and coming:
+            now, batch = place, coming
+            place = next(places, None)
+            coming = place and ahead.submit(make, *place)
+            yield now, batch.result()

@@ -10,6 +10,7 @@ the same reference by the same tests.
 from __future__ import annotations
 
 import inspect
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -160,6 +161,7 @@ REGISTRY: dict[str, Op] = {}
 KNOWN = 1024  # how many accepted calls an op remembers before it forgets them all
 # what an argument may be that a reference annotates so; symbolic where torch.compile traces
 NUMBERS = {"float": (float, int, torch.SymFloat, torch.SymInt), "int": (int, torch.SymInt)}
+ADDED = ("eps", "c")  # small numbers that keep a root or a denominator from 0
 _forced: ContextVar[Backend | None] = ContextVar("backend", default=None)
 
 
@@ -325,6 +327,11 @@ class Op:
                     raise ValueError(
                         f"{self.name}: {name} is {a!r}; expected {'an int' if kind == 'int' else 'a float'}"
                     )
+                least = 0.0 if name in ADDED else -math.inf
+                # a compiler's number has no value yet
+                if kind and type(a) in (int, float) and not (math.isfinite(a) and a >= least):
+                    low = ", at least 0" * (not least)
+                    raise ValueError(f"{self.name}: {name} is {a}; expected a finite number{low}")
             elif isinstance(a, Dual):
                 if name not in self.live:
                     raise ValueError(self._takes_none(name))

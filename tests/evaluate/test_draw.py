@@ -245,12 +245,12 @@ def test_what_is_missing_is_said(arguments: dict[str, Any], message: str, tmp_pa
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (dict(steps=()), r"\(--steps\); expected numbers from 1 on"),
-        (dict(steps=(1, 0)), r"\(--steps\); expected numbers from 1 on"),
-        (dict(limit=0), r"\(--limit\); expected at least 1"),
-        (dict(batch=0), r"\(--batch\); expected at least 1"),
-        (dict(seed=2**43), r"\(--seed\); expected 0 to"),
-        (dict(guidance=float("nan")), r"\(--guidance\); expected a number"),
+        (dict(steps=()), "--steps is empty; expected numbers"),
+        (dict(steps=(1, 0)), "--steps 1 0 must be at least 1"),
+        (dict(limit=0), "--limit 0 must be at least 1"),
+        (dict(batch=0), "--batch 0 must be at least 1"),
+        (dict(seed=2**43), "--seed 8796093022208 must be at least 0 and below 8796093022208"),
+        (dict(guidance=float("nan")), "--guidance nan must be finite"),
     ],
 )
 def test_what_cannot_be_drawn_is_said_at_once(wrong: dict[str, Any], message: str) -> None:

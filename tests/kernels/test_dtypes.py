@@ -79,3 +79,20 @@ def test_a_scale_that_would_need_a_gradient_is_refused(name: Backend) -> None:
             attention(q, q, q, scale="0.5")
         with pytest.raises(ValueError, match="^time_embedding: scale is a Tensor; expected a constant"):
             REGISTRY["time_embedding"](torch.ones(2), None, scale)
+
+
+@BOTH
+def test_constants_that_are_not_finite_are_refused(name: Backend) -> None:
+    """Of every op and every number among its arguments: one would make all of its values NaN."""
+    for op in REGISTRY.values():
+        if name == "triton" and op.triton is None:
+            continue
+        arguments = op.inputs(op.cases[0], torch.float32, "cpu", torch.Generator().manual_seed(0))
+        for constant in (k for k, a in arguments.items() if isinstance(a, float)):
+            wrong = [float("nan"), float("inf")] + [-1.0] * (constant in ("eps", "c"))
+            for value in wrong:
+                with (
+                    backend(name),
+                    pytest.raises(ValueError, match=f"^{op.name}: {constant} is {value}; expected a fin"),
+                ):
+                    op(**arguments | {constant: value})

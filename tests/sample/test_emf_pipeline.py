@@ -87,7 +87,7 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path) -> None:
         (dict(prompt_embeds=c), "no vae to decode with"),
         (dict(prompt_embeds=c, output_type="jpg"), "'jpg'; expected pil, np, pt or latent"),
         (dict(prompt_embeds=c, latents=z[:2], output_type="latent"), "expected \\(3, 4, 8, 8\\)"),
-        (dict(prompt_embeds=c, num_inference_steps=0, output_type="latent"), "0 steps"),
+        (dict(prompt_embeds=c, num_inference_steps=0, output_type="latent"), "steps 0"),
         (dict(prompt_embeds=c, generator=[torch.Generator()], output_type="latent"), "1 generators; expected one, or"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -117,7 +117,7 @@ def test_an_autoencoder_decodes_each_image(network: TextToImage) -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (dict(steps=0), "0 steps"),
+        (dict(steps=0), "steps 0"),
         (dict(batch=0), "batch 0"),
         (dict(seed=-1), "seed -1"),
         (dict(seed=2**43), "seed 8796093022208"),

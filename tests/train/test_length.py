@@ -50,7 +50,7 @@ def test_epochs_are_steps_of_the_data(tmp_path: Path) -> None:
     config = replace(config, data=replace(config.data, sources=("x",)), epochs=30)
     assert in_steps(config, 170_000) == replace(config, steps=39_843, epochs=None)  # as the recipe has it
     assert in_steps(config, 3).steps == 1 and in_steps(replace(config, epochs=0.5), 2560).steps == 10
-    with pytest.raises(ValueError, match="epochs 0 must be a positive number"):
+    with pytest.raises(ValueError, match="epochs 0 must be above 0"):
         replace(config, epochs=0)
     with pytest.raises(ValueError, match="epochs needs data.sources"):
         replace(RECIPES["digits"](), epochs=2)

@@ -300,11 +300,11 @@ def test_what_torch_keeps_is_counted_on_meta() -> None:
     ("wrong", "message"),
     [
         (dict(gpu="abacus"), "plan: no GPU 'abacus'"),
-        (dict(gpus=0), "plan: gpus 0; expected at least 1"),
-        (dict(memory=-1.0), "plan: memory -1.0"),
-        (dict(memory=float("nan")), "plan: memory nan"),
-        (dict(mfu=0.0), "plan: mfu 0.0"),
-        (dict(mfu=2.0), "plan: mfu 2.0"),
+        (dict(gpus=0), "plan: --gpus 0 must be at least 1"),
+        (dict(memory=-1.0), "plan: --memory -1.0"),
+        (dict(memory=float("nan")), "plan: --memory nan"),
+        (dict(mfu=0.0), "plan: --mfu 0.0"),
+        (dict(mfu=2.0), "plan: --mfu 2.0"),
     ],
 )
 def test_hardware_that_cannot_be_is_one_line(wrong: dict, message: str) -> None:
