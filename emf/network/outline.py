@@ -17,6 +17,7 @@ from emf.files import read_object
 from emf.model.text_to_image import TextToImage
 from emf.model.transformer import Transformer
 from emf.network.build import adapt, choose_trained
+from emf.network.flows import with_flows
 
 PROMPT = 128
 """Tokens of a caption with what BLIP3o-NEXT puts around it; a longer caption makes a longer row."""
@@ -57,7 +58,7 @@ def outline(config: Config) -> TextToImage:
         network = TextToImage(_encoder(config), Transformer(config.transformer))
         choose_trained(network, replace(config, lora=LoraConfig()))
         adapt(network, config)
-    return network
+        return with_flows(network, config)
 
 
 def _encoder(config: Config) -> nn.Module:

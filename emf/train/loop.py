@@ -20,13 +20,14 @@ from emf.data.feed import Feed, check_sources, feed
 from emf.errors import Diverged, seen_alone
 from emf.evaluate.digits_scorer import Scorer
 from emf.idle import check_idle
+from emf.model.text_to_image import TextToImage
 from emf.network.build import build
+from emf.network.flows import with_flows
 from emf.sample.sampling_settings import GUIDANCE
 from emf.train.batch import Batch, batches
 from emf.train.faster import check_quick, quicken
 from emf.train.launcher import launcher_left
 from emf.train.log import Log, memory_mib, speed
-from emf.train.matched import matched
 from emf.train.objective import descended, learning_rate, losses
 from emf.train.opening import in_steps, opening
 from emf.train.paths import fetched, located
@@ -43,6 +44,7 @@ from emf.train.zero import (
     shared,
 )
 from emf.weights.checkpoints import checkpoints
+from emf.weights.folders import load_start
 from emf.weights.start import resumed, started, with_encoder
 
 
@@ -64,8 +66,8 @@ def train(config: Config, out: Path | str, resume: bool = False) -> None:
             print(f"{out} holds no checkpoint to continue from; the run starts at step 0", flush=True)
         torch.manual_seed(config.seed)
         network = shared(
-            lambda dtype: matched(config, resumed(config, saved[-1], dtype) if saved else started(config, dtype)),
-            lambda dtype: matched(config, build(config, dtype, empty=True), empty=True),
+            lambda dtype: loaded(config, saved[-1] if saved else None, dtype),
+            lambda dtype: with_flows(build(config, dtype, empty=True), config),
             settings,
         )
         if config.run.prompts:  # what cannot be read of them is said before the first step
@@ -95,6 +97,13 @@ def train(config: Config, out: Path | str, resume: bool = False) -> None:
             if log:
                 log.progress.stop()
         engine.barrier()
+
+
+def loaded(config: Config, checkpoint: Path | None, dtype: torch.dtype) -> TextToImage:
+    """What a run trains, in a dtype on the CPU, from a checkpoint or from its start. What the fake flow of emf.matching
+    has learned is in the engine's part of the checkpoint, which is read later."""
+    network = resumed(config, checkpoint, dtype) if checkpoint else started(config, dtype)
+    return with_flows(network, config, load_start(config).network.transformer if config.match.weight else None)
 
 
 @contextmanager

@@ -183,6 +183,9 @@ def _parts(network: TextToImage) -> list[Part]:
     names = {"language_model": "language model", "model": "text encoder"}
     for name, module in network.encoder.named_children():
         found.append(part(names.get(name, name), dict(module.named_parameters())))
+    for name, said in (("base", "frozen base"), ("fake", "fake flow")):
+        if hasattr(network, name):
+            found.append(part(said, dict(getattr(network, name).named_parameters())))
     return found
 
 
@@ -229,7 +232,7 @@ def _text(config: Config, network: TextToImage, micro: int) -> tuple[dict[str, f
     forward, kept = counted(encoder, read)
     total = sum(p.numel() for p in encoder.parameters())
     share = sum(p.numel() for p in encoder.parameters() if p.requires_grad) / total
-    flops, kept = forward * (1 + _further(config) + (1 + share if share else 0)), micro * kept
+    flops, kept = forward * (1 + _further(config) + 2 * _matched(config) + (1 + share if share else 0)), micro * kept
     if config.condition.ar_weight:
         sizes = encoder.language_model.config
         # the logits of one row at a time, in bfloat16 and float32, with their softmax and gradient; made again in
@@ -265,7 +268,16 @@ def _transformer_flops(config: Config, network: TextToImage) -> dict[str, float]
         flops["tangents"] = forward * sum(config.flow.share) / 2
     if further := _further(config):
         flops["further evaluations"] = forward * further
+    if config.match.weight:
+        guided = 2 if config.match.guidance != 1 else 1
+        flops["distribution matching"] = _matched(config) * forward * (2 + share + again + guided + 3)
     return flops
+
+
+def _matched(config: Config) -> float:
+    """Samples of the distribution-matching term for each of MeanFlow's, over the run: where it acts it makes one step
+    with the network, asks the base, and trains the fake flow."""
+    return config.match.share * (1 - config.match.begin) if config.match.weight else 0.0
 
 
 def _activations(config: Config, network: TextToImage, micro: int, itemsize: int, text: float) -> dict[str, float]:
@@ -276,6 +288,8 @@ def _activations(config: Config, network: TextToImage, micro: int, itemsize: int
     if config.objective == "meanflow" and config.flow.derivative == "jvp" and max(config.flow.share) > 0:
         carry = min(micro, math.floor(micro * max(config.flow.share)) + 1)
     tangent = carry * a["tangent"] + text
+    if config.match.weight:  # one step of the network, and the fake flow
+        micro += 2 * math.ceil(config.match.share * micro)
     kept = micro * (layers * a["block"] + a["rest"]) + tangent
     # under checkpointing one block is whole at a time, with its gradients beside it
     recomputed = micro * (layers * a["input"] + 2 * a["block"] + a["rest"]) + tangent

@@ -158,6 +158,18 @@ def test_images_are_encoded_by_what_the_run_holds_too(small: Any, tmp_path: Path
     assert of("digits").cached == 0 and "autoencoder" not in elsewhere.flops
 
 
+def test_distribution_matching_is_planned() -> None:
+    """Both flows are held, the fake one is trained, and neither is written with the weights."""
+    p, plain = of("digits", match=dict(weight=1.0)), of("digits")
+    base, fake = p.parts[-2:]
+    assert (base.name, fake.name, base.trained, fake.trained) == ("frozen base", "fake flow", 0, base.parameters)
+    assert p.total == plain.total + 2 * base.parameters and p.trained == plain.trained + fake.trained
+    assert 0 < p.flops["distribution matching"] < p.flops["transformer"]
+    # two moments and the weights of the fake flow are DeepSpeed's; the averaged weights are the sampler's alone
+    assert p.checkpoint < plain.checkpoint + 12 * fake.parameters + 1
+    assert p.rows[0]["kept"] > plain.rows[0]["kept"]
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_can_be_planned(recipe: str) -> None:
     """And with adapters: less is trained and written, and more is held."""

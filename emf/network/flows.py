@@ -4,11 +4,13 @@ checkpoints all of it."""
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from emf.config import Config
 from emf.flow import guided
 from emf.matching import matching_loss
 from emf.model.text_to_image import TextToImage
@@ -46,3 +48,14 @@ class Matched(TextToImage):
 
         real = guided(of(self.base, states), of(self.base, null), guidance)
         return matching_loss(of(self.transformer, states), real, of(self.fake, states), noise, tau, again)
+
+
+def with_flows(network: TextToImage, config: Config, base: Transformer | None = None) -> TextToImage:
+    """The network with the two flows where the config asks for them, around the base that the run started from; none:
+    one whose weights are on the meta device."""
+    if not config.match.weight:
+        return network
+    if base is None:
+        with torch.device("meta"):
+            base = Transformer(replace(config.transformer, dual_time=False))
+    return Matched(network, base.to(network.transformer.proj_out.weight.dtype))
