@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -245,6 +245,31 @@ def scan(sources: Iterable[Source], drops: Drops, listings: Path | None = None) 
     if not indices:
         raise ValueError("data: no source; name at least one tar, pattern of tars or folder")
     return indices
+
+
+CHEAP = 4 * 2**30
+"""Bytes of tars whose members are listed for a count alone: seconds."""
+
+
+def is_there(source: Source) -> bool:
+    """Whether something of a source is on this machine's disks; of what is no path it is not asked."""
+    if os.path.exists(source.path) or "://" in source.path or source.path.startswith("pipe:"):
+        return True
+    try:
+        return bool(find_files(source.path, Drops()))
+    except ValueError:
+        return False
+
+
+def count_samples(sources: Sequence[Source], listings: Path | None = None) -> int | None:
+    """How many samples there are, the unusable among them; None where to tell it would take long: tars of more than
+    CHEAP bytes that are not in the listings. Writes nothing. Raises ValueError on a source without a sample."""
+    kept, found = TarListings(listings), [find_files(source.path, Drops()) for source in sources]
+    tars = [file for are_tars, _, files in found if are_tars for file in files if os.path.exists(file)]
+    unknown = sum(os.path.getsize(file) for file in tars if not kept.knows(file))
+    if unknown > CHEAP:
+        return None
+    return sum(map(len, scan(sources, Drops(), None if unknown else listings)))
 
 
 def read_part(index: Index, entry: np.ndarray, ends: int | None = None) -> bytes:

@@ -112,13 +112,19 @@ class TarListings:
             if not known:
                 raise ValueError(f"data: {file} exists and is no index of tars; name another file")
 
+    def knows(self, path: str) -> bool:
+        """Whether a tar, as it is now, is in the file."""
+        stat = os.stat(path)
+        return self.tars.get(os.path.abspath(path), [])[:2] == [stat.st_size, stat.st_mtime_ns]
+
     def read(self, path: str) -> tuple[list[tuple[str, int, int]], str]:
-        stat, name = os.stat(path), os.path.abspath(path)
-        found = self.tars.get(name)
-        if found is None or found[:2] != [stat.st_size, stat.st_mtime_ns]:
+        name = os.path.abspath(path)
+        if not self.knows(path):
+            stat = os.stat(path)
             members, problem = read_tar(path)
-            found = self.tars[name] = [stat.st_size, stat.st_mtime_ns, problem, members]
+            self.tars[name] = [stat.st_size, stat.st_mtime_ns, problem, members]
             self.changed = True
+        found = self.tars[name]
         return [(n, o, s) for n, o, s in found[3]], found[2]
 
     def save(self) -> None:

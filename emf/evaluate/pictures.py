@@ -126,7 +126,7 @@ def draw_pictures(
     sampler.check_captions([item.prompt for item in items])
     guidance = sampler.guidance if drawing.guidance is None else drawing.guidance
     told: dict[str, Any] = dict(checkpoint=str(whole_path(drawing.checkpoint)), prompts=prompts or digest_of(items))
-    told |= sampler.stamps
+    told |= sampler.stamps | {"step": sampler.step}
     told |= dict(dtype=str(sampler.dtype), flow_matching=d.flow_matching, seed=d.seed, guidance=guidance)
     if sampler.note and rank == 0:
         print(sampler.note, file=sys.stderr)

@@ -23,6 +23,7 @@ from emf.files import read_json, read_rows, write_text
 from emf.show import page
 from emf.show.page import Html
 from emf.show.plot import EMF, FM, GREY, MARKERS, SHADES, label, plot, steps_axis
+from emf.weights.checkpoints import checkpoints, step_of
 
 PAPER, PAPER_FM = by_steps("GenEval", FEW_STEP), by_steps("GenEval", FLOW_MATCHING)
 FEW_CAPTIONS = 300
@@ -48,13 +49,13 @@ def write_report(run: Path) -> Path:
     curve = read_rows(run / "curve.jsonl", ("step", "overall"))
     name, ended = run.resolve().name, datetime.fromtimestamp((run / "metrics.jsonl").stat().st_mtime, UTC)
     again = f"emf train {run / 'config.json'} --out DIR"
-    out = run / "report.html"
+    out, past = run / "report.html", _past(run, scores, metrics)
     text = page.page(
         f"{name}: EMF-MeanFlow",
-        _header(name, config, metrics, scores),
-        _key_figures(scores),
-        _samples(run, config),
-        _score_section(run, scores, config),
+        _header(name, config, metrics, scores, past),
+        _key_figures(scores, past),
+        _samples(run, config, past),
+        _score_section(run, scores, config, past),
         _curve_section(run, curve, scores, config),
         _training_section(metrics, config),
         _trust(scores),
@@ -90,9 +91,24 @@ def _scores(file: Path) -> dict[str, Any] | None:
         numbers.append(scores.get("captions", FEW_CAPTIONS))
         if not all(isinstance(x, int | float) for x in [*numbers, *closed(scores).values()]):
             raise TypeError("a score is no number")
+        if not isinstance(scores.get("step"), int | None):
+            raise TypeError("its step is no number")
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"report: {file} is not what `emf evaluate digits` writes ({error!r}); run it again") from None
     return scores
+
+
+def _past(run: Path, scores: dict[str, Any] | None, metrics: list[dict[str, Any]]) -> Html:
+    """What is to be said above scores and samples that are not of the run's last checkpoint; nothing where they are."""
+    if scores is None:
+        return Html()
+    step, there = scores.get("step"), [step_of(checkpoint) for checkpoint in checkpoints(run)]
+    last = there[-1] if there else metrics[-1]["step"]
+    if step == last:
+        return Html()
+    of = f"of step {step}" if step is not None else "of a step that scores.json does not tell"
+    said = f"These are {of}; the run is at step {last}. "
+    return Html(f'<p class="missing">{said}{page.code(f"emf evaluate digits {run}")} scores it as it is now.</p>')
 
 
 def _overall(scores: dict[str, Any], model: str) -> dict[int, float]:
@@ -104,7 +120,9 @@ def _percent(x: float) -> str:
     return "no gap" if np.isnan(x) else f"{x:.0%}".replace("%", " %")
 
 
-def _header(name: str, config: dict[str, Any], metrics: list[dict[str, Any]], scores: dict[str, Any] | None) -> Html:
+def _header(
+    name: str, config: dict[str, Any], metrics: list[dict[str, Any]], scores: dict[str, Any] | None, past: Html
+) -> Html:
     """Title, what one sees, the run in three lines."""
     emf = config.get("objective") == "meanflow"
     if emf:
@@ -115,10 +133,11 @@ def _header(name: str, config: dict[str, Any], metrics: list[dict[str, Any]], sc
         seen = "A flow-matching model trained from scratch: it draws in 30 steps, blurs in one. EMF starts here."
     if scores:
         fm, few = _overall(scores, "fm"), _overall(scores, "emf")
+        at = " When it was scored:" * bool(past)
         if emf and 4 in few:
-            seen += f" In 4 steps EMF scores {few[4]:.2f}; flow matching {fm[4]:.2f} in 4 and {fm[30]:.2f} in 30."
+            seen += f"{at} In 4 steps EMF scores {few[4]:.2f}; flow matching {fm[4]:.2f} in 4 and {fm[30]:.2f} in 30."
         else:
-            seen += f" Its score rises from {fm[1]:.2f} in one step to {fm[30]:.2f} in 30."
+            seen += f"{at} Its score rises from {fm[1]:.2f} in one step to {fm[30]:.2f} in 30."
     last, total = metrics[-1], config.get("steps")
     done = f"{last['step']} of {total}" + ("" if last["step"] == total else " (unfinished)")
     before = [0] + [m["step"] for m in metrics]
@@ -132,7 +151,7 @@ def _header(name: str, config: dict[str, Any], metrics: list[dict[str, Any]], sc
     return Html(f'<h1>{page.words(name)}</h1><p class="lead">{page.words(seen)}</p>{page.facts(facts)}')
 
 
-def _key_figures(scores: dict[str, Any] | None) -> Html:
+def _key_figures(scores: dict[str, Any] | None, past: Html) -> Html:
     """Share of the gap closed, beside the paper's; for a base, its scores."""
     if not scores:
         return Html()
@@ -142,7 +161,7 @@ def _key_figures(scores: dict[str, Any] | None) -> Html:
             page.card(f"{score:.2f}", Html(f"overall score of {_steps(n)}{page.bar(score)}"), "fm")
             for n, score in fm.items()
         ]
-        return Html(f"<h2>How well it draws</h2>{_caution(scores)}{page.cards(cards)}")
+        return Html(f"<h2>How well it draws</h2>{past}{_caution(scores)}{page.cards(cards)}")
     gap, cards = PAPER_FM[30] - PAPER_FM[1], []
     for n, score in PAPER.items():
         if n in few:
@@ -156,7 +175,7 @@ def _key_figures(scores: dict[str, Any] | None) -> Html:
         f"{fm[1]:.2f} to {fm[30]:.2f}, in the paper (GenEval, another model, other images) from {PAPER_FM[1]:.2f} to "
         f"{PAPER_FM[30]:.2f}. Only the shares compare."
     )
-    return Html(f"<h2>How much of the gap few-step EMF closes</h2>{_caution(scores)}{page.cards(cards)}{told}")
+    return Html(f"<h2>How much of the gap few-step EMF closes</h2>{past}{_caution(scores)}{page.cards(cards)}{told}")
 
 
 def _caution(scores: dict[str, Any]) -> Html:
@@ -185,7 +204,7 @@ def _unscored(what: str, run: Path, config: dict[str, Any]) -> Html:
     return Html(f'<p class="missing">This run draws no digits: {page.code(command)} draws and scores it, in DIR.</p>')
 
 
-def _samples(run: Path, config: dict[str, Any]) -> Html:
+def _samples(run: Path, config: dict[str, Any], past: Html) -> Html:
     title = Html("<h2>Samples</h2>")
     if not (run / "samples.png").is_file():
         return Html(title + _unscored("samples.png", run, config))
@@ -194,10 +213,10 @@ def _samples(run: Path, config: dict[str, Any]) -> Html:
         "One caption a row, one sampler a column (FM: flow matching; then the number of steps); the same noise along a "
         "row."
     )
-    return Html(title + said + page.wide(page.picture((run / "samples.png").read_bytes(), alt)))
+    return Html(title + past + said + page.wide(page.picture((run / "samples.png").read_bytes(), alt)))
 
 
-def _score_section(run: Path, scores: dict[str, Any] | None, config: dict[str, Any]) -> Html:
+def _score_section(run: Path, scores: dict[str, Any] | None, config: dict[str, Any], past: Html) -> Html:
     """Overall score by number of steps, and the table by task."""
     title = Html("<h2>Scores</h2>")
     if not scores:
@@ -227,11 +246,12 @@ def _score_section(run: Path, scores: dict[str, Any] | None, config: dict[str, A
     heads = ("model", "steps", "overall", *(tag.replace("_", " ") for tag in TAGS), "gap closed")
     guidance = f" Guidance {scores['guidance']:g}, every sampler." if "guidance" in scores else ""
     counted = f" {scores['captions']} captions were scored." if "captions" in scores else ""
+    counted += f" Weights of step {scores['step']}." if scores.get("step") is not None else ""
     told = page.note(
         "Share of images that show what the caption says, by GenEval's rules and tasks; overall is the mean of the "
         f"six.{counted}{guidance}"
     )
-    return Html(title + told + page.figures([drawn]) + page.table(heads, rows))
+    return Html(title + past + told + page.figures([drawn]) + page.table(heads, rows))
 
 
 def _curve_section(

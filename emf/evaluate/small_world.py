@@ -13,6 +13,7 @@ from emf.sample.sampling_settings import SMALL_AT_ONCE, Settings
 from emf.show.progress import track
 from emf.show.sheet import captioned, write_sheet
 from emf.show.table import console, terminal
+from emf.weights.checkpoints import at_newest, step_of
 from emf.weights.folders import load_run, load_start
 
 EULER, FEW = (1, 4, 30), (1, 2, 4, 8)
@@ -21,15 +22,16 @@ EULER, FEW = (1, 4, 30), (1, 2, 4, 8)
 def evaluate_run(run: Path, per_tag: int, guidance: float, seed: int) -> dict[str, Any]:
     """Write scores.json and samples.png into the run's folder; every row has the same prompts and noise.
 
-    per_tag: prompts of each of the six tasks. guidance: of every sampler. seed: of the noise. Returns what scores.json
-    holds. Raises ValueError where the folder is no run that can be scored.
+    scores.json says of which step's weights they are. per_tag: prompts of each of the six tasks. guidance: of every
+    sampler. seed: of the noise. Returns what scores.json holds. Raises ValueError where the folder is no run that
+    can be scored.
     """
     if per_tag < 1:
         raise ValueError(f"evaluate: --per-tag {per_tag} must be at least 1")
     Settings(1, guidance, seed)
     if not (run / "metrics.jsonl").exists() and (run / "model.safetensors").exists():
         raise ValueError(f"evaluate: {run} is a checkpoint; give the run's folder, in which the scores are written")
-    config, network = load_run(run)
+    config, network, step = at_newest(run, lambda place: (*load_run(place), step_of(place)))
     check_writable(run / "scores.json", "evaluate: ")
     specs = prompts(per_tag)
     meanflow = config.objective == "meanflow"
@@ -38,7 +40,7 @@ def evaluate_run(run: Path, per_tag: int, guidance: float, seed: int) -> dict[st
     if meanflow:
         rows += [("emf", n, Sampler(config, network, source=run)) for n in FEW]
     scorer = Scorer.fit()
-    scores: dict[str, Any] = {"guidance": guidance, "captions": len(specs), "rows": []}
+    scores: dict[str, Any] = {"step": step, "guidance": guidance, "captions": len(specs), "rows": []}
     pictures: dict[str, Any] = {}
     shown = [i for tag in range(len(TAGS)) for i in range(tag * per_tag, tag * per_tag + min(per_tag, 2))]
     for model, steps, sampler in track(rows, description="sampling"):

@@ -29,7 +29,7 @@ from emf.model.autoencoder import Latent, load_dcae
 from emf.model.text_to_image import TextToImage
 from emf.sample.image_tokens import tokenize
 from emf.sample.sampling_settings import Settings, default_guidance
-from emf.weights.checkpoints import WEIGHTS
+from emf.weights.checkpoints import WEIGHTS, step_of
 from emf.weights.folders import at_weights, load, load_velocity
 from emf.weights.hub import AUTOENCODER, ENCODER, named
 from emf.weights.tensors import module_stamp
@@ -129,6 +129,8 @@ class Sampler:
         """Where the weights come from, for errors."""
         self.note = ""
         """Whose instantaneous velocity is sampled, where that is not plainly the run's."""
+        self.step: int | None = None
+        """Of training, after which the weights were saved; None where they do not say it."""
         self.seconds: dict[str, float] = {}
         """What the stages took so far: text, transformer, decoder."""
 
@@ -171,7 +173,7 @@ class Sampler:
         source = place_of / WEIGHTS if (place_of / WEIGHTS).is_file() else place_of
         how = Settings(average=not flow_matching)
         sampler = cls(config, network, autoencoder, how, weights_stamp(place_of), source=source)
-        sampler.note = note
+        sampler.note, sampler.step = note, step_of(place_of)
         if fault := sampler.fault():
             raise NotFinite([], fault)
         return sampler

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from emf.config import Config
 from emf.data.cache import read_settings
-from emf.data.feed import caches_of
-from emf.data.sources import parse_source
+from emf.data.feed import caches_of, check_sources
+from emf.data.sources import count_samples, is_there, parse_source
 from emf.idle import check_idle
 from emf.model.autoencoder import dcae_config
 from emf.model.text_to_image import TextToImage
@@ -29,7 +29,7 @@ from emf.train.faster import check_quick
 from emf.train.hardware import PEAK_FLOPS, Hardware
 from emf.train.opening import checkpoint_bytes, in_steps
 from emf.train.paths import fetched
-from emf.train.zero import engine_config, exchanged
+from emf.train.zero import check_monitors, engine_config, exchanged
 from emf.weights.checkpoints import saved_names
 from emf.weights.start import with_encoder
 
@@ -88,7 +88,9 @@ class Plan:
     cached: int
     """Bytes of a sample in a cache; 0 where the run has none."""
     samples: int
-    """How many the cache holds, or, where it is not there, how many EMF was trained on."""
+    """How many the data hold, or, where that is not known, how many EMF was trained on."""
+    assumed: str
+    """Why that is not known; empty where it is."""
     images: bool
     """The run encodes images as it goes."""
 
@@ -132,7 +134,8 @@ def plan(config: Config, hardware: Hardware | None = None) -> Plan:
     there are no fault, a plan is made elsewhere too."""
     hardware, config = hardware or Hardware(), with_encoder(fetched(config, sizes=True))
     check_idle(config)
-    cached, samples = _cache(config)
+    check_monitors(config)
+    cached, samples, assumed = _cache(config)
     config = in_steps(config, samples)
     settings = engine_config(config, hardware.gpus)
     check_quick(config, settings, torch.device("cuda"))
@@ -164,6 +167,7 @@ def plan(config: Config, hardware: Hardware | None = None) -> Plan:
         _checkpoint(config, network, half, stage),
         cached,
         samples,
+        assumed,
         images,
     )
 
@@ -325,12 +329,23 @@ def _checkpoint(config: Config, network: TextToImage, half: bool, stage: int) ->
     return float(checkpoint_bytes(sizes, saved_names(network, config), trained, half=half, stage=stage))
 
 
-def _cache(config: Config) -> tuple[int, int]:
-    """(bytes of a sample in a cache, how many samples)."""
+def _cache(config: Config) -> tuple[int, int, str]:
+    """(bytes of a sample in a cache, how many samples the data hold, why that is not known). Raises ValueError where
+    the data are there and a run would not take them."""
+    sources, assumed = [parse_source(text) for text in config.data.sources], ""
     if config.condition.kind == "small":
-        return 0, 0
+        return 0, 0, ""
+    absent = next((source.path for source in sources if not is_there(source)), None)
+    if sources and absent is None:
+        check_sources(config.batches)
     every = [read_settings(Path(source.path)) for source in caches_of(config.data)]
-    settings = every or [dict(dtype="bfloat16", counts=[SAMPLES])]
-    latent = math.prod(config.batches.latent) * (2 if settings[0]["dtype"] == "bfloat16" else 4)
+    if not every:
+        found = count_samples(sources, config.data.listings) if sources and absent is None else None
+        if found is None:
+            assumed = (
+                f"{absent} is not here" if absent else "listing the tars takes long" if sources else "no data are named"
+            )
+        every = [dict(dtype="bfloat16", counts=[SAMPLES if found is None else found])]
+    latent = math.prod(config.batches.latent) * (2 if every[0]["dtype"] == "bfloat16" else 4)
     ids = 4 * (27 // config.condition.scale) ** 2 if config.condition.kind == "blip3o" else 0
-    return latent + ids, sum(sum(one["counts"]) for one in settings)
+    return latent + ids, sum(sum(one["counts"]) for one in every), assumed

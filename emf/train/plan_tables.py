@@ -54,6 +54,8 @@ def show(p: Plan, out: Path | None = None) -> None:
         screen.print(
             f"a cache: {p.cached / 1024:.1f} KiB a sample, {p.samples:,} of them {p.cached * p.samples / GIB:.1f} GiB"
         )
+    if p.assumed:
+        screen.print(f"{p.samples:,} samples are assumed, as many as EMF's: {p.assumed}")
     if c.condition.kind == "blip3o":
         screen.print(f"prompts are taken to have {PROMPT} tokens")
 

@@ -7,13 +7,15 @@ import re
 from pathlib import Path
 
 from emf.config import Config
-from emf.files import copy_file, read_json, read_text, write_text
+from emf.files import copy_file, files_in, read_json, read_text, write_text
 from emf.show.table import cell, markdown
 from emf.weights.converted import is_base, read_converted
 from emf.weights.hub import hub_name
 from emf.weights.tensors import Weights
 
 SHEET = "samples.png"
+DRAWN = "*/images/drawing.json"
+"""What tells of the images of a page by `emf evaluate`, by number of steps."""
 HEAD = """---
 library_name: diffusers
 pipeline_tag: text-to-image
@@ -42,11 +44,11 @@ FLOW_MATCHING = """A text-to-image model trained by flow matching, for
 [EMF](https://arxiv.org/abs/2604.18168) to start from. `diffusers.SanaTransformer2DModel` reads its transformer."""
 
 
-def write_card(run: Path, config: Config, folder: Path, name: str) -> None:
+def write_card(run: Path, config: Config, folder: Path, name: str, *, step: int | None = None) -> None:
     """README.md of an export that is being written into `folder`, and the sheet of samples that it shows.
 
     run: what is exported. Scores and samples are shown of a run's own folder; of a checkpoint nobody knows them.
-    name: of the folder when it is whole.
+    name: of the folder when it is whole. step: after which the exported weights were saved, where that is known.
     """
     base, asks = base_model(config), '"a red cube on a blue sphere"'
     if config.condition.kind == "small":
@@ -55,12 +57,14 @@ def write_card(run: Path, config: Config, folder: Path, name: str) -> None:
         asks = "prompt_embeds=states, negative_prompt_embeds=null"
     what = FLOW_MAP.format(name=name, asks=asks) if config.objective == "meanflow" else FLOW_MATCHING
     text = HEAD.format(base=f"base_model: {base}" if base else NO_BASE, name=cell(name), what=what)
-    text += "\n".join(["", "## Training", *markdown(["setting", "value"], facts(config, folder)), ""])
     own = (run / "metrics.jsonl").is_file()
-    text += "\n".join(["", "## Scores", *(own and scores(run) or ["Not evaluated."]), ""])
-    if own and (sheet := newest_sheet(run)):
+    text += "\n".join(["", "## Training", *markdown(["setting", "value"], facts(config, folder, step)), ""])
+    text += "\n".join(["", "## Scores", *(own and scores(run, step) or ["Not evaluated."]), ""])
+    if own and (found := newest_sheet(run, step)):
+        sheet, of = found
         copy_file(sheet, folder / SHEET)
         text += f"\n## Samples\n![Captions by numbers of steps]({SHEET})\n"
+        text += f"\n{earlier(of, step, 'The samples are of')}\n" if of != step else ""
     write_text(folder / "README.md", text)
 
 
@@ -74,15 +78,16 @@ def base_model(config: Config) -> str | None:
     return found and found.partition("@")[0]
 
 
-def facts(config: Config, folder: Path) -> list[list[str]]:
-    """What a reader asks of a run, by name."""
+def facts(config: Config, folder: Path, step: int | None) -> list[list[str]]:
+    """What a reader asks of a run, by name. step: after which the weights were saved, where that is known."""
     entries = Weights([folder / "transformer" / "diffusion_pytorch_model.safetensors"]).entries.values()
     numbers = sum(math.prod(entry.shape) for entry in entries)
     sizes, flow = config.transformer, config.flow
+    done = str(config.steps) if step in (None, config.steps) else f"{step} of {config.steps}"
     told = {
         "recipe": config.recipe,
         "objective": {"meanflow": "EMF (MeanFlow)", "flow_matching": "flow matching"}[config.objective],
-        "steps": f"{config.steps}, of {config.batch_size} samples each",
+        "steps": f"{done}, of {config.batch_size} samples each",
         "learning rate": f"{config.optim.lr:g}, {config.optim.decay}, after {config.warmup} steps of warm-up",
         "weights": f"moving average, {config.optim.ema:g}" if config.optim.ema else "as trained",
         "transformer": f"{numbers / 1e6:.4g} million parameters, {sizes.num_layers} layers, {sizes.channels} channels",
@@ -95,9 +100,16 @@ def facts(config: Config, folder: Path) -> list[list[str]]:
     return [[key, value] for key, value in told.items()]
 
 
-def scores(run: Path) -> list[str]:
+def earlier(of: int | None, step: int | None, what: str) -> str:
+    """A sentence that says of which step something is, where that is not the weights' own."""
+    whose = f"weights of step {of}" if of is not None else "weights of a step that is not known"
+    return f"{what} {whose}; those here are of step {'unknown' if step is None else step}."
+
+
+def scores(run: Path, step: int | None) -> list[str]:
     """Markdown of what was measured of a run, from the files that `emf evaluate` wrote into its folder: the digits'
-    scores, and every benchmark's page. Raises ValueError where scores.json is of another form."""
+    scores, and every benchmark's page. Of scores that are not of the weights of `step` it says of which they are.
+    Raises ValueError where scores.json is of another form."""
     lines = []
     if (file := run / "scores.json").is_file():
         tree = read_json(file)
@@ -106,16 +118,25 @@ def scores(run: Path) -> list[str]:
             said = (
                 f"Of {tree['captions']} captions, at guidance {tree['guidance']:g}. FM is the base, by flow matching."
             )
+            said += "" if tree.get("step") == step else " " + earlier(tree.get("step"), step, "The scores are of")
         except (KeyError, TypeError, ValueError, AttributeError):
             raise ValueError(f"export: {file} is not what `emf evaluate digits` writes; run it again") from None
         lines += [*markdown(["model", "steps", "score"], rows), "", said, ""]
     for page in sorted({*run.glob("results.md"), *run.glob("*/results.md")}):
         lines += [re.sub(r"^#", "###", read_text(page), flags=re.MULTILINE)]
+        drawn = [read_json(file) for file in sorted(page.parent.glob(DRAWN))]
+        steps = {tree.get("step") if isinstance(tree, dict) else None for tree in drawn} or {None}
+        lines += [earlier(of, step, "The images were drawn with") for of in steps if of != step]
     return lines
 
 
-def newest_sheet(run: Path) -> Path | None:
-    """The sheet of samples that says most of a run: that of its evaluation, or the last of its training."""
+def newest_sheet(run: Path, step: int | None) -> tuple[Path, int | None] | None:
+    """(the sheet of samples that says most of a run, the step that it is of): that of its evaluation or the last of its
+    training, whichever is of the weights of `step`, else the later one."""
+    found = list[tuple[Path, int | None]]()
     if (run / SHEET).is_file():
-        return run / SHEET
-    return max((run / "samples").glob("step_*.png"), default=None)
+        tree = read_json(run / "scores.json") if (run / "scores.json").is_file() else {}
+        found.append((run / SHEET, tree.get("step") if isinstance(tree, dict) else None))
+    trained = ((file, re.fullmatch(r"step_(\d+)\.png", file.name)) for file in files_in(run / "samples", "step_*.png"))
+    found += [(file, int(number[1])) for file, number in trained if number]
+    return next((f for f in found if f[1] == step), max(found, key=lambda f: f[1] or -1, default=None))

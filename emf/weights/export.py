@@ -31,8 +31,8 @@ from emf.weights.adapter_settings import STAMP, merged, stamp_in
 from emf.weights.branches import BRANCHES, scales
 from emf.weights.card import write_card
 from emf.weights.carried import INDEX, carry, settings_of
-from emf.weights.checkpoints import at_newest
-from emf.weights.folders import load
+from emf.weights.checkpoints import at_newest, step_of
+from emf.weights.folders import at_weights, load
 from emf.weights.layouts import DUAL, part_of, read_settings, to_diffusers
 from emf.weights.start import read_merged, said_of
 
@@ -64,7 +64,7 @@ def export(
     """
     run, out = Path(run), Path(out)
     refuse_existing(out, WHO)
-    config, network = load(run, text)
+    config, network, step = at_weights(run, lambda place: (*load(place, text), step_of(place)))
     trained = network.encoder if network.own_encoder or config.condition.kind == "small" else None
     if trained is not None and text is not None:
         raise ValueError(f"export: {run} has a text encoder that was trained with it; leave --text out")
@@ -79,7 +79,7 @@ def export(
         merged_in = (*merged_in, stamp_in(network.transformer, config.lora.scale))
     further = dict[str, Any](condition=how, settings=settings_of(network.encoder, config.flow.built_in))
     further["adapters"] = merged_in
-    further["card"] = partial(write_card, run, config, name=name or out.name)
+    further["card"] = partial(write_card, run, config, name=name or out.name, step=step)
     write_export(state, config.transformer, out, base=base, text=text, encoder=trained, **further)
     return config
 

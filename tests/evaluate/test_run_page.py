@@ -138,6 +138,30 @@ def test_a_run_of_a_large_model_is_sent_to_a_benchmark(
     assert command in text and "emf evaluate digits" not in text and "eval-every" not in text
 
 
+def test_scores_of_an_earlier_step_say_so(emf_run: Path) -> None:
+    """Everywhere that they or their samples are shown; and of which step they are, where they are the present's."""
+    scores = json.loads((emf_run / "scores.json").read_text())
+
+    def page(step: int | None) -> str:
+        (emf_run / "scores.json").write_text(json.dumps(scores | ({} if step is None else {"step": step})))
+        return write_report(emf_run).read_text()
+
+    last = digits().steps
+    text = page(last)
+    assert "These are of" not in text and f"Weights of step {last}." in text and "When it was scored" not in text
+    text = page(last - 100)
+    assert text.count(f"These are of step {last - 100}; the run is at step {last}.") == 3
+    assert "When it was scored: In 4 steps" in text and f"Weights of step {last - 100}." in text
+    assert page(None).count(f"of a step that scores.json does not tell; the run is at step {last}.") == 3
+    saved = emf_run / "checkpoints" / "step_0000400"  # what scores are of is saved: rows of metrics may go further
+    saved.mkdir(parents=True)
+    (saved / "checkpoint.json").write_text('{"step": 400, "world": 1, "stage": 0}')
+    assert "These are of" not in page(400) and "the run is at step 400" in page(last)
+    (emf_run / "scores.json").write_text(json.dumps(scores | {"step": "x"}))
+    with pytest.raises(ValueError, match="is not what"):
+        write_report(emf_run)
+
+
 @pytest.mark.parametrize(("captions", "cautioned"), [(6, True), (299, True), (300, False), (None, False)])
 def test_scores_of_few_captions_are_cautioned(emf_run: Path, captions: int | None, cautioned: bool) -> None:
     scores = json.loads((emf_run / "scores.json").read_text())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cached import cache_settings
+from planned import changed, small_plans
 from text_models import TextModel, every_text_model
 from training import train
 
@@ -18,7 +18,6 @@ from bench.meters import Count, Held
 from bench.providers import _model
 from emf.cli.main import main
 from emf.conditioning.load import load
-from emf.config import Config
 from emf.model.transformer import Transformer
 from emf.network.build import build
 from emf.network.outline import outline
@@ -81,13 +80,6 @@ BLOCKS = 1_630_025_600
 """What EMF trains of the 1.6B (arXiv 2604.18168)."""
 
 
-def changed(config: Config, changes: dict[str, Any]) -> Config:
-    """A config with fields, or the fields of sections, changed."""
-    return replace(
-        config, **{k: replace(getattr(config, k), **v) if isinstance(v, dict) else v for k, v in changes.items()}
-    )
-
-
 def of(recipe: str, hardware: Hardware | None = None, **changes: Any) -> Plan:
     """The plan of a recipe with fields changed."""
     return plan(changed(RECIPES[recipe](), changes), hardware or Hardware(gpus=8))
@@ -95,19 +87,7 @@ def of(recipe: str, hardware: Hardware | None = None, **changes: Any) -> Plan:
 
 @pytest.fixture
 def small(tmp_path: Path) -> Any:
-    """Plans of a recipe with two blocks and, from its folder, a small language model: they take no second each."""
-    folder = tmp_path / "encoder" / "language_model"
-    folder.mkdir(parents=True)
-    sizes = dict(model_type="qwen3", vocab_size=50, hidden_size=256, intermediate_size=768, num_hidden_layers=2)
-    sizes |= dict(num_attention_heads=2, num_key_value_heads=2, head_dim=128, tie_word_embeddings=True)
-    (folder / "config.json").write_text(json.dumps(sizes))
-
-    def made(recipe: str, **changes: Any) -> Plan:
-        config = RECIPES[recipe]()
-        own: dict[str, Any] = dict(transformer=dict(num_layers=2), condition=dict(folder=tmp_path / "encoder"))
-        return plan(changed(changed(config, own), changes), Hardware(gpus=8))
-
-    return made
+    return small_plans(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +124,6 @@ def test_what_a_recipe_holds_and_trains(recipe: str, parts: list[Part]) -> None:
 
 
 def test_images_are_encoded_by_what_the_run_holds_too(small: Any, tmp_path: Path) -> None:
-    (tmp_path / "a.tar").touch()
     cache = cache_settings(tmp_path / "cache")
     images = small("sana-1.5-1.6b", data=dict(sources=(str(tmp_path / "a.tar"),)))
     assert images.parts[-2] == Part("autoencoder", DCAE) and images.parts[-1].name == "image tokenizer"

@@ -220,6 +220,31 @@ def test_the_model_card(folders: dict[str, Path], tmp_path: Path) -> None:
     assert "| EMF | 2 | 0.813 |" in text and "Of 300 captions, at guidance 1.25." in text
     assert "### GenEval\nAll of it." in text and "(samples.png)" in text
     assert (tmp_path / "out" / "samples.png").read_bytes() == (run / "samples.png").read_bytes()
+    assert "weights of" not in text
+    step = run / "checkpoints" / "step_0000300"
+    step.mkdir(parents=True)
+    for name in ("model.safetensors", "config.json"):
+        (run / name).rename(step / name)
+    (step / "checkpoint.json").write_text('{"step": 300, "world": 1, "stage": 0}')
+    scored = {"rows": rows, "captions": 300, "guidance": 1.25, "step": 300}
+    (run / "scores.json").write_text(json.dumps(scored))
+    (run / "geneval" / "4" / "images").mkdir(parents=True)
+    drawn = run / "geneval" / "4" / "images" / "drawing.json"
+    drawn.write_text('{"step": 300}')
+    export(run, tmp_path / "current")
+    text = (tmp_path / "current" / "README.md").read_text()
+    assert "weights of" not in text and "| steps | 300 of 500, of 64 samples each |" in text
+    (run / "scores.json").write_text(json.dumps(scored | {"step": 100}))
+    drawn.write_text('{"step": 200}')
+    (run / "samples").mkdir()
+    for number in (100, 200):
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(run / "samples" / f"step_{number:07d}.png")
+    export(run, tmp_path / "later")
+    text = (tmp_path / "later" / "README.md").read_text()
+    assert "The scores are of weights of step 100; those here are of step 300." in text
+    assert "The images were drawn with weights of step 200; those here are of step 300." in text
+    assert "The samples are of weights of step 200; those here are of step 300." in text
+    assert (tmp_path / "later" / "samples.png").read_bytes() == (run / "samples" / "step_0000200.png").read_bytes()
     (run / "scores.json").write_text("{}")
     with pytest.raises(ValueError, match="is not what `emf evaluate digits` writes"):
         export(run, tmp_path / "other")
