@@ -274,7 +274,6 @@ def test_a_run_is_never_overwritten(recipe: list[str], straight: Path, tmp_path:
     cases = {
         "holds a run already": [],
         "another model": ["--resume", "True", "--transformer.num-layers", "2"],
-        "saved at ZeRO stage 0": ["--resume", "True", "--zero.stage", "1"],
         "another run (seed": ["--resume", "True", "--seed", "9"],
         "another run (flow": ["--resume", "True", "--flow.sampler", "uniform"],
         "step 6 already": ["--resume", "True", "--steps", "5"],

@@ -23,7 +23,16 @@ from emf.model.text_to_image import TextToImage
 from emf.train.ranges import span
 from emf.train.zero.group import gather, own_device
 from emf.train.zero.settings import engine_config, refusals
-from emf.train.zero.universal import load_universal, partitions, spread, universal
+from emf.train.zero.universal import (
+    Whole,
+    load_sharded,
+    load_unsharded,
+    of_stage_0,
+    of_universal,
+    partitions,
+    spread,
+    universal,
+)
 from emf.weights import checkpoints
 from emf.weights.checkpoints import Made, saved_names
 
@@ -75,6 +84,9 @@ class Engine:
         self.dtype = torch.bfloat16 if settings["bf16"]["enabled"] else torch.float32
         groups = parameter_groups(network, config)
         self.factors = [factor for _, factor in groups]
+        names = {id(p): name for name, p in network.named_parameters()}
+        self.order = [names[id(p)] for params, _ in groups for p in params]
+        """The names of the trained weights, in the order in which the optimizer has them."""
         self.saved = saved_names(network, config)
         with refusals():
             parameters = [{"params": params} for params, _ in groups]
@@ -290,28 +302,25 @@ class Engine:
         return part.with_suffix("")
 
     def load(self, checkpoint: Path) -> int:
-        """Continue from a checkpoint of the same run; returns its step. Another number of ranks or another ZeRO stage
-        goes through DeepSpeed's universal checkpoint. Raises ValueError where it does not fit, and other ones where a
-        file may not be read and where one is broken."""
+        """Continue from a checkpoint of the same run; returns its step. Other ranks or another ZeRO stage take it up
+        weight by weight, from a sharded one through DeepSpeed's universal checkpoint. Raises ValueError where it does
+        not fit, and other ones where a file may not be read and where one is broken."""
         try:
             check_readable(checkpoint)
             check_readable(checkpoint / "engine")
         except ValueError as error:
             raise ValueError(f"resume: {error}") from None
         made = checkpoints.read_made(checkpoint)
-        if bool(made.stage) != bool(self.stage):
-            raise ValueError(
-                f"resume: {checkpoint} was saved at ZeRO stage {made.stage}, this run has {self.stage}; between "
-                "stage 0 and the others there is no way, between 1, 2 and 3 there is"
-            )
-        same = not self.stage or (made.world, made.stage) == (self.world, self.stage)
+        same = made.stage == self.stage and (not self.stage or made.world == self.world)
         strict = self.saved == self.parameters.keys()
         try:
             if same:
                 self.engine.load_checkpoint(str(checkpoint), tag="engine", load_module_strict=strict)
+            elif not made.stage:
+                self._take(of_stage_0(checkpoint, self.order))
             else:
                 with universal(checkpoint) as folder:
-                    load_universal(folder / "zero", self.engine.optimizer, self.trainable, self.stage, self.device)
+                    self._take(of_universal(folder / "zero", self.order[0]))
             self._load_average(checkpoint)
         except OSError as error:
             raise ValueError(f"resume: {checkpoint} cannot be read: {why(error)}") from None
@@ -320,6 +329,13 @@ class Engine:
         except (ValueError, RuntimeError, KeyError, AssertionError, EOFError, SafetensorError) as error:
             raise ValueError(f"resume: {checkpoints.broken(checkpoint, why(error))}") from None
         return made.step
+
+    def _take(self, whole: Whole) -> None:
+        """Weights and moments that were saved by other ranks, or at another stage."""
+        if self.stage:
+            load_sharded(whole, self.engine.optimizer, self.trainable, self.stage, self.device)
+        else:
+            load_unsharded(whole, self.engine.optimizer, self.trainable, self.masters)
 
     def _load_average(self, checkpoint: Path) -> None:
         """The moving average from a checkpoint's weights, which are whole: any rank takes its part of them."""

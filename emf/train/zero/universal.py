@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -55,39 +55,88 @@ def partitions(optimizer: Any, stage: int) -> list[Tensor]:
     return flat
 
 
-def load_universal(
-    folder: Path, optimizer: Any, trainable: dict[str, nn.Parameter], stage: int, device: torch.device
-) -> None:
-    """The weights and moments of a universal checkpoint, in which each weight has a folder, into DeepSpeed's optimizer
-    of stage 1, 2 or 3 and the trainable weights by name.
+class Whole(NamedTuple):
+    """What an optimizer holds, each weight's whole, however it was sharded when it was saved."""
+
+    read: Callable[[str, str], Tensor]
+    """By a weight's name, and `fp32`, `exp_avg` or `exp_avg_sq`: the weight, or a moment of Adam's."""
+    step: float
+    """Of Adam's."""
+
+
+def of_universal(folder: Path, first: str) -> Whole:
+    """A universal checkpoint, in which each weight, the first among them, has a folder.
 
     DeepSpeed's own reader takes Adam's step from where only the stage that reads would have written it, and at stage 3
-    refuses what the others wrote.
-    """
+    refuses what the others wrote."""
+
+    def load(file: Path) -> Any:
+        return torch.load(file, map_location="cpu", weights_only=False)
 
     def read(name: str, key: str) -> Any:
-        value = torch.load(folder / name / f"{key}.pt", map_location="cpu", weights_only=False)
+        value = load(folder / name / f"{key}.pt")
         return value["param"] if isinstance(value, dict) else value
 
+    if (folder / first / "step.pt").is_file():
+        return Whole(read, float(read(first, "step")))
+    whole = load(folder / "optimizer_state.pt")
+    return Whole(read, float(whole["optimizer_state_dict"]["state"][0]["step"]))
+
+
+def of_stage_0(checkpoint: Path, names: Sequence[str]) -> Whole:
+    """A checkpoint of stage 0, where nothing is sharded; names: of the trained weights, in the order in which they were
+    given to the optimizer."""
+    file = checkpoint / "engine" / "mp_rank_00_model_states.pt"
+    saved = torch.load(file, map_location="cpu", weights_only=False, mmap=True)
+    optimizer = saved["optimizer"]
+    state = optimizer.get("optimizer_state_dict", optimizer)["state"]
+    place = {name: i for i, name in enumerate(names)}
+    masters = [x for group in optimizer.get("fp32_groups", ()) for x in group]  # of bfloat16's weights
+    if len(state) != len(names):
+        raise ValueError(f"{file.name} holds {len(state)} trained weights; expected {len(names)}")
+
+    def read(name: str, key: str) -> Tensor:
+        if key != "fp32":
+            return state[place[name]][key]
+        return masters[place[name]] if masters else saved["module"][name]
+
+    return Whole(read, float(state[0]["step"]))
+
+
+def load_sharded(
+    whole: Whole, optimizer: Any, trainable: dict[str, nn.Parameter], stage: int, device: torch.device
+) -> None:
+    """Into DeepSpeed's optimizer of stage 1, 2 or 3 and the trainable weights by name."""
     moments: dict[str, list[Tensor]] = {}
     with torch.no_grad():
         for key in ("exp_avg", "exp_avg_sq", "fp32"):  # what comes last stays where the weights are
             for name, p in trainable.items():
                 shape = p.ds_shape if stage == 3 else p.shape  # type: ignore[attr-defined]
-                safe_set_full_fp32_param(p, read(name, key).view(shape).to(device))
+                safe_set_full_fp32_param(p, whole.read(name, key).float().view(shape).to(device))
             moments[key] = [x.detach().clone() for x in partitions(optimizer, stage)]
-        first = next(iter(trainable))
-        if (folder / first / "step.pt").is_file():
-            step = read(first, "step")
-        else:
-            whole = torch.load(folder / "optimizer_state.pt", map_location="cpu", weights_only=False)
-            step = whole["optimizer_state_dict"]["state"][0]["step"]
-        flats = partitions(optimizer, stage)
-        for i, flat in enumerate(flats):
-            state = dict(exp_avg=moments["exp_avg"][i], exp_avg_sq=moments["exp_avg_sq"][i])
-            where = flat.device if optimizer.optimizer.param_groups[0].get("fused") else None
-            optimizer.optimizer.state[flat] = {"step": torch.tensor(float(step), device=where), **state}
+        for i, flat in enumerate(partitions(optimizer, stage)):
+            _take_moments(optimizer.optimizer, flat, whole.step, moments["exp_avg"][i], moments["exp_avg_sq"][i])
         spread(optimizer, stage)
+
+
+def load_unsharded(
+    whole: Whole, optimizer: Any, trainable: dict[str, nn.Parameter], masters: dict[int, Tensor]
+) -> None:
+    """Into the optimizer of stage 0, and into the weights by name, of which some have a float32 master by their id."""
+    with torch.no_grad():
+        for name, p in trainable.items():
+            weight = masters.get(id(p), p)
+            weight.copy_(whole.read(name, "fp32").view_as(weight))
+            p.copy_(weight)
+            moments = (whole.read(name, key).view_as(weight).to(weight.device) for key in ("exp_avg", "exp_avg_sq"))
+            _take_moments(getattr(optimizer, "optimizer", optimizer), weight, whole.step, *moments)
+
+
+def _take_moments(adam: Any, weight: Tensor, step: float, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+    where = weight.device if adam.param_groups[0].get("fused") else None
+    # copies: what was read may lie in a file
+    moments = dict(exp_avg=exp_avg.float().clone(), exp_avg_sq=exp_avg_sq.float().clone())
+    adam.state[weight] = {"step": torch.tensor(step, device=where), **moments}
 
 
 def spread(optimizer: Any, stage: int) -> None:
