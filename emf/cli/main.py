@@ -57,6 +57,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": weights.export,
     "release": weights.release,
     "paper": pages.paper,
+    "openmoji": pages.openmoji,
 }
 """In the order of `emf --help`. Those of a group, train and plan have their line of help here alone."""
 

@@ -1,4 +1,4 @@
-"""Text encoders of other systems: Gemma-2 as SANA uses it (arXiv 2410.10629), CLIP, T5."""
+"""Text encoders of other systems: Gemma-2 as SANA uses it (arXiv 2410.10629), CLIP, T5, and others."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def sana_instruction() -> str:
 class TextEncoder(Encoder):
     """Last hidden states of a transformers text model, padded on the right to `length` tokens. State dict: model.*.
 
-    model:       Gemma2Model, CLIPTextModel, T5EncoderModel or alike.
+    model:       Gemma2Model, CLIPTextModel, T5EncoderModel, BertModel or alike.
     length:      M. Longer captions are cut, with a warning.
     instruction: text before every caption ("" is none). The model reads both; the first state and the last
                  length - 1 are kept, so that of the instruction about the first token remains (SANA, section 3.1).

@@ -16,7 +16,7 @@ from emf.data.digits import WORDS
 from emf.files import read_object
 from emf.model.text_to_image import TextToImage
 from emf.model.transformer import Transformer
-from emf.network.build import adapt, choose_trained
+from emf.network.build import adapt, choose_trained, encoder
 from emf.network.flows import with_flows
 
 PROMPT = 128
@@ -24,6 +24,7 @@ PROMPT = 128
 INSTRUCTION = 290
 """Tokens that SANA's instruction adds to a row of Gemma's."""
 CONFIGS = {"blip3o": "Qwen3Config", "gemma": "Gemma2Config", "clip": "CLIPTextConfig", "t5": "T5Config"}
+CONFIGS["text"] = "BertConfig"  # where no folder tells another
 """Of transformers, by condition.kind."""
 PUBLISHED: dict[str, dict[str, Any]] = {
     "blip3o": dict(
@@ -45,9 +46,10 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         num_key_value_heads=4,
         head_dim=256,
     ),
+    "text": dict(hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=12),
 }
 """The text encoders of the recipes, where no folder is there to tell: BLIP3o-NEXT's Qwen3 1.7B with its image
-vocabulary (arXiv 2510.15857), SANA's Gemma-2 2B (arXiv 2408.00118)."""
+vocabulary (arXiv 2510.15857), SANA's Gemma-2 2B (arXiv 2408.00118), all-MiniLM-L6-v2."""
 
 
 def outline(config: Config) -> TextToImage:
@@ -76,7 +78,12 @@ def _encoder(config: Config) -> nn.Module:
             f"config: the {kind} encoder gives states of {sizes.hidden_size} channels, the transformer takes {width} "
             "(transformer.caption_channels)"
         )
-    return nn.ModuleDict({"model": getattr(transformers, TEXT_MODELS[kind])(sizes)})
+    if kind == "text" and folder_of_encoder(
+        config
+    ):  # its class is told by its folder alone; its tokenizer makes tensors that are looked at
+        with torch.device("cpu"):
+            return encoder(config, empty=True)
+    return nn.ModuleDict({"model": getattr(transformers, TEXT_MODELS.get(kind, "BertModel"))(sizes)})
 
 
 def sizes_of_encoder(config: Config) -> Any:
@@ -84,11 +91,12 @@ def sizes_of_encoder(config: Config) -> Any:
     import transformers
 
     kind, folder = config.condition.kind, folder_of_encoder(config)
-    made = getattr(transformers, CONFIGS[kind])
+    made: Any = getattr(transformers, CONFIGS[kind])
     for part in (folder / name for name in ("language_model", "text_encoder", "") if folder):
         if (part / "config.json").is_file():
             read_object(part / "config.json", "conditioning")  # says in one line what is wrong with it
-            return made.from_pretrained(part, local_files_only=True)
+            found: Any = transformers.AutoConfig if kind == "text" else made
+            return found.from_pretrained(part, local_files_only=True)
     if kind not in PUBLISHED:
         raise ValueError(f"config: nothing tells the sizes of the {kind} encoder; give its --condition.folder")
     return made(**PUBLISHED[kind])
@@ -109,5 +117,8 @@ def tokens_of(config: Config) -> tuple[int, int]:
     if c.kind == "blip3o":
         image = (27 // c.scale) ** 2
         return PROMPT + 2 + image + 3, 1 + image  # <im_start>, <S0>; <im_end>, <|im_end|>, newline
-    length = LENGTHS[c.kind]
+    if c.kind == "text" and folder_of_encoder(config):
+        length = int(encoder(config, empty=True).length)  # type: ignore[arg-type]
+    else:
+        length = LENGTHS[c.kind]
     return length + (INSTRUCTION if c.kind == "gemma" else 0), length

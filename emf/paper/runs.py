@@ -5,9 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +33,13 @@ def run_all(out: Path, budget: Budget, jobs: int) -> None:
     """Train and score every part that has no scores yet, `jobs` of them at once; called again it goes on. Raises
     ValueError where `out` holds the runs of another budget, and where a part fails, naming its log."""
     claim(out, asdict(budget), None, name=BUDGET, who="paper: ", advice="choose another --out")
-    every = {p.name: p for p in parts(budget)}
+    run_parts(out, parts(budget), partial(run_part, out=out, budget=budget), jobs)
+
+
+def run_parts(out: Path, parts: Sequence[Part], work: Callable[[Part], None], jobs: int, *, who: str = "paper") -> None:
+    """Do the work of every part whose folder out/<name> has no scores yet, `jobs` of them at once, a part's base before
+    it. Raises ValueError where a part fails, naming its log. who: how that begins."""
+    every = {p.name: p for p in parts}
     done = {name for name in every if (out / name / SCORES).is_file()}
     waiting = [p for name, p in every.items() if name not in done]
     os.environ["OMP_NUM_THREADS"] = "1"  # of the children: a core each
@@ -42,19 +50,19 @@ def run_all(out: Path, budget: Budget, jobs: int) -> None:
         bars(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()) as progress,
         ProcessPoolExecutor(jobs, mp_context=server, max_tasks_per_child=1) as pool,
     ):
-        task = progress.add_task("paper", total=len(every), completed=len(done))
+        task = progress.add_task(who, total=len(every), completed=len(done))
         running: dict[Future[None], str] = {}
         try:
             while waiting or running:
                 ready = [p for p in waiting if p.base is None or p.base in done][: jobs - len(running)]
                 for part in ready:
                     waiting.remove(part)
-                    running[pool.submit(run_part, part, out, budget)] = part.name
+                    running[pool.submit(work, part)] = part.name
                 progress.update(task, description=", ".join(running.values()))
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     name = running.pop(future)
                     if error := future.exception():
-                        raise ValueError(f"paper: {name} failed ({error}); see {out / name / LOG}") from None
+                        raise ValueError(f"{who}: {name} failed ({error}); see {out / name / LOG}") from None
                     done.add(name)
                     progress.advance(task)
                     if not progress.console.is_terminal:
@@ -69,8 +77,6 @@ def run_all(out: Path, budget: Budget, jobs: int) -> None:
 def run_part(part: Part, out: Path, budget: Budget) -> None:
     """Train a part in the folder out/<name>, or go on with it, and score it. Of a base the text encoder is measured
     too. What it prints goes to log.txt in that folder."""
-    from emf.train.loop import train
-
     folder, config = out / part.name, part.config
     folder.mkdir(parents=True, exist_ok=True)
     if part.base is None:
@@ -81,15 +87,23 @@ def run_part(part: Part, out: Path, budget: Budget) -> None:
         start = checkpoints(out / part.base)[-1] / WEIGHTS
     config = replace(config, init=start)
     with (folder / LOG).open("a") as log, redirect_stdout(log), redirect_stderr(log):
-        saved = checkpoints(folder)
-        if not saved or saved[-1].name != f"step_{config.steps:07d}":
-            train(config, folder, resume=True)
-            if checkpoints(folder)[-1].name != f"step_{config.steps:07d}":
-                sys.exit(1)  # it was asked to stop
+        train_whole(config, folder)
         result = score(folder, budget)
         if part.base is None:
             write_json(folder / ENCODER, measure(folder, budget))
     write_json(folder / SCORES, result)
+
+
+def train_whole(config: Config, folder: Path) -> None:
+    """Train to the last step, or go on with what is there. Where it was asked to stop on the way the process ends."""
+    from emf.train.loop import train
+
+    last = f"step_{config.steps:07d}"
+    saved = checkpoints(folder)
+    if not saved or saved[-1].name != last:
+        train(config, folder, resume=True)
+        if checkpoints(folder)[-1].name != last:
+            sys.exit(1)
 
 
 def write_start(file: Path, config: Config) -> None:

@@ -41,6 +41,7 @@ COMMANDS = {
     "export": ["EMFPipeline.from_pretrained", "--base", "--text"],
     "release": ["a run's folder", "--out", "must not exist"],
     "paper": ["results.json", "--quick", "--jobs"],
+    "openmoji": ["report-openmoji.html", "--quick", "--pictures", "--base-steps"],
 }
 LIST_HEAVY = f"print('imported', *[name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
 HELP = f"""

@@ -1,0 +1,122 @@
+"""The runs on a world of named pictures are trained and scored, and their text encoders measured. What was stopped is
+gone on with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from emf.analyze.discriminability import discriminability
+from emf.analyze.disentanglement import disentanglement
+from emf.analyze.encoders import embed_texts
+from emf.data.gallery import Caption, Gallery
+from emf.evaluate.picture_retrieval import Retrieval, features
+from emf.files import claim, whole_file, write_json
+from emf.paper.openmoji_parts import EMF_STEPS, FM_STEPS, Budget, TextEncoder, parts, prepare
+from emf.paper.parts import Part
+from emf.paper.runs import BUDGET, ENCODER, LOG, SCORES, run_parts, train_whole
+from emf.sample.sampler import Sampler, to_uint8
+from emf.sample.sampling_settings import GUIDANCE_PRETRAINED, Settings
+from emf.weights.checkpoints import WEIGHTS, checkpoints
+from emf.weights.folders import load_run
+
+SHOWN = 12
+"""Captions whose images are kept for the page."""
+
+
+def run_openmoji(
+    out: Path, gallery: Gallery, budget: Budget, jobs: int, encoders: dict[str, TextEncoder] | None = None
+) -> None:
+    """Train and score every part that has no scores yet, `jobs` of them at once; called again it goes on. Raises
+    ValueError where `out` holds the runs of another budget, a package is missing, or a part fails."""
+    claim(out, asdict(budget), None, name=BUDGET, who="openmoji: ", advice="choose another --out")
+    prepare(out, gallery, budget, encoders)
+    work = partial(run_part, out=out, gallery=gallery, budget=budget)
+    run_parts(out, parts(out, budget, encoders), work, jobs, who="openmoji")
+
+
+def run_part(part: Part, out: Path, gallery: Gallery, budget: Budget) -> None:
+    """Train a part in the folder out/<name>, or go on with it, and score it. Of a base the text encoder is measured
+    too. What it prints goes to log.txt in that folder."""
+    folder, config = out / part.name, part.config
+    folder.mkdir(parents=True, exist_ok=True)
+    if part.base is not None:
+        config = replace(config, init=checkpoints(out / part.base)[-1] / WEIGHTS)
+    with (folder / LOG).open("a") as log, redirect_stdout(log), redirect_stderr(log):
+        train_whole(config, folder)
+        result = score(folder, gallery, budget)
+        if part.base is None:
+            write_json(folder / ENCODER, measure(load_run(folder)[1].encoder, gallery))
+    write_json(folder / SCORES, result)
+
+
+def held_out(gallery: Gallery, budget: Budget) -> list[Caption]:
+    """The captions that are drawn and scored: as many, of each kind alike, as the budget allows."""
+    every = sorted(gallery.captions()[1], key=lambda c: (c.picture, c.kind))
+    places = np.linspace(0, len(every) - 1, min(len(every), budget.prompts)).round().astype(int)
+    return [every[i] for i in places]
+
+
+def score(run: Path, gallery: Gallery, budget: Budget) -> dict[str, list[int]]:
+    """{steps: the rank of the picture asked for, of each held-out caption} of a run's averaged weights; the same noise
+    for every part. Keeps samples.npy, images of the first of SHOWN pictures at each number of steps."""
+    config, network = load_run(run)
+    few, asked = config.objective == "meanflow", held_out(gallery, budget)
+    known, rows, shown = Retrieval.of(gallery), {}, []
+    kept = shown_of(asked)
+    for steps in EMF_STEPS if few else FM_STEPS:
+        how = Settings(steps, GUIDANCE_PRETRAINED, average=few, batch=64)
+        images = to_uint8(Sampler(config, network, source=run).images([c.text for c in asked], how))
+        rows[str(steps)] = known.ranks(images, np.array([c.picture for c in asked])).tolist()
+        shown.append(images[kept])
+    with whole_file(run / "samples.npy") as part, part.open("wb") as file:
+        np.save(file, np.stack(shown))  # [steps, captions, H, W, 3]
+    return rows
+
+
+def shown_of(asked: Sequence[Caption]) -> list[int]:
+    """Which of the captions that are drawn are shown: aliases where there are any, spread over the pictures."""
+    some = [i for i, c in enumerate(asked) if c.kind == "alias"] or list(range(len(asked)))
+    return [some[i] for i in np.unique(np.linspace(0, len(some) - 1, SHOWN).round().astype(int))]
+
+
+@torch.no_grad()
+def measure(encoder: Any, gallery: Gallery) -> dict[str, list[float]]:
+    """Discriminability and disentanglement of a text encoder (the paper's Tables 1 and 2) by caption, on names and
+    aliases; smoothed pixels, less the mean picture's, in the place of DINO features."""
+    train, rest = gallery.captions()
+    named = [c for c in (*train, *rest) if c.kind in ("name", "alias")]
+    texts, picture = [c.text for c in named], np.array([c.picture for c in named])
+    real = features(np.stack([gallery.plain(i) for i in range(len(gallery))]))
+    own = torch.cat([embed_texts(encoder, texts[i : i + 32]) for i in range(0, len(texts), 32)]).numpy()
+    found: dict[str, list[float]] = {}
+    for name, centred in (("discriminability", False), ("discriminability, centred", True)):
+        made = discriminability(own, picture, real - real.mean(0), np.arange(len(texts)), centred=centred)
+        found[name] = made.each.tolist()
+    apart = disentanglement(encoder, texts)
+    found["disentanglement"] = apart.each.mean(1).tolist()
+    found["disentanglement, centred"] = apart.each_centred.mean(1).tolist()
+    return found
+
+
+def ceiling(gallery: Gallery, seed: int = 0) -> dict[str, float]:
+    """Top-1 of what retrieval must and must not find: real images under noise, and noise alone."""
+    rng = np.random.default_rng(seed)
+    numbers = np.arange(len(gallery))
+    real = np.stack([gallery.plain(i) for i in range(len(gallery))]).astype(float)
+    known = Retrieval.of(gallery)
+
+    def top(images: np.ndarray) -> float:
+        return float((known.ranks(images.round().clip(0, 255).astype(np.uint8), numbers) == 0).mean())
+
+    return {
+        "real under noise": top(real + rng.normal(0, 40, real.shape)),
+        "noise": top(rng.normal(128, 60, real.shape)),
+    }
