@@ -21,6 +21,7 @@ TEST = [
     "kernels",
     "mypy",
     "numba",
+    "pyarrow",
     "pytest",
     "pytest-benchmark",
     "pytest-xdist",
@@ -44,6 +45,13 @@ setup(
     package_dir={"emf_kernels": "kernels/emf_kernels", "emf": "emf"},
     package_data={"emf": ["py.typed", "assets/*"], "emf_kernels": ["py.typed", "configs/*.json"]},
     install_requires=["torch>=2.11", "triton>=3.6", "numpy"],
-    extras_require={"train": TRAIN, "eval": EVAL, "test": TEST, "openmoji": [*TRAIN, *OPENMOJI], "gpu": ["flash-attn"]},
+    extras_require={
+        "train": TRAIN,
+        "eval": EVAL,
+        "parquet": ["pyarrow"],
+        "test": TEST,
+        "openmoji": [*TRAIN, *OPENMOJI],
+        "gpu": ["flash-attn"],
+    },
     entry_points={"console_scripts": ["emf = emf.cli.main:main"]},
 )

@@ -14,8 +14,8 @@ from PIL import Image
 from emf.analyze.choices import Choice
 from emf.analyze.digit_pairs import SCENES, scenes
 from emf.data.drops import Drops
-from emf.data.images import read_caption
-from emf.data.sources import Source, read_part, scan
+from emf.data.images import captions_of, image_of
+from emf.data.sources import Source, scan
 from emf.files import BrokenImage, files_in, open_image, read_json, why
 from emf.show.progress import track
 
@@ -101,7 +101,7 @@ def read_source(path: str) -> Pairs:
     captions, rows = [], []
     for row in track(range(len(index)), description="captions", disable=len(index) < 1000):
         try:
-            captions.append(read_caption(read_part(index, index.caption[row]), bool(index.is_json[row]), None))
+            captions.append(captions_of(index, row)[0])
         except ValueError as error:
             drops.add(index.keys[row], path, str(error).partition(":")[0])
             continue
@@ -112,12 +112,12 @@ def read_source(path: str) -> Pairs:
     def opened(i: int) -> Image.Image:
         name = f"{path}: {index.keys[rows[i]]}"
         try:
-            data = read_part(index, index.image[rows[i]])
+            data = image_of(index, rows[i])
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         return open_image(data, name)
 
-    keys = [f"{index.keys[row]} {index.image[row][2]}" for row in rows]  # the bytes too: a name may get another image
+    keys = [f"{index.keys[row]} {index.stamp(row)}" for row in rows]  # the bytes too: a name may get another image
     return Pairs(captions, np.arange(len(rows)), keys, opened, list(drops.lines()))
 
 

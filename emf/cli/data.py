@@ -23,7 +23,8 @@ def inspect(
     """What is in image-text data: counts, drops with reasons, sizes, caption lengths, a contact sheet.
 
     Args:
-        sources: tars of webdataset, folders of images and texts: PATH, PATH@WEIGHT or PATH@WEIGHT@CAPTION-KEY
+        sources: tars of webdataset, Parquet files, folders of images and texts: PATH, PATH@WEIGHT or
+            PATH@WEIGHT@CAPTION, where the caption is a key of JSON or a column
         out: folder for inspect.json and contact.png
         size: pixels along a side of the crop that training will use
         limit: how many samples of each source are read; default: all
@@ -56,7 +57,8 @@ def cache(
     """Encode image-text data once: latents, and image tokens for BLIP3o-NEXT. Called again it goes on.
 
     Args:
-        sources: tars of webdataset, folders of images and texts: PATH, PATH@WEIGHT or PATH@WEIGHT@CAPTION-KEY
+        sources: tars of webdataset, Parquet files, folders of images and texts: PATH, PATH@WEIGHT or
+            PATH@WEIGHT@CAPTION, where the caption is a key of JSON or a column
         vae: a diffusers folder with the autoencoder (DC-AE), or its OWNER/NAME on the Hugging Face Hub
         out: folder of the cache, for --data.sources
         ta_tok: ta_tok.pth, to keep the image tokens too

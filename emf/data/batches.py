@@ -15,8 +15,9 @@ class DataConfig:
     """Images with captions; without sources the digits."""
 
     sources: tuple[str, ...] = ()
-    """Tars of webdataset, folders of images and texts: PATH, PATH@WEIGHT or PATH@WEIGHT@CAPTION-KEY
-    (emf.data.sources); or folders that emf cache wrote, PATH or PATH@WEIGHT, of one encoder."""
+    """Tars of webdataset, Parquet files, folders of images and texts: PATH, PATH@WEIGHT or PATH@WEIGHT@CAPTION, where
+    the caption is a key of JSON or a column (emf.data.sources); or folders that emf cache wrote, PATH or PATH@WEIGHT,
+    of one encoder."""
     size: Annotated[int, Within(1, 65_536)] = 1024
     """Pixels along a side of the centre crop."""
     vae: Path | None = None

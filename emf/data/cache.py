@@ -9,7 +9,8 @@ is, and a torn file is known by its header. A shard holds
     ids   [m, N] int32  only with a tokenizer
     row   [n] int32     row of each sample, -1 where it was dropped
     mark  [n] int64     of each sample: Images.mark, by which a source that has changed is noticed
-    text  [bytes] uint8 JSON: keys and captions of the m rows; (key, source, reason, detail) of the others
+    text  [bytes] uint8 JSON: keys and captions of the m rows; (key, source, reason, detail) of the others; `several`,
+                        where a row has several captions, are all captions of each that has
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from rich.filesize import decimal
 from torch import Tensor
 
 from emf.data.drops import Dropped, Drops
-from emf.data.images import Images, Sample, fetch, marks
+from emf.data.images import Images, Sample, fetch, marks, turned
 from emf.data.shards import Shard, is_whole, shard_file, write_shard
 from emf.files import SETTINGS, check_claim, claim, filled, read_object
 from emf.show.progress import bars, track
@@ -113,11 +114,16 @@ class _Settings:
     names: list[str]
     counts: list[int]
     weights: list[float]
+    runs: list[list[int] | None] | None = None
 
     def __post_init__(self) -> None:
         fit = len(self.names) == len(self.counts) == len(self.weights) > 0
         if not fit or min(self.shard, *self.counts, *self.weights) <= 0:
             raise ValueError(f"names, counts and weights of {len(self.names)} sources, or shard, do not fit")
+        for run, count in zip(self.runs or [], self.counts, strict=False):
+            fit &= run is None or (sum(run) == count and min(run) > 0)
+        if not fit or len(self.runs or self.names) != len(self.names):
+            raise ValueError("runs do not add up to counts")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -202,6 +208,8 @@ def write_cache(
     settings: dict[str, Any] = dict(version=VERSION, encoder=encoder, tokenizer=tokenizer, dtype=dtype, shard=shard)
     settings |= dict(size=images.size, token_size=images.token_size if tokenize else None, keys=digest(images))
     settings |= dict(names=images.names, counts=images.counts, weights=images.weights)
+    if any(images.runs):
+        settings["runs"] = images.runs
     how: Any = dict(own=None, who="cache: ", advice="choose another --out")
     check_claim(out, settings, **how)
     probe = encode_samples([first_usable(images, workers)], encode, tokenize, DTYPES[dtype])[0]
@@ -212,7 +220,7 @@ def write_cache(
     todo = [k for k in shards if k not in set(whole)]
     remaining = sum(min(shard, total - k * shard) for k in todo)
     each = sum(x.numel() * x.element_size() for x in (probe.mean, probe.std, probe.ids) if x is not None)
-    captions = int(sum(index.caption[:, 2].sum() for index in images.indices) * remaining / total)
+    captions = int(sum(index.caption_bytes for index in images.indices) * remaining / total)
     check_room(out, remaining, each, captions, len(todo), len(whole))
     claim(out, settings, **how, writer=part)
     every = places(images.counts)
@@ -273,6 +281,7 @@ class Cache:
         self.settings, self.folder, self.drops = settings, folder, Drops()
         self.names: list[str] = settings["names"]
         self.counts: list[int] = settings["counts"]
+        self.runs: list[list[int] | None] = settings.get("runs") or [None] * len(self.counts)
         self.weights = list(settings["weights"] if weights is None else weights)
         if len(self.weights) != len(self.counts) or not min(self.weights) > 0:
             raise ValueError(f"cache: weights {self.weights}; {folder} has {len(self.counts)} sources")
@@ -288,10 +297,12 @@ class Cache:
             for drop in opened.drops:
                 self.drops.add(*drop)
 
-    def get(self, source: int, index: int) -> Sample:
+    def get(self, source: int, index: int, turn: int = 0) -> Sample:
+        """See Store."""
         shard, place = divmod(int(self._first[source]) + index, self.settings["shard"])
         opened = self._shards[shard]
         row = opened.rows[place]
         if row >= 0:
-            return opened.sample(row, self.names[source])
+            sample = opened.sample(row, self.names[source])
+            return replace(sample, caption=turned(sample.captions or [sample.caption], index, turn))
         raise Dropped(*opened.drops[sum(r < 0 for r in opened.rows[:place])])

@@ -39,6 +39,7 @@ class Caches:
                 )
         self.names = [name for cache in self.caches for name in cache.names]
         self.counts = [count for cache in self.caches for count in cache.counts]
+        self.runs = [run for cache in self.caches for run in cache.runs]
         self.weights = list(self.caches[0].weights)
         if len(sources) > 1:
             shares = [(source.weight / sum(c.weights), c) for source, c in zip(sources, self.caches, strict=True)]
@@ -49,6 +50,7 @@ class Caches:
             cache.drops = self.drops
         self._ends = list(accumulate(len(cache.counts) for cache in self.caches))
 
-    def get(self, source: int, index: int) -> Sample:
+    def get(self, source: int, index: int, turn: int = 0) -> Sample:
+        """See Store."""
         place = bisect.bisect(self._ends, source)
-        return self.caches[place].get(source - (self._ends[place - 1] if place else 0), index)
+        return self.caches[place].get(source - (self._ends[place - 1] if place else 0), index, turn)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +48,8 @@ class Sample:
     """[C, h, w]: the posterior's standard deviation; none where the autoencoder is deterministic."""
     ids: Tensor | None = None
     """[n] int32: image tokens."""
+    captions: tuple[str, ...] = ()
+    """All of them, where the image has several, of which `caption` is one."""
 
 
 class Store(Protocol):
@@ -56,11 +58,20 @@ class Store(Protocol):
     names: list[str]
     counts: list[int]
     weights: list[float]
+    runs: list[list[int] | None]
+    """Of each source how many samples are read together, from the first to the last; none: each by itself."""
     drops: Drops
 
-    def get(self, source: int, index: int) -> Sample:
-        """Raises Dropped on a sample that cannot be used."""
+    def get(self, source: int, index: int, turn: int = 0) -> Sample:
+        """The sample, at the turn'th time that its source is gone through: of several captions another one each time
+        (turned). Raises Dropped on a sample that cannot be used."""
         ...
+
+
+def turned(captions: Sequence[str], index: int, turn: int) -> str:
+    """Which of a sample's captions it has at the turn'th time: one after the other, and not the first of all samples in
+    the same turn."""
+    return captions[(index + turn) % len(captions)]
 
 
 def centre_crop(image: Image.Image, size: int) -> Tensor:
@@ -100,6 +111,30 @@ def read_caption(data: bytes, is_json: bool, key: str | None) -> str:
     return text.strip()
 
 
+def image_of(index: Index, row: int) -> bytes:
+    """The bytes of a sample's image. Raises ValueError("reason: detail"), its reason one of a few, where there is
+    none."""
+    if index.table is not None:
+        return index.table.image(*index.image[row].tolist())
+    return read_part(index, index.image[row])
+
+
+def captions_of(index: Index, row: int) -> list[str]:
+    """A sample's captions, the unusable left out. Raises ValueError("reason: detail"), its reason one of a few, where
+    none is left."""
+    if index.table is None:
+        return [read_caption(read_part(index, index.caption[row]), bool(index.is_json[row]), index.source.caption)]
+    texts, first = list[str](), ValueError("no caption: the row has none")
+    for number, told in enumerate(index.table.captions(*index.caption[row].tolist())):
+        try:
+            texts.append(read_caption(told, False, None))
+        except ValueError as error:
+            first = first if number else error
+    if not texts:
+        raise first
+    return texts
+
+
 class Images:
     """Sources as samples with pixels. Raises ValueError on sources without samples (emf.data.sources.scan)."""
 
@@ -114,6 +149,7 @@ class Images:
         self.names = [index.source.path for index in self.indices]
         self.counts = [len(index) for index in self.indices]
         self.weights = [index.source.weight for index in self.indices]
+        self.runs = [index.runs for index in self.indices]
         self.upscaled = [np.zeros(n, bool) for n in self.counts]
         """Which of the samples read so far were smaller than the crop."""
 
@@ -125,22 +161,30 @@ class Images:
         read by, and of the size and both ends of its image. Another one means another sample; when and where the files
         were written plays no part."""
         where = self.indices[source]
-        digest = hashlib.sha256(f"{where.source.caption} {where.is_json[index]} {where.image[index][2]} ".encode())
-        for entry, ends in ((where.caption[index], None), (where.image[index], ENDS)):
+        told, place = f"{where.source.caption} {where.is_json[index]} ", where.image[index].tolist()
+        if (table := where.table) is None:
+            told += f"{place[2]} "
+            parts: list[Callable[[], bytes]] = [
+                lambda: read_part(where, where.caption[index]),
+                lambda: read_part(where, where.image[index], ENDS),
+            ]
+        else:  # whose rows are read whole
+            parts = [lambda: b"\0".join(table.captions(*place)), lambda: table.image(*place)]
+        digest = hashlib.sha256(told.encode())
+        for part in parts:
             try:
-                digest.update(read_part(where, entry, ends))
+                digest.update(part())
             except ValueError:  # what cannot be read is no sample, and may be one later
                 digest.update(b"unreadable")
         return int.from_bytes(digest.digest()[:8], "little", signed=True)
 
-    def get(self, source: int, index: int) -> Sample:
-        """The decoded sample. Raises Dropped."""
+    def get(self, source: int, index: int, turn: int = 0) -> Sample:
+        """The decoded sample; see Store. Raises Dropped."""
         where = self.indices[source]
         key, name = where.keys[index], where.source.path
         try:
-            told = read_part(where, where.caption[index])
-            caption = read_caption(told, bool(where.is_json[index]), where.source.caption)
-            image = open_image(read_part(where, where.image[index]), key)
+            captions = captions_of(where, index)
+            image = open_image(image_of(where, index), key)
         except BrokenImage as error:
             raise Dropped(key, name, error.reason, error.detail) from None
         except ValueError as error:
@@ -148,7 +192,10 @@ class Images:
             raise Dropped(key, name, reason, detail.strip()) from None
         self.upscaled[source][index] = min(image.size) < self.size
         small = centre_crop(image, self.token_size) if self.token_size else None
-        return Sample(key, name, caption, centre_crop(image, self.size), small, image.width, image.height)
+        several = tuple(captions) if len(captions) > 1 else ()
+        pixels = centre_crop(image, self.size)
+        caption = turned(captions, index, turn)
+        return Sample(key, name, caption, pixels, small, image.width, image.height, captions=several)
 
 
 def marks(images: Images, places: Sequence[tuple[int, int]], workers: int = 4) -> list[int]:

@@ -55,7 +55,7 @@ def inspect(
     if size < 1:
         raise ValueError(f"data: --size {size} must be at least 1")
     images = Images(sources, CELL, listings=listings)
-    order, parts, shown = Mixture(images.counts, images.weights, 0), [], []
+    order, parts, shown = Mixture(images.counts, images.weights, 0, images.runs), [], []
     every: list[Sample] = []
     for source, count in enumerate(images.counts):
         chosen = sorted(order.permutation(source, 0)[:limit].tolist())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,9 @@ def write_shard(file: Path, samples: Iterable[Sample | Dropped], marks: Sequence
         else:
             row.append(len(kept))
             kept.append(sample)
-    text = {"keys": [s.key for s in kept], "captions": [s.caption for s in kept], "drops": drops}
+    text: dict[str, Any] = {"keys": [s.key for s in kept], "captions": [s.caption for s in kept], "drops": drops}
+    if several := {str(i): s.captions for i, s in enumerate(kept) if s.captions}:
+        text["several"] = several
     tensors = {"row": torch.tensor(row, dtype=torch.int32)}
     tensors["text"] = torch.from_numpy(np.frombuffer(json.dumps(text).encode(), np.uint8).copy())
     if marks:
@@ -70,6 +72,7 @@ class _Told:
     keys: list[str]
     captions: list[str]
     drops: list[list[str]]
+    several: dict[str, list[str]] = field(default_factory=dict)
 
 
 class Shard:
@@ -96,6 +99,7 @@ class Shard:
         self.keys: list[str] = text["keys"]
         self.captions: list[str] = text["captions"]
         self.drops: list[list[str]] = text["drops"]
+        self.several: dict[str, list[str]] = text.get("several", {})
 
     def _check(self, text: dict[str, Any]) -> None:
         """Raises ValueError where the rows, the texts and the tensors do not fit each other."""
@@ -107,6 +111,8 @@ class Shard:
             raise ValueError("it holds no latents")
         sizes |= {self._file.get_slice(name).get_shape()[0] for name in ("mean", "std", "ids") if name in self._names}
         dropped = [isinstance(drop, list) and [*map(type, drop)] == [str] * 4 for drop in text["drops"]]
+        if not all(text.get("several", {}).values()):
+            raise ValueError("a sample of several captions has none")
         if sizes != {kept} or max(self.rows, default=-1) >= kept or len(self.rows) - kept != sum(dropped):
             raise ValueError("its rows, texts and tensors do not fit each other")
 
@@ -114,6 +120,6 @@ class Shard:
         def tensor(name: str) -> Tensor | None:
             return self._file.get_slice(name)[row : row + 1][0] if name in self._names else None
 
-        return Sample(
-            self.keys[row], source, self.captions[row], mean=tensor("mean"), std=tensor("std"), ids=tensor("ids")
-        )
+        tensors: Any = {name: tensor(name) for name in ("mean", "std", "ids")}
+        captions = tuple(self.several.get(str(row), ()))
+        return Sample(self.keys[row], source, self.captions[row], **tensors, captions=captions)

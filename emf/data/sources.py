@@ -1,7 +1,8 @@
-"""Where image-text samples lie: webdataset tars and folders, scanned once into an index of bytes.
+"""Where image-text samples lie: webdataset tars, Parquet files and folders, scanned once into an index.
 
 A scan opens no image: it lists what a sample's image and caption are in (file, offset, size), so that any sample is one
-seek away, in tars too. What cannot become a sample is dropped, named and counted (Drops).
+seek away, in tars too; of Parquet files it lists (file, row group, row), from their footers alone. What cannot become a
+sample is dropped, named and counted (Drops).
 """
 
 from __future__ import annotations
@@ -9,18 +10,26 @@ from __future__ import annotations
 import glob
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
 from emf.data.drops import Drops
+from emf.data.tables import BadTable, Table, read_footer
 from emf.data.tars import NO_DATA, TarListings
 from emf.files import why
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 CAPTIONS = ("txt", "json")
+PACKED: dict[Literal["tar", "parquet"], str] = {"tar": "tars", "parquet": "Parquet files"}
+"""Endings of files that hold many samples each, and what those are called."""
+
+CAPTION_BYTES = 256
+"""Of a row's captions, about, which a Parquet file does not say before it is read."""
 
 Entry = tuple[int, int, int]
 """(number of the file, offset, size), in bytes."""
@@ -31,12 +40,13 @@ class Source:
     """One part of a mixture. Raises ValueError on a weight that is no positive number."""
 
     path: str
-    """A tar, a pattern of tars (`{000..063}`, `*`), a folder of tars, or a folder of images with a caption file of the
-    same name beside each."""
+    """A tar or a Parquet file, a pattern of either (`{000..063}`, `*`), a folder of either, or a folder of images with
+    a caption file of the same name beside each."""
     weight: float = 1.0
     """Share of the samples drawn from here, relative to the other sources'; the size of a source plays no part."""
     caption: str | None = None
-    """The caption's key in a json file; none: "caption", else "text", and a txt file goes before a json."""
+    """The caption's key in a json file; none: "caption", else "text", and a txt file goes before a json. In Parquet
+    files a column's name; see emf.data.tables.columns."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.weight) and self.weight > 0):
@@ -71,14 +81,26 @@ class Index:
     keys: list[str]
     """Names a person can find: path under the source's root, in a tar followed by `:` and the member's key."""
     image: np.ndarray
-    """[n, 3] int64: an Entry for each sample."""
+    """[n, 3] int64: an Entry for each sample; with a table (number of the file, row group, row in it)."""
     caption: np.ndarray
-    """[n, 3] int64."""
+    """[n, 3] int64; with a table the same as image."""
     is_json: np.ndarray
     """[n] bool: the caption's file is json."""
+    caption_bytes: int
+    """Of all captions together, about."""
+    table: Table | None = None
+    """What reads the samples, where they are rows of Parquet files."""
+    runs: list[int] | None = None
+    """How many samples are read together, from the first to the last; none: each is one seek away."""
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def stamp(self, row: int) -> int:
+        """A number that another image of the same key would probably change: the bytes of the image, or those of the
+        Parquet file that it is in."""
+        number, _, size = self.image[row].tolist()
+        return size if self.table is None else os.path.getsize(self.files[number])
 
 
 def walk(root: str, drops: Drops) -> list[str]:
@@ -97,21 +119,25 @@ def walk(root: str, drops: Drops) -> list[str]:
     return sorted(files)
 
 
-def find_files(path: str, drops: Drops) -> tuple[bool, str, list[str]]:
-    """(whether they are tars, their root, the files of a source in a fixed order). Raises ValueError where there is
+Kind = Literal["tar", "parquet", "folder"]
+
+
+def find_files(path: str, drops: Drops) -> tuple[Kind, str, list[str]]:
+    """(what a source's files are, their root, the files in a fixed order). Raises ValueError where there is
     nothing, and on what is not on a disk."""
     if "://" in path or path.startswith("pipe:"):
-        raise ValueError(f"data: {path} is no path; copy the tars to a disk first (any sample must be one seek away)")
+        raise ValueError(f"data: {path} is no path; copy the files to a disk first (any sample must be one seek away)")
     if os.path.isdir(path):
         files = walk(path, drops)
-        tars = [f for f in files if f.endswith(".tar")]
-        if tars and any(extension(f) in IMAGES for f in files):
-            raise ValueError(
-                f"data: {path} holds tars and images; name one of them, e.g. {os.path.join(path, '*.tar')}"
-            )
-        return bool(tars), path, tars or files
+        found: dict[Kind, list[str]] = {kind: [f for f in files if extension(f) == kind] for kind in PACKED}
+        packed = [kind for kind in PACKED if found[kind]]
+        held = [PACKED[kind] for kind in packed] + ["images"] * any(extension(f) in IMAGES for f in files)
+        if packed and len(held) > 1:
+            one = os.path.join(path, f"*.{packed[0]}")
+            raise ValueError(f"data: {path} holds {' and '.join(held)}; name one of them, e.g. {one}")
+        return (packed[0], path, found[packed[0]]) if packed else ("folder", path, files)
     if os.path.exists(path):
-        found = [path]
+        named = [path]
     else:
         from braceexpand import braceexpand
 
@@ -120,10 +146,19 @@ def find_files(path: str, drops: Drops) -> tuple[bool, str, list[str]]:
         except ValueError as error:
             raise ValueError(f"data: {path}: {error}") from None
         # what a range of braces names must be there, or be missed; a * names what there is
-        found = [f for p in expanded for f in (_there(p) if any(c in p for c in "*?[") else [p])]
-    if not any(map(os.path.exists, found)):
-        raise ValueError(f"data: {path}: no such file or folder; expected a tar, a pattern of tars or a folder")
-    return True, os.path.commonpath([os.path.dirname(f) or "." for f in found]), found
+        named = [f for p in expanded for f in (_there(p) if any(c in p for c in "*?[") else [p])]
+    if not any(map(os.path.exists, named)):
+        raise ValueError(
+            f"data: {path}: no such file or folder; expected a tar, a Parquet file, a pattern of either or a folder"
+        )
+    kinds = {extension(f) == "parquet" for f in named}
+    if len(kinds) > 1:
+        raise ValueError(f"data: {path} names Parquet files and others; make two sources of it")
+    return (
+        "parquet" if kinds == {True} else "tar",
+        os.path.commonpath([os.path.dirname(f) or "." for f in named]),
+        named,
+    )
 
 
 def _there(pattern: str) -> list[str]:
@@ -209,6 +244,52 @@ def _pair(members: Iterable[Member], source: Source, drops: Drops) -> Iterator[t
             drops.add(key, source.path, missing)
 
 
+def _completed(progress: Any, task: Any, done: int) -> None:
+    progress.update(task, completed=done)
+
+
+def _file_index(
+    parts: Iterator[tuple[int, list[Member]]],
+    files: list[str],
+    source: Source,
+    drops: Drops,
+    advance: Callable[[int], None],
+) -> Index:
+    """The samples of tars or of a folder, in order. advance: is told how many files are done."""
+    rows: list[tuple[str, Entry, Entry, bool]] = []
+    for number, members in parts:
+        rows += _pair(members, source, drops)
+        advance(number + 1)
+    image, caption = (np.array([row[part] for row in rows], np.int64).reshape(-1, 3) for part in (1, 2))
+    how: Any = dict(is_json=np.array([row[3] for row in rows], bool), caption_bytes=int(caption[:, 2].sum()))
+    return Index(source, files, [row[0] for row in rows], image, caption, **how)
+
+
+def _table_index(files: list[str], root: str, source: Source, drops: Drops, advance: Callable[[int], None]) -> Index:
+    """The rows of Parquet files, in order. advance: is told how many files are done."""
+    keys, entries, held = list[str](), [np.zeros((0, 3), np.int64)], dict[tuple[int, int], int]()
+    for number, path in enumerate(files):
+        name = printable(os.path.relpath(path, root))
+        try:
+            groups = read_footer(path, source.caption)
+        except FileNotFoundError:
+            drops.add(name, source.path, "missing Parquet file")
+        except OSError as error:
+            drops.add(name, source.path, "unreadable Parquet file", str(error.strerror))
+        except BadTable as error:
+            drops.add(name, source.path, error.reason, error.detail)
+        else:
+            keys += [f"{name}:{row}" for row in range(sum(groups))]
+            for group, rows in enumerate(groups):
+                place = np.full((rows, 1), number), np.full((rows, 1), group), np.arange(rows)[:, None]
+                entries.append(np.concatenate(place, axis=1).astype(np.int64))
+            held |= {(number, group): rows for group, rows in enumerate(groups) if rows}
+        advance(number + 1)
+    every = np.concatenate(entries)
+    how: Any = dict(is_json=np.zeros(len(keys), bool), caption_bytes=CAPTION_BYTES * len(keys), runs=[*held.values()])
+    return Index(source, files, keys, every, every, **how, table=Table(files, source.caption, held))
+
+
 def scan(sources: Iterable[Source], drops: Drops, listings: Path | None = None) -> list[Index]:
     """The index of every source, in order; drops takes what is no sample.
 
@@ -220,30 +301,30 @@ def scan(sources: Iterable[Source], drops: Drops, listings: Path | None = None) 
     kept, indices, some_tars = TarListings(listings), list[Index](), False
     with bars(transient=True) as progress:
         for source in sources:
-            tars, root, files = find_files(source.path, drops)
-            some_tars |= tars
-            task = progress.add_task(f"scan {source.path}", total=len(files) if tars else 1)
-            rows: list[tuple[str, Entry, Entry, bool]] = []
-            members_of = _tar_members if tars else _folder_members
-            for number, members in members_of(files, root, source, drops, kept):
-                rows += _pair(members, source, drops)
-                progress.update(task, completed=number + 1)
-            if not rows:
+            kind, root, files = find_files(source.path, drops)
+            some_tars |= kind == "tar"
+            task = progress.add_task(f"scan {source.path}", total=1 if kind == "folder" else len(files))
+            advance = partial(_completed, progress, task)
+            if kind == "parquet":
+                index = _table_index(files, root, source, drops, advance)
+            else:
+                members_of = _tar_members if kind == "tar" else _folder_members
+                index = _file_index(members_of(files, root, source, drops, kept), files, source, drops, advance)
+            if not len(index):
                 lost = "; ".join(line.partition(": ")[2] for line in drops.lines() if line.startswith(source.path))
                 raise ValueError(
                     f"data: {source.path} holds no image with a caption; expected tars or a folder of "
-                    f"{'/'.join(IMAGES)} with {' or '.join(CAPTIONS)} of the same name{f' ({lost})' if lost else ''}"
+                    f"{'/'.join(IMAGES)} with {' or '.join(CAPTIONS)} of the same name, or Parquet files"
+                    f"{f' ({lost})' if lost else ''}"
                 )
-            keys, image, caption, is_json = zip(*rows, strict=True)
-            entries = np.array(image, np.int64), np.array(caption, np.int64)
-            indices.append(Index(source, files, list(keys), *entries, np.array(is_json, bool)))
+            indices.append(index)
     if listings and indices and not some_tars:
         raise ValueError(
             f"data: listings {listings} would keep what is in tars, and no source is of tars; leave it out"
         )
     kept.save()
     if not indices:
-        raise ValueError("data: no source; name at least one tar, pattern of tars or folder")
+        raise ValueError("data: no source; name at least one tar, Parquet file, pattern of either or folder")
     return indices
 
 
@@ -265,7 +346,7 @@ def count_samples(sources: Sequence[Source], listings: Path | None = None) -> in
     """How many samples there are, the unusable among them; None where to tell it would take long: tars of more than
     CHEAP bytes that are not in the listings. Writes nothing. Raises ValueError on a source without a sample."""
     kept, found = TarListings(listings), [find_files(source.path, Drops()) for source in sources]
-    tars = [file for are_tars, _, files in found if are_tars for file in files if os.path.exists(file)]
+    tars = [file for kind, _, files in found if kind == "tar" for file in files if os.path.exists(file)]
     unknown = sum(os.path.getsize(file) for file in tars if not kept.knows(file))
     if unknown > CHEAP:
         return None

@@ -18,7 +18,7 @@ from torch import Tensor
 from emf.config import Config
 from emf.data.cache import read_settings
 from emf.data.feed import caches_of, check_sources
-from emf.data.sources import count_samples, is_there, parse_source
+from emf.data.sources import PACKED, count_samples, is_there, parse_source
 from emf.idle import check_idle
 from emf.model.autoencoder import dcae_config
 from emf.model.text_to_image import TextToImage
@@ -195,11 +195,12 @@ def _parts(network: TextToImage) -> list[Part]:
 
 def _encodes(config: Config) -> bool:
     """Whether the run encodes images as it goes: where its sources are no cache. One that is not there is taken for a
-    cache, unless its name is that of a tar or a pattern."""
+    cache, unless its name is that of a tar, a Parquet file or a pattern."""
     paths = [parse_source(text).path for text in config.data.sources]
     if not paths or caches_of(config.data):
         return False
-    return len(paths) > 1 or Path(paths[0]).exists() or any(c in paths[0] for c in "*?[{") or paths[0].endswith(".tar")
+    packed = any(c in paths[0] for c in "*?[{") or paths[0].endswith(tuple(f".{kind}" for kind in PACKED))
+    return packed or len(paths) > 1 or Path(paths[0]).exists()
 
 
 def _beside(config: Config) -> tuple[list[Part], dict[str, float]]:
