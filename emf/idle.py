@@ -7,7 +7,7 @@ changed; nobody asked for those.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from emf.config import Config
@@ -125,6 +125,21 @@ def check_idle(config: Config) -> None:
             "config: objective flow_matching leaves the embedders of transformer.dual_time True untrained, and what "
             "starts from the run would take them; say --transformer.dual-time False"
         )
+
+
+def refuse_idle(who: str, given: Mapping[str, Any], why: str) -> None:
+    """Raises ValueError where settings of a command were given that cannot act. given: by name, None or False where it
+    was not given. why: what makes them idle."""
+    idle = [name for name, value in given.items() if value is not None and value is not False]
+    if idle:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        has, it = ("has", "it") if len(idle) == 1 else ("have", "them")
+        raise ValueError(f"{who}: {flags} {has} no effect: {why}; leave {it} out")
+
+
+def unless(value: Any, default: Any) -> Any:
+    """The value, or None where it is the default."""
+    return None if value == default else value
 
 
 def _is_of(name: str, start: str) -> bool:

@@ -17,6 +17,7 @@ from emf.data.drops import Drops
 from emf.data.images import captions_of, image_of
 from emf.data.sources import Source, scan
 from emf.files import BrokenImage, files_in, open_image, read_json, why
+from emf.idle import refuse_idle, unless
 from emf.show.progress import track
 
 
@@ -39,6 +40,8 @@ def read_pairs(data: Path | None, split: str = "train2017") -> Pairs:
     """COCO's layout where there is annotations/captions_SPLIT.json (COCO 2017: train2017, val2017), else what
     emf.data.sources reads: tars, or a folder of images with texts of the same name; None: the digits' scenes. Raises
     ValueError."""
+    if data is None or not (data / "annotations").is_dir():
+        refuse_idle("analyze", {"split": unless(split, "train2017")}, "it is of COCO, and --data holds no annotations/")
     if data is None:
         captions, images = scenes(SCENES)
         pictures = [Image.fromarray(image) for image in images]

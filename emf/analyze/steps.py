@@ -29,6 +29,7 @@ from emf.data.digits import prompts as digits_prompts
 from emf.device import device as checked
 from emf.evaluate.published import BENCHMARKS, FLOW_MATCHING, by_steps
 from emf.files import place_or_name, whole_path, write_json, write_settings, write_text
+from emf.idle import refuse_idle, unless
 from emf.sample.sampling_settings import GUIDANCE, GUIDANCE_PRETRAINED
 from emf.show.progress import track
 from emf.show.sheet import captioned, write_sheet
@@ -103,6 +104,12 @@ def run_steps(
             "the digits' prompts are fixed; leave --prompts out" if digits else "say what to draw with --prompts FILE"
         )
         raise ValueError(f"analyze: {need}")
+    if digits:
+        unused = {"vae": vae, "text": text, "dtype": unless(dtype, "float32")}
+        refuse_idle("analyze", unused, "the digits are drawn by their own encoder, as pixels, in float32")
+    else:
+        per_tag = unless(sampling.per_tag, Sampling().per_tag)
+        refuse_idle("analyze", {"per_tag": per_tag}, "it is of the digits' tasks")
     network = None if dino is None else Dino.load(dino, "cls", device)
     specs: list[Any] = digits_prompts(sampling.per_tag) if prompts is None else []
     texts = [s["prompt"] for s in specs] if prompts is None else read_prompts(prompts)[0]

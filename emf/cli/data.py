@@ -80,10 +80,13 @@ def cache(
     from emf.data.sources import parse_source
     from emf.device import device as find_device
     from emf.files import check_writable
+    from emf.idle import refuse_idle, unless
     from emf.model.autoencoder import load_dcae
     from emf.train.paths import whole_source
     from emf.weights.hub import AUTOENCODER, named
 
+    if ta_tok is None:
+        refuse_idle("cache", {"scale": unless(scale, 1)}, "it pools image tokens, which need --ta-tok")
     place = find_device(device)
     check_writable(out, "cache: ")
     autoencoder = load_dcae(named(vae, AUTOENCODER, "latent"), device=place)

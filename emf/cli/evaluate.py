@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from emf.evaluate.drawing import Drawing
+from emf.idle import refuse_idle, unless
 from emf.limits import Within
 from emf.sample.sampling_settings import GUIDANCE, Guidance, PerTag, Seed
 
@@ -16,6 +17,8 @@ RunFolder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
 Images = Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[IMAGES]")]
 Draw = Annotated[Drawing, tyro.conf.arg(name="")]
 NOTHING = Drawing()
+DETECTOR, CLIP = "facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14"
+VQA = "Salesforce/blip-vqa-base"
 
 
 def on_digits(run: RunFolder, per_tag: PerTag = 50, guidance: Guidance = GUIDANCE, seed: Seed = 0) -> None:
@@ -40,8 +43,8 @@ def geneval(
     *,
     draw: Draw = NOTHING,
     detections: Path | None = None,
-    detector: str = "facebook/mask2former-swin-small-coco-instance",
-    clip: str = "openai/clip-vit-large-patch14",
+    detector: str = DETECTOR,
+    clip: str = CLIP,
     device: str = "auto",
     name: str = "",
 ) -> None:
@@ -63,6 +66,10 @@ def geneval(
     from emf.evaluate.pictures import geneval_items
 
     _check(images, out, draw, device, ["prompts"] * (prompts is not None))
+    networks = {"detector": unless(detector, DETECTOR), "clip": unless(clip, CLIP)}
+    _check_scoring(draw, {"detections": detections, **networks})
+    if detections is not None:
+        refuse_idle("GenEval", networks, "--detections says what is in the images, and their colours")
     how: Any = dict(detector=detector, clip=clip, detections=detections, device=device)
     if images is not None:
         return _show([run_geneval(images, out, **how, name=name, steps=draw.step)], out)
@@ -78,7 +85,7 @@ def dpg(
     *,
     draw: Draw = NOTHING,
     answers: Path | None = None,
-    vqa: str = "Salesforce/blip-vqa-base",
+    vqa: str = VQA,
     resolution: Annotated[int | None, Within(1, 65_536)] = None,
     skip_first_row: bool = True,
     last_crop_categories: bool = True,
@@ -104,6 +111,11 @@ def dpg(
     from emf.evaluate.pictures import dpg_items
 
     _check(images, out, draw, device, ["prompts"] * (prompts is not None))
+    official = {"skip_first_row": skip_first_row, "last_crop_categories": last_crop_categories}
+    quirks = {name: None if value else "False" for name, value in official.items()}
+    _check_scoring(draw, {"questions": questions, "answers": answers, "vqa": unless(vqa, VQA), **quirks})
+    if answers is not None:
+        refuse_idle("DPG-Bench", {"vqa": unless(vqa, VQA)}, "--answers says what it would answer")
     if questions is None and not draw.images_only:
         raise ValueError("DPG-Bench: it is scored by --questions, dpg_bench.csv of its repository")
     if resolution is not None and images is None:
@@ -123,7 +135,7 @@ def hps(
     weights: Path | None = None,
     *,
     draw: Draw = NOTHING,
-    tokenizer: str = "openai/clip-vit-large-patch14",
+    tokenizer: str = CLIP,
     half: bool = False,
     device: str = "auto",
     name: str = "",
@@ -144,6 +156,7 @@ def hps(
     from emf.evaluate.pictures import hps_items, hps_prompts
 
     _check(images, out, draw, device)
+    _check_scoring(draw, {"weights": weights, "tokenizer": unless(tokenizer, CLIP), "half": half})
     if weights is None and not draw.images_only:
         raise ValueError("HPSv2.1: it is scored by --weights, HPS_v2.1_compressed.pt of xswu/HPSv2 on the Hub")
     if draw.limit is not None and not draw.images_only:
@@ -171,6 +184,12 @@ def _check(images: Path | None, out: Path, drawing: Drawing, device: str, furthe
         drawing.refuse(further)
     find_device(device)
     check_writable(out / "results.json")
+
+
+def _check_scoring(drawing: Drawing, given: Mapping[str, Any]) -> None:
+    """Raises ValueError where settings of scoring were given, and nothing is to be scored. given: see refuse_idle."""
+    if drawing.images_only:
+        refuse_idle("evaluate", given, "--images-only scores nothing")
 
 
 def _draw(

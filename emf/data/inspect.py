@@ -13,7 +13,7 @@ from emf.data.drops import Dropped
 from emf.data.images import Images, Sample, fetch
 from emf.data.mixture import Mixture
 from emf.data.sources import Source
-from emf.files import check_writable, write_json
+from emf.files import check_writable, whole_file, write_json
 from emf.show.progress import track
 from emf.show.sheet import Cell, write_sheet
 from emf.show.table import Terminal, terminal
@@ -90,9 +90,10 @@ def inspect(
             "caption, characters": quantiles([len(s.caption) for s in every]),
         },
     }
-    write_json(written[0], figures, indent=2)
-    if shown:
-        write_sheet(written[1], contact_sheet(shown[:CELLS]), cell=CELL, lines=LINES)
+    with whole_file(written[0]) as part:  # it has its name when the sheet has its own: both are there, or neither
+        write_json(part, figures, indent=2)
+        if shown:
+            write_sheet(written[1], contact_sheet(shown[:CELLS]), cell=CELL, lines=LINES)
     show(figures, Terminal())
     return figures
 

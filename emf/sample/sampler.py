@@ -25,6 +25,7 @@ from emf.device import device as find_device
 from emf.errors import NotFinite
 from emf.files import check_text
 from emf.flow import guided, sample, seed_of
+from emf.idle import refuse_idle
 from emf.model.autoencoder import Latent, load_dcae
 from emf.model.text_to_image import TextToImage
 from emf.sample.image_tokens import tokenize
@@ -163,6 +164,10 @@ class Sampler:
             config, network, place_of = at_weights(run, lambda place: (*load(place, text), place))
             if config.objective == "flow_matching":
                 raise ValueError(f"generate: {run} was trained for flow matching alone; say --flow-matching")
+        small = {"text": text if config.condition.kind == "small" else None}
+        refuse_idle("generate", small, f"{run} has the digits' own text encoder")
+        pixels = {"vae": vae if config.transformer.in_channels == 3 else None}
+        refuse_idle("generate", pixels, f"{run} draws pixels, without an autoencoder")
         network = network.to(place, getattr(torch, dtype or ("float32" if place.type == "cpu" else "bfloat16")))
         folder, channels = vae or config.data.vae, config.transformer.in_channels
         if folder is None and channels != 3:

@@ -31,7 +31,8 @@ def opening(config: Config, engine: Any, samples: int | None, out: Path) -> list
     data = "the digits, drawn anew at every step"
     if samples is not None:
         data = f"{samples:,} samples from {', '.join(config.data.sources)}; seen {seen / samples:.3g} times"
-    half = engine.dtype == torch.bfloat16
+    half, run = engine.dtype == torch.bfloat16, config.run
+    unsaved = run.eval_every > 0 and run.eval_every % run.save_every != 0
     disk = checkpoint_bytes(sizes, engine.saved, set(engine.trainable), half=half, stage=engine.stage)
     return [
         f"{config.recipe}: {in_short(total)} parameters, {in_short(trained)} ({trained / total:.0%}) of them trained, "
@@ -41,6 +42,11 @@ def opening(config: Config, engine: Any, samples: int | None, out: Path) -> list
         f"x {config.zero.accumulation} micro-batches x {engine.micro_batch}",
         f"checkpoints: {decimal(disk)} each, the last {config.run.keep} kept, every {config.run.save_every:,} steps in "
         f"{out}",
+        *[
+            f"validation: every {run.eval_every:,} steps, some of which are not saved, for that costs more; what "
+            "fails there loses the steps since the last checkpoint"
+        ]
+        * unsaved,
     ]
 
 

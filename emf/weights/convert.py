@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from emf.files import files_in, refuse_existing, whole_folder
+from emf.idle import refuse_idle, unless
 from emf.model.sizes import TransformerConfig
 from emf.model.transformer import Transformer
 from emf.show.progress import count_bytes
@@ -89,6 +90,9 @@ def convert(
     model = replace(_sizes(weights, layout, config), dual_time=True, time_scale=time_scale)
     parts: Parts = {}
     parts["transformer"], kind = _transformer(weights, layout, model, embedder_init)
+    if kind.endswith(TRAINED):
+        how = {"embedder_init": unless(embedder_init, "duplicate")}
+        refuse_idle("convert", how, f"{source} has its time embedders already")
     origin = {"path": str(source.resolve()), "layout": kind, "embedder_init": embedder_init}
     about: dict[str, Any] = {"transformer": asdict(model), "source": origin}
     if layout.prefix == SANA:

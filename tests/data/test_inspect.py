@@ -48,6 +48,23 @@ def test_inspect_tells_and_draws(two_sources: list[Source], tmp_path: Path, caps
     assert (sheet[GAP + cell : GAP + cell + 17, GAP : GAP + cell] < 128).any()  # its caption
 
 
+def test_an_interrupted_inspection_leaves_nothing(
+    two_sources: list[Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the same command can be called again."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inspecting, "write_sheet", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            inspect(two_sources, 35, tmp_path, 2)
+    assert list(tmp_path.iterdir()) == []
+    inspect(two_sources, 35, tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["contact.png", "inspect.json"]
+
+
 def test_inspect_writes_over_nothing(two_sources: list[Source], tmp_path: Path) -> None:
     for name in ("inspect.json", "contact.png"):
         out = tmp_path / name / "out"

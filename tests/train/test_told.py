@@ -21,7 +21,7 @@ from emf.recipes import digits, from_file
 from emf.train.batch import make_batch
 from emf.train.log import in_words
 from emf.train.objective import losses
-from emf.train.opening import in_short
+from emf.train.opening import in_short, opening
 from emf.weights.start import started
 
 
@@ -35,6 +35,15 @@ def test_a_row_shows_what_says_something() -> None:
     further = row | dict(tflops=345.6, mfu=0.349, lm_loss=5.5, grad_norm=None)
     want = "error 0.2500  language model 5.5000  2.5 it/s  20 samples/s  346 TFLOP/s  MFU 35%"
     assert in_words(further) == want
+
+
+def test_a_validation_of_what_is_not_saved_is_told() -> None:
+    engine = types.SimpleNamespace(parameters={}, trainable={}, saved=set(), device=torch.device("cpu"), world=1)
+    vars(engine).update(dtype=torch.float32, stage=0, micro_batch=1, parameters={"w": torch.zeros(3)})
+    for every, told in ((30, True), (100, False), (200, False), (0, False)):
+        config = replace(digits(), run=replace(digits().run, save_every=100, eval_every=every))
+        lines = [line for line in opening(config, engine, None, Path("run")) if line.startswith("validation: every 30")]
+        assert len(lines) == told
 
 
 def test_numbers_of_parameters() -> None:

@@ -89,6 +89,7 @@ def engine_config(config: Config, world: int, out: Path | None = None) -> dict[s
         _check_kinds(config.zero.json, derived, own)
         overruled(config)
         derived = _merge(derived, own)
+        check_stage(config.zero.json, own, derived["zero_optimization"]["stage"])
     automatic = [name for name, value in _leaves(derived) if value == "auto"]
     if automatic:
         raise ValueError(
@@ -135,6 +136,22 @@ def check_own_json(path: Path, own: Any) -> None:
             close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
             meant = f"; did you mean {at}{close[0]}?" if close else ""
             raise ValueError(f"config: zero.json {path} sets {at}{key}, which DeepSpeed does not know{meant}")
+
+
+def check_stage(path: Path, own: dict[str, Any], stage: Any) -> None:
+    """Raises ValueError where a DeepSpeed JSON asks ZeRO for what it does not do at the stage of the run: without it
+    nothing, and before the third nothing with the weights."""
+    asked = own.get("zero_optimization", {})
+    off = (None, False, {"device": "none"})
+    weights = ("offload_param", *(name for name in asked if name.startswith("stage3_")))
+    of_stage = ("stage", "memory_efficient_linear")
+    idle = [k for k, v in asked.items() if v not in off and k not in of_stage and (stage == 0 or k in weights)]
+    if stage in (0, 1, 2) and idle:
+        needs = "3" if idle[0] in weights else "1, 2 or 3"
+        raise ValueError(
+            f"config: zero.json {path} sets zero_optimization.{idle[0]}, which has no effect at stage {stage}: it "
+            f"needs stage {needs}; leave it out"
+        )
 
 
 class _Asked(dict[str, Any]):
