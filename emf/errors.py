@@ -72,7 +72,7 @@ def report_errors() -> Iterator[None]:
         elif reason := not_written(error):
             line = f"a file cannot be written: {reason}"
             _silence()
-        elif needed := _no_memory(error):
+        elif needed := no_memory(error):
             line = f"the memory is full ({needed}); compute less at once, or take another --device"
         elif "by peer" in str(error) or "remote process exited" in str(error):  # what gloo and NCCL then raise
             print(f"error: rank {rank}: another rank has ended; what it said is what was wrong", file=sys.stderr)
@@ -115,7 +115,7 @@ def _silence() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _no_memory(error: BaseException) -> str:
+def no_memory(error: BaseException) -> str:
     """What there was no memory for, where that is what an error says; known by its name and text, without torch."""
     first = next(iter(str(error).splitlines()), "")
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in first:

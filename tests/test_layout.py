@@ -34,6 +34,7 @@ ROOMS = [
     ["emf.train"],
     ["emf.analyze"],
     ["emf.paper"],
+    ["emf.app"],
     ["emf.cli"],
     ["emf"],
     ["bench", "examples"],

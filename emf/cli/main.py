@@ -47,6 +47,7 @@ def _data() -> None:
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": _train,
     "generate": generate.generate,
+    "app": pages.app,
     "evaluate": _evaluate,
     "analyze": _analyze,
     "report": pages.report,

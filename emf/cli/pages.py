@@ -1,9 +1,9 @@
-"""`emf report`, `emf paper` and `emf openmoji`: what the commands do, one function each."""
+"""`emf report`, `emf paper`, `emf openmoji` and `emf app`: what the commands do, one function each."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -88,3 +88,35 @@ def openmoji(
     gallery = drawn(budget.pictures)
     run_openmoji(out, gallery, budget, jobs or os.cpu_count() or 1)
     print(f"open {write_openmoji(out, gallery, budget)}")
+
+
+def app(
+    run: RunFolder,
+    *,
+    port: int = 7860,
+    host: str = "127.0.0.1",
+    vae: Path | None = None,
+    text: Path | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    device: str = "auto",
+) -> None:
+    """Draw captions in a browser, few steps and many side by side: a page on this machine.
+
+    Args:
+        run: a run's folder, one of its checkpoints, or a folder from emf export or emf convert
+        port: where the page is served; 0: any port that is free
+        host: the address to listen on; another than 127.0.0.1, as 0.0.0.0, lets others in, and nobody is asked for a
+            password
+        vae: a diffusers folder with the autoencoder; default: that of the run's data, or of the export
+        text: the folder of the text encoder, where it was moved; default: the run's
+        dtype: number format that the transformer computes in; default: float32 on a CPU, bfloat16 on a GPU
+        device: where to compute: cpu, cuda, cuda:1; auto: the GPU where there is one
+    """
+    from emf.app.serving import serve
+
+    def studio() -> object:
+        from emf.app.studio import Studio
+
+        return Studio(run, vae, dtype, device, text=text)
+
+    serve(studio, host, port)

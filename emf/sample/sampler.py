@@ -142,27 +142,30 @@ class Sampler:
         vae: Path | None = None,
         dtype: str | None = None,
         device: str | None = None,
-        flow_matching: bool = False,
+        flow_matching: bool | None = False,
         *,
         text: Path | None = None,
+        beside: Sampler | None = None,
     ) -> Sampler:
         """run: a run, one of its checkpoints, an export, or a folder from emf convert. vae: a diffusers folder with
         the autoencoder; None: that of the run's data, or of the export. dtype: None is float32 on a CPU, bfloat16 on a
         GPU. flow_matching: sample the instantaneous velocity by Euler's method (`average` of Settings), that of the
-        run's start where it is there; `note` says whose it is. text: the folder of the text encoder; None: where the
-        run has it from. vae and text may be names on the Hugging Face Hub (emf.weights.hub.named). Raises ValueError on
-        what does not fit, and NotFinite on weights that hold NaN or inf."""
+        run's start where it is there; `note` says whose it is; None: where the run was trained for that alone. text:
+        the folder of the text encoder; None: where the run has it from. vae and text may be names on the Hugging Face
+        Hub (emf.weights.hub.named). beside: a sampler of the same run, whose network and autoencoder are taken where
+        they are the same. Raises ValueError on what does not fit, and NotFinite on weights that hold NaN or inf."""
         place = find_device(device)
         run = Path(run)
         vae = named(vae, AUTOENCODER, "generate") if vae else None
         text = named(text, ENCODER, "generate") if text else None
         note, place_of = "", run
         if flow_matching:
-            found = load_velocity(run, text)
+            own = None if beside is None else (beside.config, beside.network, Path(beside.source))
+            found = load_velocity(run, text, own)
             config, network, place_of, note = found.config, found.network, found.source, found.note
         else:
             config, network, place_of = at_weights(run, lambda place: (*load(place, text), place))
-            if config.objective == "flow_matching":
+            if config.objective == "flow_matching" and flow_matching is not None:
                 raise ValueError(f"generate: {run} was trained for flow matching alone; say --flow-matching")
         small = {"text": text if config.condition.kind == "small" else None}
         refuse_idle("generate", small, f"{run} has the digits' own text encoder")
@@ -174,9 +177,12 @@ class Sampler:
             raise ValueError(f"generate: {run} gives latents of {channels} channels; name their autoencoder with --vae")
         if folder is not None and not folder.is_dir():
             raise ValueError(f"generate: no folder {folder}, where the autoencoder should lie; name it with --vae")
-        autoencoder = None if folder is None else load_dcae(folder, device=place)
+        if beside is not None:
+            autoencoder = beside.autoencoder
+        else:
+            autoencoder = None if folder is None else load_dcae(folder, device=place)
         source = place_of / WEIGHTS if (place_of / WEIGHTS).is_file() else place_of
-        how = Settings(average=not flow_matching)
+        how = Settings(average=not flow_matching and config.objective != "flow_matching")
         sampler = cls(config, network, autoencoder, how, weights_stamp(place_of), source=source)
         sampler.note, sampler.step = note, step_of(place_of)
         if fault := sampler.fault():

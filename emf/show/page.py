@@ -28,6 +28,7 @@ code { font-size: .9em; background: #f2f4f7; padding: .1em .3em; border-radius: 
 .bar i { display: block; height: 100%; background: #0072b2 } .bar i.paper { background: #8a8f98 }
 figure { margin: 0; min-width: 0; break-inside: avoid } figure img { width: 100%; max-width: 32rem; display: block }
 figcaption { font-weight: 600; margin-bottom: .2rem } figcaption span { display: block; font-weight: 400 }
+figure p { margin: .3rem 0 0 }
 .wide { overflow-x: auto } .wide img { width: 100%; min-width: 42rem; display: block }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums } .wide table { min-width: 100% }
 th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid #e4e7eb; white-space: nowrap }
@@ -124,9 +125,10 @@ def wide(inside: Html) -> Html:
     return Html(f'<div class="wide">{inside}</div>')
 
 
-def figure(title: str, said: str, drawn: Html) -> Html:
-    """A picture below its title and a note."""
-    return Html(f"<figure><figcaption>{words(title)}{quiet(said)}</figcaption>{drawn}</figure>")
+def figure(title: str, said: str, drawn: Html, below: str = "") -> Html:
+    """A picture below its title and a note, and above another note where there is one."""
+    under = note(below) if below else ""
+    return Html(f"<figure><figcaption>{words(title)}{quiet(said)}</figcaption>{drawn}{under}</figure>")
 
 
 def figures(made: Sequence[Html]) -> Html:

@@ -67,8 +67,11 @@ class Velocity:
     """Whose velocity it is, where that is not plainly the folder's that was asked for."""
 
 
-def load_velocity(folder: Path | str, text: Path | None = None) -> Velocity:
-    """What --flow-matching samples of a folder that `load` reads, on the CPU, in eval mode; text: see load.
+def load_velocity(
+    folder: Path | str, text: Path | None = None, own: tuple[Config, TextToImage, Path] | None = None
+) -> Velocity:
+    """What --flow-matching samples of a folder that `load` reads, on the CPU, in eval mode; text: see load. own: what
+    was loaded of the folder already, and where its weights lie; it is taken where the velocity is the folder's own.
 
     Of a run that was trained for few steps it is the start of the run: training has moved the weights that the run's
     own velocity shares with u. Where its start is not there any more, and of a trained export, which does not know its
@@ -84,7 +87,7 @@ def load_velocity(folder: Path | str, text: Path | None = None) -> Velocity:
                 return replace(found, note=found.note or f"flow matching samples the start of {folder}, {config.init}")
             except ValueError as error:
                 reason = f"its start cannot be had: {error}"
-    config, network, source = at_weights(folder, lambda place: (*load(place, text), place))
+    config, network, source = own or at_weights(folder, lambda place: (*load(place, text), place))
     trained = config.objective == "meanflow"
     note = f"flow matching samples {folder}'s own velocity, which training for few steps has moved; {reason}"
     return Velocity(config, network, source, note * trained)

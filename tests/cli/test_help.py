@@ -21,6 +21,7 @@ COMMANDS = {
     "train digits": ["--optim.lr", "--zero.stage {0,1,2,3}", "--transformer.time-scale", "Largest norm", "--out"],
     "train sana-1.5-1.6b": ["--condition.kind", "--data.sources", "--lora.rank", "default: blip3o"],
     "generate": ["a red seven", "--run", "--out", "--steps", "--guidance", "--flow-matching"],
+    "app": ["a run's folder", "in a browser", "--port", "--host", "127.0.0.1", "--vae"],
     "evaluate": ["digits", "geneval", "dpg", "hps"],
     "evaluate digits": ["a run's folder", "--per-tag"],
     "evaluate geneval": ["metadata.jsonl", "--detections", "results.md", "--checkpoint", "--steps"],

@@ -1,0 +1,1 @@
+"""`emf app`: captions to pictures in a browser, many numbers of steps side by side."""
