@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from emf.data.digits import TAGS, prompts
 from emf.evaluate.digits_scorer import Scorer, calibrate
+from emf.evaluate.recorded import about, recorded, spreads
 from emf.files import check_writable, write_json
+from emf.sample.cores import on_every_core
 from emf.sample.sampler import Sampler, to_uint8
 from emf.sample.sampling_settings import SMALL_AT_ONCE, Settings
-from emf.show.progress import track
+from emf.show.progress import bars
 from emf.show.sheet import captioned, write_sheet
 from emf.show.table import console, terminal
 from emf.weights.checkpoints import at_newest, step_of
@@ -39,13 +46,15 @@ def evaluate_run(run: Path, per_tag: int, guidance: float, seed: int) -> dict[st
     rows = [("fm", n, base) for n in EULER]
     if meanflow:
         rows += [("emf", n, Sampler(config, network, source=run)) for n in FEW]
+    how = [Settings(n, guidance, seed, average=model == "emf", batch=SMALL_AT_ONCE) for model, n, _ in rows]
+    drawn = draw(
+        [(sampler, settings) for (*_, sampler), settings in zip(rows, how, strict=True)], [s["prompt"] for s in specs]
+    )
     scorer = Scorer.fit()
     scores: dict[str, Any] = {"step": step, "guidance": guidance, "captions": len(specs), "rows": []}
     pictures: dict[str, Any] = {}
     shown = [i for tag in range(len(TAGS)) for i in range(tag * per_tag, tag * per_tag + min(per_tag, 2))]
-    for model, steps, sampler in track(rows, description="sampling"):
-        how = Settings(steps, guidance, seed, average=model == "emf", batch=SMALL_AT_ONCE)
-        images = sampler.images([s["prompt"] for s in specs], how).numpy()
+    for (model, steps, _), images in zip(rows, drawn, strict=True):
         result = scorer.score(images, specs)
         scores["rows"].append(
             {"model": model, "steps": steps, "overall": result["overall"], "by_tag": result["by_tag"]}
@@ -55,8 +64,31 @@ def evaluate_run(run: Path, per_tag: int, guidance: float, seed: int) -> dict[st
     write_json(run / "scores.json", scores)
     cells = captioned([specs[i]["prompt"] for i in shown], pictures)
     write_sheet(run / "samples.png", cells, ["", *pictures], cell=126)
-    print_scores(scores)
+    print_scores(scores, config.recipe)
     return scores
+
+
+def draw(rows: Sequence[tuple[Sampler, Settings]], captions: Sequence[str]) -> Iterator[np.ndarray]:
+    """Images [n, 3, H, W] of the captions by each sampler with its settings, on every core: what
+    sampler.images(captions, settings) gives, to rounding."""
+    batch = min(settings.batch for _, settings in rows)
+    parts = [range(i, min(i + batch, len(captions))) for i in range(0, len(captions), batch)]
+    items = [(sampler, settings, part) for sampler, settings in rows for part in parts]
+
+    def work(item: tuple[Sampler, Settings, range]) -> Tensor:
+        sampler, settings, part = item
+        return sampler.images([captions[i] for i in part], settings, numbers=part)
+
+    done = on_every_core(work, items)
+    with bars() as progress:
+        total = sum(settings.steps for _, settings in rows) * len(captions)
+        task, made = progress.add_task("sampling, steps of images", total=total), list[Tensor]()
+        for (_, settings, part), images in zip(items, done, strict=True):
+            progress.advance(task, settings.steps * len(part))
+            made.append(images)
+            if len(made) == len(parts):
+                yield torch.cat(made).numpy()
+                made.clear()
 
 
 def closed(scores: dict[str, Any]) -> dict[int, float]:
@@ -68,14 +100,27 @@ def closed(scores: dict[str, Any]) -> dict[int, float]:
     }
 
 
-def print_scores(scores: dict[str, Any]) -> None:
-    """The scores as a table in the terminal."""
+def print_scores(scores: dict[str, Any], recipe: str) -> None:
+    """The scores as a table in the terminal; then the overall ones beside those that runs of the recipe had."""
     share, rows = closed(scores), []
     for r in scores["rows"]:
         cells = [f"{r['overall']:.3f}", *(f"{r['by_tag'][tag]:.2f}" for tag in TAGS)]
         rows.append([r["model"], str(r["steps"]), *cells, f"{share[r['steps']]:.0%}" if r["model"] == "emf" else ""])
     out = console()
     out.print(terminal(("model", "steps", "overall", *TAGS, "gap closed"), rows, words=(0,)))
+    if runs := recorded(recipe, scores):
+        beside, gap = {model: spreads(runs, model) for model in ("fm", "emf")}, spreads(runs, "gap")
+        rows = []
+        for r in scores["rows"]:
+            model, n = r["model"], r["steps"]
+            cells = [f"{share[n]:.0%}", f"{gap[n]:.0%}"] if model == "emf" and n in gap else ["", ""]
+            if n in beside[model]:
+                rows.append([model, str(n), f"{r['overall']:.3f}", f"{beside[model][n]:.3f}", *cells])
+        out.print(terminal(("model", "steps", "overall", "recorded", "gap closed", "recorded"), rows, words=(0,)))
+        out.print(
+            f"recorded: mean and range of {about(runs)} with the recipe {recipe}. Scores differ between machines: "
+            "rounding does, and training lets the difference grow."
+        )
     out.print(
         f"scorer: real scenes {scores['ceiling']:.3f}, noise {scores['noise']:.3f}, "
         f"shuffled captions {scores['shuffled']:.3f}"

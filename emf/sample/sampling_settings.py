@@ -12,8 +12,9 @@ GUIDANCE = 1.25
 GUIDANCE_PRETRAINED = 2.0
 """Of the other worlds: the one that EMF's released inference script samples with."""
 
-SMALL_AT_ONCE = 64
-"""Images of the digits' world that are computed at once where they are scored."""
+SMALL_AT_ONCE = 16
+"""Images of the digits' world that are computed at once where they are scored: so few that what a core works on stays
+in its cache (profiles/LOG.md)."""
 SEEDS = 2**43
 """Seeds that can be: with the images' numbers they make up numbers of 64 bits."""
 Seed = Annotated[int, Within(0, below=SEEDS)]

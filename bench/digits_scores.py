@@ -1,0 +1,62 @@
+"""Add runs' scores to the record of the digits' recipes, and renew the tables that are made of it:
+`python -m bench.digits_scores RUN ... --machine NAME`; without a run it renews the tables alone."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.ops import OUT
+from emf.evaluate.recorded import RECORD, entry, table
+from emf.files import read_json, read_object, write_json, write_text
+from emf.sample.sampling_settings import GUIDANCE
+
+PAGES = (OUT.parent / "README.md", OUT.parent / "docs" / "training.md")
+CAPTIONS = 300
+
+
+def add(record: dict[str, list[dict[str, Any]]], run: Path, machine: str) -> None:
+    """A run's entry, in the place of one of the same recipe, seed and machine. Raises ValueError where the run was
+    scored otherwise than the others."""
+    config, scores = (read_object(run / name, "recorded") for name in ("config.json", "scores.json"))
+    made = entry(scores, config["seed"], machine)
+    if (made["guidance"], made["captions"]) != (GUIDANCE, CAPTIONS) or not made["emf"]:
+        raise ValueError(
+            f"recorded: {run} has scores of {made['captions']} captions at guidance {made['guidance']}; expected an "
+            f"EMF run's of {CAPTIONS} at {GUIDANCE}, as `emf evaluate digits {run}` makes them"
+        )
+    runs = record.setdefault(config["recipe"], [])
+    runs[:] = [old for old in runs if (old["seed"], old["machine"]) != (made["seed"], machine)] + [made]
+
+
+def renewed(page: str, record: dict[str, list[dict[str, Any]]]) -> str:
+    """A page with the record's table between its two markers."""
+    lines = "\n".join(table(record))
+    return re.sub(
+        r"(<!-- digits-scores -->\n).*?(\n<!-- /digits-scores -->)",
+        lambda m: m[1] + lines + m[2],
+        page,
+        flags=re.DOTALL,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.digits_scores", description=__doc__)
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN")
+    parser.add_argument("--machine", help="what the record calls the machine that trained them")
+    asked = parser.parse_args(arguments)
+    if asked.runs and not asked.machine:
+        parser.error("say --machine: scores differ between machines")
+    record = read_json(RECORD)
+    for run in asked.runs:
+        add(record, run, asked.machine)
+    write_json(RECORD, record)
+    for file in PAGES:
+        write_text(file, renewed(file.read_text(), record))
+
+
+if __name__ == "__main__":
+    main()

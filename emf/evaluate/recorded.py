@@ -1,0 +1,89 @@
+"""Scores that runs of the digits' recipes had, by seed and machine: what stands beside a run's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from emf.evaluate.published import FEW_STEP, FLOW_MATCHING, by_steps
+from emf.files import read_json
+from emf.show.table import markdown
+
+RECORD = Path(__file__).parents[1] / "assets" / "digits-scores.json"
+"""{recipe: [{seed, machine, guidance, captions, fm: {steps: overall}, emf: {steps: overall}}, one for each run]}."""
+COUNTS = (1, 2, 4, 8, 30)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Scores of several runs."""
+
+    mean: float
+    low: float
+    high: float
+    runs: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(sum(values) / len(values), min(values), max(values), len(values))
+
+    def __format__(self, spec: str) -> str:
+        """Mean and range; the range is left out where all are one."""
+        mean, low, high = (f"{x:{spec}}" for x in (self.mean, self.low, self.high))
+        return mean if low == high else f"{mean} ({low}–{high})"
+
+
+def entry(scores: Mapping[str, Any], seed: int, machine: str) -> dict[str, Any]:
+    """What is recorded of a run's scores.json."""
+    told: dict[str, Any] = {"seed": seed, "machine": machine}
+    told |= {"guidance": scores["guidance"], "captions": scores.get("captions", 300)}
+    for model in ("fm", "emf"):
+        told[model] = {str(r["steps"]): round(r["overall"], 4) for r in scores["rows"] if r["model"] == model}
+    return told
+
+
+def recorded(recipe: str, scores: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """The runs of a recipe that were recorded; with `scores`, a scores.json, those that are scored as it is."""
+    runs = list(read_json(RECORD).get(recipe, []))
+    asked = None if scores is None else (scores["guidance"], scores["captions"])
+    return [run for run in runs if asked in (None, (run["guidance"], run["captions"]))]
+
+
+def spreads(runs: Sequence[Mapping[str, Any]], model: str) -> dict[int, Spread]:
+    """By number of steps, of the runs that have it: overall scores of a model ("fm", "emf"), or "gap": the share of the
+    gap from one-step to 30-step flow matching of the same run that EMF closes."""
+    found: dict[int, list[float]] = {}
+    for run in runs:
+        first, last = run["fm"]["1"], run["fm"]["30"]
+        for steps, score in run["emf" if model == "gap" else model].items():
+            found.setdefault(int(steps), []).append((score - first) / (last - first) if model == "gap" else score)
+    return {steps: Spread.of(values) for steps, values in sorted(found.items())}
+
+
+def about(runs: Sequence[Mapping[str, Any]]) -> str:
+    """How many runs, seeds and machines a spread is of."""
+    counts = len(runs), len({run["seed"] for run in runs}), len({run["machine"] for run in runs})
+    return ", ".join(f"{n} {word}{'s' * (n != 1)}" for n, word in zip(counts, ("run", "seed", "machine"), strict=True))
+
+
+def table(record: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """The record as the lines of a Markdown table, mean and range of every score, and of the gap's shares beside the
+    paper's; then a line that says of which runs."""
+
+    def line(name: str, runs: Sequence[Mapping[str, Any]], model: str, form: str) -> list[str]:
+        cells = {}
+        for n, spread in spreads(runs, model).items():
+            cells[n] = f"{spread:{form}}" + (f" of {spread.runs}" if spread.runs != len(runs) else "")
+        return [name, f"{len(runs)} run{'s' * (len(runs) > 1)}", *(cells.get(n, "") for n in COUNTS)]
+
+    every = [run for runs in record.values() for run in runs]
+    rows = [line("flow matching (the base)", every, "fm", ".3f")]
+    rows += [line(f"EMF, {recipe}", runs, "emf", ".3f") for recipe, runs in record.items()]
+    rows += [line(f"gap closed, {recipe}", runs, "gap", ".0%") for recipe, runs in record.items()]
+    paper, fm = by_steps("GenEval", FEW_STEP), by_steps("GenEval", FLOW_MATCHING)
+    share = {n: f"{(score - fm[1]) / (fm[30] - fm[1]):.0%}" for n, score in paper.items()}
+    rows.append(["gap closed, the paper's 3B", "", *(share.get(n, "") for n in COUNTS)])
+    told = "; ".join(f"`{recipe}`: {about(runs)}" for recipe, runs in record.items())
+    return [*markdown(("overall score, mean (range)", "of", *(f"{n}" for n in COUNTS)), rows), "", f"Of {told}."]

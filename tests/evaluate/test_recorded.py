@@ -1,0 +1,82 @@
+"""Recorded scores: what stands beside a run's own, and in the tables of the pages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from places import ROOT
+
+from bench import digits_scores as renewing
+from emf.evaluate.digits_scorer import TAGS
+from emf.evaluate.recorded import RECORD, entry, recorded, spreads, table
+from emf.evaluate.small_world import print_scores
+
+
+def scores(few: float, captions: int = 300, guidance: float = 1.25) -> dict[str, Any]:
+    """As scores.json holds them."""
+    rows = [("fm", 1, 0.25), ("fm", 30, 0.75), ("emf", 1, few)]
+    told = [{"model": m, "steps": n, "overall": x, "by_tag": dict.fromkeys(TAGS, x)} for m, n, x in rows]
+    kept = dict(ceiling=0.97, noise=0.0, shuffled=0.0)
+    return {"guidance": guidance, "captions": captions, "rows": told} | kept
+
+
+def test_a_spread_is_the_mean_and_the_range_of_the_runs() -> None:
+    runs = [entry(scores(few), seed, "here") for seed, few in enumerate((0.5, 0.65, 0.35))]
+    assert runs[0]["emf"] == {"1": 0.5} and runs[0]["fm"] == {"1": 0.25, "30": 0.75}
+    assert f"{spreads(runs, 'emf')[1]:.3f}" == "0.500 (0.350–0.650)"
+    assert f"{spreads(runs, 'gap')[1]:.0%}" == "50% (20%–80%)" and f"{spreads(runs, 'fm')[30]:.2f}" == "0.75"
+    runs[0]["emf"]["2"] = 0.6
+    lines = table({"digits": runs})
+    assert "| EMF, digits | 3 runs | 0.500 (0.350–0.650) | 0.600 of 1 | | | |" in lines
+    assert "| gap closed, the paper's 3B | | 62% | 87% | 98% | | |" in lines
+    assert lines[-1] == "Of `digits`: 3 runs, 3 seeds, 1 machine."
+
+
+def test_the_pages_hold_the_record() -> None:
+    """`python -m bench.digits_scores` renews them, and the runs under profiles/ are in it."""
+    record = json.loads(RECORD.read_text())
+    for page in renewing.PAGES:
+        text = page.read_text()
+        assert renewing.renewed(text, record) == text and "\n".join(table(record)) in text
+    for recipe, runs in record.items():
+        own = json.loads((ROOT / "profiles" / recipe / "scores.json").read_text())
+        seed = json.loads((ROOT / "profiles" / recipe / "config.json").read_text())["seed"]
+        assert entry(own, seed, runs[0]["machine"]) == runs[0]
+        places = [(run["seed"], run["machine"]) for run in runs]
+        assert len({*places}) == len(places)
+
+
+def test_a_run_stands_beside_the_record_of_its_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    for recipe, asked, there in (
+        ("digits", scores(0.5), True),
+        ("digits", scores(0.5, captions=6), False),
+        ("digits", scores(0.5, guidance=1.5), False),
+        ("mine", scores(0.5), False),
+    ):
+        print_scores(asked, recipe)
+        said = capsys.readouterr().out
+        mean = f"{spreads(recorded('digits'), 'emf')[1]:.3f}"
+        assert ("recorded: mean and range of" in said) == (mean in said) == there
+        assert "differ between machines" in said or not there
+
+
+def test_runs_are_added_to_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page, record = tmp_path / "page.md", tmp_path / "record.json"
+    page.write_text("a\n<!-- digits-scores -->\nold\n<!-- /digits-scores -->\nb\n")
+    record.write_text("{}")
+    monkeypatch.setattr(renewing, "PAGES", (page,))
+    monkeypatch.setattr(renewing, "RECORD", record)
+    for seed, few in ((0, 0.5), (1, 0.6), (1, 0.7)):
+        run = tmp_path / f"{seed}"
+        run.mkdir(exist_ok=True)
+        (run / "config.json").write_text(json.dumps({"recipe": "digits", "seed": seed}))
+        (run / "scores.json").write_text(json.dumps(scores(few)))
+        renewing.main([str(run), "--machine", "here"])
+    assert [run["emf"]["1"] for run in json.loads(record.read_text())["digits"]] == [0.5, 0.7]
+    assert "0.600 (0.500–0.700)" in page.read_text() and page.read_text().startswith("a\n<!--")
+    (run / "scores.json").write_text(json.dumps(scores(0.5, captions=6)))
+    with pytest.raises(ValueError, match="scores of 6 captions at guidance 1.25; expected an EMF run's of 300"):
+        renewing.main([str(run), "--machine", "here"])
