@@ -78,6 +78,7 @@ def as_on_a_gpu(op: Op, x: Tensor) -> str:
 def whole_step() -> dict[str, list[int]]:
     """The same of a dual step of a network, path and loss included, two of three samples with a tangent."""
     torch.manual_seed(0)
+    flow = FlowConfig()
     config = tiny_sana(num_layers=2, num_attention_heads=1, attention_head_dim=16)
     net = Transformer(config)
     net.time_embed.requires_grad_(False)  # which MeanFlow does not use
@@ -89,7 +90,7 @@ def whole_step() -> dict[str, list[int]]:
 
     def step(x: Tensor, e: Tensor) -> Tensor:
         velocity = lambda z, t, r: net(z, t, r, c, mask)  # noqa: E731
-        return meanflow_loss(velocity, velocity, x, e, (t, r, 2), FlowConfig())[0].mean()
+        return meanflow_loss(velocity, velocity, x, e, (t, r, 2), flow)[0].mean()
 
     GRAPHS.clear()
     torch._dynamo.reset()

@@ -328,8 +328,8 @@ class Op:
                         f"{self.name}: {name} is {a!r}; expected {'an int' if kind == 'int' else 'a float'}"
                     )
                 least = 0.0 if name in ADDED else -math.inf
-                # a compiler's number has no value yet
-                if kind and type(a) in (int, float) and not (math.isfinite(a) and a >= least):
+                # a compiler's number has no value yet; torch.compile traces comparisons, and no math.isfinite
+                if kind and type(a) in (int, float) and not (least <= a < math.inf and a > -math.inf):
                     low = ", at least 0" * (not least)
                     raise ValueError(f"{self.name}: {name} is {a}; expected a finite number{low}")
             elif isinstance(a, Dual):
