@@ -122,7 +122,9 @@ def test_a_released_emf_transformer_alone(tmp_path: Path, theirs: Any) -> None:
     more = {f"time_embed_{b}.{k}": torch.randn(v.shape, generator=g) for b in "tr" for k, v in embed.items()}
     theirs.save_pretrained(tmp_path / "a")
     save_file(theirs.state_dict() | more, tmp_path / "a" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-    assert "EMF" in convert(tmp_path / "a", tmp_path / "out", embedder_init="preserve")  # there is nothing to make
+    with pytest.raises(ValueError, match="--embedder-init has no effect: .*a has its time embedders already"):
+        convert(tmp_path / "a", tmp_path / "out", embedder_init="preserve")  # there is nothing to make
+    assert "EMF" in convert(tmp_path / "a", tmp_path / "out")
     for k, v in branches(agrees(tmp_path / "out", theirs)).items():
         assert torch.equal(v, more[k])
 
