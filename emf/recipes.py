@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 
 from emf import config as configs
@@ -193,6 +193,10 @@ def from_file(path: Path) -> Config:
     for start, section, known in sections:
         if strange := [key for key in section if not hasattr(known, key)]:
             raise ValueError(f"config: {path}: {start}{strange[0]} is not known; remove it")
+    if odd := [
+        key for key, value in tree.items() if is_dataclass(getattr(default, key)) and not isinstance(value, dict)
+    ]:
+        raise ValueError(f"config: {path}: {odd[0]} is {tree[odd[0]]!r}; expected a section, an object")
     if helped := [key for key, value in tree.items() if "--help" in str(value)]:
         raise ValueError(f"config: {path}: {helped[0]} holds --help, which is no value")
     try:  # as arguments, so that the one parser checks names, types and values

@@ -9,10 +9,12 @@ import sys
 from collections.abc import Callable
 from functools import partial, wraps
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 from emf.arguments import NEEDS_EXTRA, one_line, options_of, spelled
 from emf.errors import cleaned_up, report_errors
+from emf.files import check_text
 from emf.limits import check_limit, limits_of
 
 try:
@@ -81,10 +83,13 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
 
 def _deferred(command: Callable[..., None]) -> Callable[..., Any]:
     """A command that is parsed now and called afterwards, its errors being its own. A number that is out of its range
-    is the first of them."""
+    is the first of them, and a path that is not UTF-8, which several libraries cannot open."""
 
     def checked(*args: Any, **kwargs: Any) -> None:
         given = signature(command).bind(*args, **kwargs).arguments
+        for name, path in given.items():
+            if isinstance(path, Path):
+                check_text(str(path), f"{command.__name__}: the path --{name.replace('_', '-')} {str(path)!r}")
         for name, limit in limits_of(command).items():
             check_limit(given.get(name), limit, f"{command.__name__}: --{name.replace('_', '-')}")
         command(*args, **kwargs)

@@ -7,8 +7,11 @@ from typing import Annotated, Literal
 
 import tyro
 
+from emf.config import Counted
 from emf.limits import Within
 
+Jobs = Annotated[int | None, Within(1, 1024)]
+Seeds = Annotated[int, Within(1, 1000)]
 RunFolder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
 
 
@@ -26,8 +29,8 @@ def report(run: RunFolder) -> None:
 def paper(
     out: Path = Path("runs/paper"),
     quick: bool = False,
-    jobs: Annotated[int | None, Within(1, 1024)] = None,
-    seeds: Annotated[int, Within(1, 1000)] = 3,
+    jobs: Jobs = None,
+    seeds: Seeds = 3,
 ) -> None:
     """The paper's tables and figures in miniature, on the digits: results.json and report-paper.html. Stopped, it goes
     on.
@@ -53,12 +56,12 @@ def paper(
 def openmoji(
     out: Path = Path("runs/openmoji"),
     quick: bool = False,
-    jobs: int | None = None,
+    jobs: Jobs = None,
     *,
-    seeds: int = 1,
-    pictures: int = 64,
-    base_steps: int = 1200,
-    emf_steps: int = 250,
+    seeds: Seeds = 1,
+    pictures: Annotated[int, Within(1, 100_000)] = 64,
+    base_steps: Counted = 1200,
+    emf_steps: Counted = 250,
 ) -> None:
     """Text encoders, toys and real ones, on OpenMoji's pictures: does a better one lose less at few steps?
     results.json and report-openmoji.html. Stopped, it goes on.

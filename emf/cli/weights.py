@@ -86,9 +86,9 @@ def export(
     if adapters:
         from emf.weights.lora import export_adapters
 
-        if base or text:
-            raise ValueError("export: adapters go on a base that stays where it is; give neither --base nor --text")
-        export_adapters(run, out, dtype)
+        if base:
+            raise ValueError("export: adapters go on a base that stays where it is; leave out --base")
+        export_adapters(run, out, dtype, text)
         print(f"{out}: adapters; EMFPipeline.from_pretrained(base, adapters={str(out)!r})")
     else:
         from emf.weights.export import export as run_export

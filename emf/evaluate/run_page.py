@@ -18,8 +18,10 @@ from matplotlib.axes import Axes
 from emf.config import read
 from emf.data.digits import TAGS
 from emf.evaluate.published import FEW_STEP, FLOW_MATCHING, by_steps
+from emf.evaluate.run_log import read_curve, read_metrics
 from emf.evaluate.small_world import EULER, closed
-from emf.files import read_json, read_rows, write_text
+from emf.files import read_json, write_text
+from emf.recipes import from_file
 from emf.show import page
 from emf.show.page import Html
 from emf.show.plot import EMF, FM, GREY, MARKERS, SHADES, label, plot, steps_axis
@@ -40,13 +42,12 @@ def write_report(run: Path) -> Path:
     """
     if not run.is_dir():
         raise ValueError(f"report: {run} {'is no folder' if run.exists() else 'does not exist'}; give a run's folder")
-    metrics = read_rows(
-        run / "metrics.jsonl", ("step", "loss", "error", "lr", "it_s", "share", "memory_mib", "skipped")
-    )
+    metrics = read_metrics(run)
     if not metrics:
         raise ValueError(f"report: {run}/metrics.jsonl holds no row; give the folder of a run that has logged a step")
     config, scores = read(run / "config.json"), _scores(run / "scores.json")
-    curve = read_rows(run / "curve.jsonl", ("step", "overall"))
+    from_file(run / "config.json")  # by which every value in it is looked at
+    curve = read_curve(run)
     name, ended = run.resolve().name, datetime.fromtimestamp((run / "metrics.jsonl").stat().st_mtime, UTC)
     again = f"emf train {run / 'config.json'} --out DIR"
     out, past = run / "report.html", _past(run, scores, metrics)

@@ -27,8 +27,8 @@ def filled(kind: type[T], tree: Any, where: str) -> T:
         raise ValueError(f"{where} lacks {', '.join(missing)}")
     hints = get_type_hints(kind)
     for name, value in tree.items():
-        if not _fits(value, hints[name]):
-            raise ValueError(f"{where}: {name} {repr(value)[:40]}; expected {_words(hints[name])}")
+        if not fits(value, hints[name]):
+            raise ValueError(f"{where}: {name} {repr(value)[:40]}; expected {in_words(hints[name])}")
     try:
         return kind(**tree)
     except ValueError as error:
@@ -40,27 +40,27 @@ def read_fields(kind: type[T], path: Path, who: str) -> T:
     return filled(kind, read_object(path, who), f"{who}: {path}")
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value that JSON can hold is of the kind of a field."""
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value that JSON can hold is of the kind of a field, as its type says it."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return any(_fits(value, part) for part in parts)
+        return any(fits(value, part) for part in parts)
     if origin is Literal:
         return any(type(value) is type(part) and value == part for part in parts)
     if origin in (list, dict):
         inner = value.values() if origin is dict and isinstance(value, dict) else value
-        return isinstance(value, origin) and all(_fits(item, parts[-1]) for item in inner)
+        return isinstance(value, origin) and all(fits(item, parts[-1]) for item in inner)
     if hint is float:
         return type(value) in (int, float) and math.isfinite(value)
     return hint is Any or type(value) is hint
 
 
-def _words(hint: Any) -> str:
+def in_words(hint: Any) -> str:
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Literal:
         return f"one of {', '.join(map(str, parts))}"
     if origin in (Union, UnionType):
-        return " or ".join(map(_words, parts))
+        return " or ".join(map(in_words, parts))
     if origin in (list, dict):
-        return f"{'a list' if origin is list else 'an object'}, each {_words(parts[-1])}"
+        return f"{'a list' if origin is list else 'an object'}, each {in_words(parts[-1])}"
     return WORDS.get(hint, "another kind of value")

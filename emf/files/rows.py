@@ -7,17 +7,22 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from emf.files.fields import fits, in_words
 from emf.files.reading import Row, parse_json, read_bytes, why
 from emf.files.writing import whole_file
 
+Needs = Iterable[str] | Mapping[str, Any]
+"""Keys that every row of a log has; of a mapping with the type of each, whose key may be missing where it is | None."""
 
-def read_rows(path: Path, needs: Iterable[str] = ()) -> list[Row]:
+
+def read_rows(path: Path, needs: Needs = ()) -> list[Row]:
     """The rows of a log; none where there is no file. A last line without its newline was torn by a kill, or is being
-    written, and is left out. Raises ValueError, naming file and line, on another line that is no JSON object with the
-    keys `needs`."""
+    written, and is left out. Raises ValueError, naming file and line, on another line that is no JSON object with what
+    it needs."""
     if not path.exists():
         return []
-    rows, keys = [], tuple(needs)
+    rows, kinds = [], dict(needs) if isinstance(needs, Mapping) else dict.fromkeys(needs, Any)
+    keys = [key for key, kind in kinds.items() if kind is Any or not fits(None, kind)]
     for number, line in enumerate(read_bytes(path).split(b"\n")[:-1], 1):
         try:
             row = parse_json(line.decode(), "")
@@ -26,11 +31,14 @@ def read_rows(path: Path, needs: Iterable[str] = ()) -> list[Row]:
         if not isinstance(row, dict) or not all(key in row for key in keys):
             expected = f"no JSON object with {', '.join(keys)}" if keys else "no JSON object"
             raise ValueError(f"{path}:{number} is {expected}; repair or remove the line")
+        if odd := [key for key, kind in kinds.items() if key in row and not fits(row[key], kind)]:
+            said = f"{odd[0]} {repr(row[odd[0]])[:40]}; expected {in_words(kinds[odd[0]])}"
+            raise ValueError(f"{path}:{number} has {said}; repair or remove the line")
         rows.append(row)
     return rows
 
 
-def mend_rows(path: Path, needs: Iterable[str] = ()) -> list[Row]:
+def mend_rows(path: Path, needs: Needs = ()) -> list[Row]:
     """As read_rows; and a torn last line is cut off, so that what is appended next does not continue it."""
     rows = read_rows(path, needs)
     if path.exists():

@@ -117,10 +117,13 @@ def check_writable(path: Path, who: str = "") -> None:
 
 
 def refuse_existing(out: Path, who: str = "") -> None:
-    """Raises ValueError, its text beginning with `who`, where `out` is taken, a dangling link included, and where it
-    could not be written."""
+    """Raises ValueError, its text beginning with `who`, where `out` is taken, a dangling link included, where it lies
+    among the checkpoints of a run, which training removes and takes for its own, and where it could not be written."""
     if os.path.lexists(out):
         raise ValueError(f"{who}{out} exists; choose another --out")
+    for above in out.resolve().parents:
+        if above.name == "checkpoints" and (above.parent / "config.json").is_file():
+            raise ValueError(f"{who}{out} lies among the checkpoints of the run {above.parent}; choose another --out")
     check_writable(out, who)
 
 

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from emf.data.digits import TAGS
-from emf.files import read_json, read_rows, write_json
+from emf.evaluate.run_log import read_curve, read_metrics
+from emf.files import fits, read_json, write_json
 from emf.paper.parts import ENCODERS, Budget, parts
 from emf.paper.runs import ENCODER, SCORES
 
 MEASURES = ("discriminability", "discriminability, centred", "disentanglement", "disentanglement, centred")
+AGAIN = "move its folder away, and the part is made again"
 Series = dict[str, list[Any]]
 
 
@@ -30,17 +32,18 @@ def gather(out: Path, budget: Budget) -> dict[str, Any]:
         if not (folder / SCORES).is_file():
             missing.append(part.name)
             continue
-        for steps, row in read_json(folder / SCORES).items():
+        for steps, row in _scores(folder / SCORES).items():
             kept = scores.setdefault(group, {}).setdefault(steps, {"overall": [], "by_tag": {t: [] for t in TAGS}})
             kept["overall"].append(row["overall"])
             for tag in TAGS:
                 kept["by_tag"][tag].append(row["by_tag"][tag])
         if (folder / ENCODER).is_file():
-            for name, value in read_json(folder / ENCODER).items():
+            for name, value in _read(folder / ENCODER, dict[str, float]).items():
                 encoders.setdefault(group.removeprefix("base/"), {}).setdefault(name, []).append(value)
         if (folder / "curve.jsonl").is_file():
-            metrics = read_rows(folder / "metrics.jsonl")
-            curve = read_rows(folder / "curve.jsonl")
+            metrics, curve = read_metrics(folder), read_curve(folder)
+            if curve and (lacks := {"1", "2", "4"} - curve[0]["overall"].keys()):
+                raise ValueError(f"paper: {folder / 'curve.jsonl'} has no scores of {min(lacks)} steps; {AGAIN}")
             own = curves.setdefault(group, {"steps": [], "error": [], "at": [], "score": {"1": [], "2": [], "4": []}})
             own["steps"], own["at"] = [m["step"] for m in metrics], [c["step"] for c in curve]
             own["error"].append([m["error"] for m in metrics])
@@ -49,6 +52,24 @@ def gather(out: Path, budget: Budget) -> dict[str, Any]:
     found = {"budget": asdict(budget), "scores": scores, "encoders": encoders, "curves": curves, "missing": missing}
     write_json(out / "results.json", found)
     return found
+
+
+def _read(file: Path, kind: Any) -> Any:
+    """What a JSON file holds. Raises ValueError where that is not of this kind."""
+    tree = read_json(file)
+    if not fits(tree, kind):
+        raise ValueError(f"paper: {file} is not what a part writes; {AGAIN}")
+    return tree
+
+
+def _scores(file: Path) -> dict[str, Any]:
+    """A part's scores by number of steps. Raises ValueError where they are of another form."""
+    tree: dict[str, Any] = _read(file, dict[str, dict[str, Any]])
+    for row in tree.values():
+        tags = row.get("by_tag")
+        if not (fits(row.get("overall"), float) and fits(tags, dict[str, float]) and tags.keys() >= {*TAGS}):
+            raise ValueError(f"paper: {file} is not what a part writes; {AGAIN}")
+    return tree
 
 
 def mean(values: Sequence[float]) -> float:

@@ -198,6 +198,8 @@ class EMFPipeline(DiffusionPipeline):
             raise ValueError(f"pipeline: output_type {output_type!r}; expected pil, np, pt or latent")
         prompts = [prompt] if isinstance(prompt, str) else prompt
         n = len(prompts) if prompt_embeds is None else len(prompt_embeds)  # type: ignore[arg-type]
+        if not n:
+            raise ValueError("pipeline: no prompts; expected at least one")
         guidance = self.guidance if guidance_scale is None else guidance_scale
         how = Settings(steps=num_inference_steps, guidance=guidance)
         shape = self._shape(height, width)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 from emf.arguments import NEEDS_EXTRA, parse, to_arguments
 from emf.config import Config
-from emf.errors import report_errors
+from emf.errors import cleaned_up, report_errors
 from emf.files import check_text
 from emf.recipes import RECIPES, from_file
 from emf.weights.hub import SETTINGS, START, named
@@ -69,6 +71,8 @@ def parse_run(arguments: list[str], kind: type[Asked], verb: str) -> Asked:
     asked: Asked = parse(kind, [*known, *arguments[1:]], f"emf {verb} {first}", default=kind(config))
     if asked.config.epochs is not None and any(word.split("=")[0] == "--steps" for word in arguments):
         raise ValueError(f"{verb}: --epochs and --steps both say how long the run is; give one of them")
+    if asked.out is not None:
+        check_text(str(asked.out), f"{verb}: the path --out {str(asked.out)!r}")
     for name, text in _texts(asked.config):  # config.json could not hold a byte that is not UTF-8
         check_text(text, f"config: {name} {text!r}")
     if asked.config.recipe != config.recipe:
@@ -117,6 +121,23 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = [a for a in (sys.argv[1:] if arguments is None else arguments) if not a.startswith("--local_rank")]
     with report_errors():
         config, out, resume = parse_train(arguments)
-        from emf.train.loop import train  # seconds, which --help need not take
+        with stopped_early(out):
+            from emf.train.loop import train  # seconds, which --help need not take
 
-        train(config, out, resume)
+            train(config, out, resume)
+
+
+@contextmanager
+def stopped_early(out: Path) -> Iterator[None]:
+    """SIGTERM before the first step, when there is nothing to save, ends the process in one line and with exit code
+    143. Several ranks end as the system ends them: they may wait for each other where Python hears no signal."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        yield
+        return
+    with cleaned_up():
+        try:
+            yield
+        except SystemExit as end:
+            if end.code == 143:
+                print(f"asked to stop: no step was under way, and {out} holds what it held", file=sys.stderr)
+            raise

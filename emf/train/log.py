@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from emf.config import Config
-from emf.files import append_rows, mend_rows, write_rows, write_text
+from emf.evaluate.run_log import CURVE, METRICS, RESUMED
+from emf.files import append_rows, mend_rows, read_rows, write_rows, write_text
 from emf.train.costs import forward_flops
 from emf.train.hardware import peak_flops
 
@@ -45,6 +46,8 @@ class Log:
 
     def __init__(self, out: Path, start: int, total: int) -> None:
         self.out, self.console, self.start, self.total = out, Console(), start, total
+        for name in (METRICS, CURVE):  # what cannot be gone on with is said before a step is made
+            read_rows(out / name, RESUMED)
         self.before = 0.0
         """Seconds that the run has taken in earlier processes, up to the step it resumes from."""
         columns = (
@@ -59,15 +62,15 @@ class Log:
     def begin(self, config: str) -> None:
         """Claim the folder with the run's config. Rows past the step that it resumes from are dropped."""
         write_text(self.out / "config.json", config)
-        for name in ("metrics.jsonl", "curve.jsonl"):
+        for name in (METRICS, CURVE):
             file = self.out / name
             if file.exists():
-                rows = [row for row in mend_rows(file, ("step",)) if row["step"] <= self.start]
+                rows = [row for row in mend_rows(file, RESUMED) if row["step"] <= self.start]
                 write_rows(file, rows)
-                self.before = max([self.before, *(row.get("wall_s", 0.0) for row in rows)])
+                self.before = max([self.before, *(row.get("wall_s") or 0.0 for row in rows)])
 
     def metrics(self, row: dict[str, Any]) -> None:
-        append_rows(self.out / "metrics.jsonl", [row])
+        append_rows(self.out / METRICS, [row])
         eta = (self.total - row["step"]) / max(row["it_s"], 1e-9)
         note = in_words(row)
         self.progress.update(self.task, completed=row["step"], note=note)
@@ -75,7 +78,7 @@ class Log:
             print(f"step {row['step']}/{self.total}  {note}  ETA {eta / 60:.1f} min", flush=True)
 
     def curve(self, row: dict[str, Any]) -> None:
-        append_rows(self.out / "curve.jsonl", [row])
+        append_rows(self.out / CURVE, [row])
         scores = "  ".join(f"{steps}-step {score:.3f}" for steps, score in row["overall"].items())
         self.progress.console.print(f"step {row['step']}: {scores}")
 

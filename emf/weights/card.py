@@ -68,6 +68,43 @@ def write_card(run: Path, config: Config, folder: Path, name: str, *, step: int 
     write_text(folder / "README.md", text)
 
 
+ENCODERS = {"small": "the digits' own, of this world's words", "blip3o": "BLIP3o-NEXT", "gemma": "Gemma-2, as SANA's"}
+ADAPTERS = """Low-rank adapters (rank {rank}, alpha {alpha}) of a flow map, in peft's and in diffusers' form, and beside
+them `trained_in_full.safetensors`: its time embedders, and what else was trained in full.
+
+- base: {base}
+- text encoder: {encoder}
+
+They belong to both, and hold neither.
+
+```python
+from emf import EMFPipeline
+
+pipe = EMFPipeline.from_pretrained(BASE, adapters={name!r})
+```
+`BASE` is the folder, in diffusers' layout, of the base with its text encoder.
+"""
+
+
+def write_adapters_card(config: Config, folder: Path, name: str) -> None:
+    """README.md of a folder of adapters that is being written: the base and the text encoder that they need."""
+    c, base = config.condition, base_model(config)
+    encoder = ENCODERS.get(c.kind, c.kind)
+    encoder += f", window {c.window}, image tokens pooled {c.scale} x {c.scale}" if c.kind == "blip3o" else ""
+    where = re.search(r"models--([\w.-]+?)--([\w.-]+)", str(c.folder))
+    told = base or (f"a folder named {config.init.name}" if config.init else "random weights")
+    text = ADAPTERS.format(
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        base=told,
+        encoder=encoder + (f", {where[1]}/{where[2]}" if where else ""),
+        name=name,
+    )
+    write_text(
+        folder / "README.md", HEAD.format(base=f"base_model: {base}" if base else NO_BASE, name=cell(name), what=text)
+    )
+
+
 def base_model(config: Config) -> str | None:
     """OWNER/NAME on the Hub of the weights that a run began with, where the cache of the Hub's client has them; None
     where they lie somewhere that tells no such name."""

@@ -59,7 +59,12 @@ def newest(run: Path) -> Path:
         return run
     saved = checkpoints(run)
     if not saved:
-        why = "" if run.is_dir() else ", for there is no such folder"
+        if (run / "model_index.json").is_file():
+            raise ValueError(
+                f"{run} is no run but an export, or a pipeline's folder; this needs the run's folder, or one of its "
+                "checkpoints"
+            )
+        why = "" if run.is_dir() else ", for it is a file" if run.exists() else ", for there is no such folder"
         raise ValueError(
             f"{run} holds no checkpoint{why}; expected a run's folder, one of its checkpoints, or a folder from emf "
             "export or emf convert"

@@ -24,6 +24,7 @@ from emf.model.layers import TimeEmbed
 from emf.model.transformer import SINUSOID, Transformer
 from emf.weights.adapter_settings import STAMP, scale_of, stamp_in, stamp_of
 from emf.weights.branches import BRANCHES, SCALES
+from emf.weights.card import write_adapters_card
 from emf.weights.folders import load_run
 from emf.weights.tensors import Weights, items, read_metadata, write_file
 
@@ -39,15 +40,19 @@ FACTORS = (".lora_A.weight", ".lora_B.weight")
 
 
 def export_adapters(
-    run: Path | str, out: Path | str, dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    run: Path | str,
+    out: Path | str,
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    text: Path | None = None,
 ) -> Config:
-    """What a run with adapters, or one of its checkpoints, has learned, as the folder `out`. Returns the run's config.
-    Raises ValueError where `out` exists, the run has no adapters, or it trained its text encoder too."""
+    """What a run with adapters, or one of its checkpoints, has learned, as the folder `out`, whose README.md says what
+    base and text encoder they belong to. Returns the run's config. text: where the text encoder lies; None: where the
+    run says. Raises ValueError where `out` exists, the run has no adapters, or it trained its text encoder too."""
     from emf.network.adapters import peft_settings
 
     run, out = Path(run), Path(out)
     refuse_existing(out, WHO)
-    config, network = load_run(run)
+    config, network = load_run(run, text)
     if not config.lora.rank:
         raise ValueError(f"export: {run} has no adapters (lora.rank 0); leave out --adapters")
     if network.own_encoder and config.condition.kind != "small":
@@ -70,6 +75,7 @@ def export_adapters(
         said = {k: str(getattr(config.transformer, k)) for k in SCALES}
         said[STAMP] = stamp_in(network.transformer, config.lora.scale)
         write_file(part / FULL, items(full, as_written), metadata=said)
+        write_adapters_card(config, part, out.name)
     return config
 
 

@@ -83,6 +83,7 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path) -> None:
     for wrong, message in (
         (dict(prompt="a"), "no text encoder reads prompts here; give prompt_embeds"),
         (dict(), "either prompt or prompt_embeds"),
+        (dict(prompt_embeds=c[:0], output_type="latent"), "no prompts; expected at least one"),
         (dict(prompt="a", prompt_embeds=c), "either prompt or prompt_embeds"),
         (dict(prompt_embeds=c), "no vae to decode with"),
         (dict(prompt_embeds=c, output_type="jpg"), "'jpg'; expected pil, np, pt or latent"),

@@ -281,6 +281,9 @@ def test_where_emf_is_installed_its_transformer_is_taken(
     for wrong, message in (
         (dict(prompt="a striped three"), "expected captions of 1 to 10 of the words a an and"),
         (dict(), "either prompt or prompt_embeds"),
+        (dict(prompt=[]), "no prompts; expected at least one"),
+        (dict(prompt="a red seven", num_inference_steps=0), "0 steps; expected 1 to 10000"),
+        (dict(prompt="a red seven", output_type="foo"), "'foo'; expected pil, np, pt or latent"),
         (dict(prompt_embeds=states, height=7), "7 x 18 pixels; expected multiples of 6"),
         (dict(prompt_embeds=states, latents=torch.zeros(2, 3, 18, 18)), r"expected \(1, 3, 18, 18\)"),
         (dict(prompt_embeds=states * torch.nan), "holds NaN or inf"),

@@ -80,7 +80,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> tuple[Path, TextToImage]:
     network = adapted(config)
     network.transformer.config = config.transformer
     sana.randomize(network, seed=1)
-    monkeypatch.setattr(lora, "load_run", lambda run: (config, network.eval()))
+    monkeypatch.setattr(lora, "load_run", lambda *_: (config, network.eval()))
     return Path("run"), network
 
 
@@ -102,6 +102,8 @@ def test_the_pipeline_puts_them_on_a_published_base(trained: tuple[Path, TextToI
 
     run, network = trained
     export_adapters(run, tmp_path / "lora", "float32")
+    told = (tmp_path / "lora" / "README.md").read_text()
+    assert "- base: " in told and "- text encoder: " in told and str(tmp_path) not in told
     base, state = base_of(network)
     write_export(state, base.config, tmp_path / "sana")  # diffusers' files alone: no embedders beside them
     pipe: Any = EMFPipeline.from_pretrained(tmp_path / "sana", adapters=tmp_path / "lora")
@@ -129,7 +131,7 @@ def test_peft_and_diffusers_read_their_forms(trained: tuple[Path, TextToImage], 
     run, network = trained
     export_adapters(run, tmp_path / "lora", "float32")
     names = {p.name for p in (tmp_path / "lora").iterdir()}
-    assert names == {"adapter_config.json", "adapter_model.safetensors", lora.DIFFUSERS, lora.FULL}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", lora.DIFFUSERS, lora.FULL, "README.md"}
     full = load_file(tmp_path / "lora" / lora.FULL)
     assert full.keys() == TABLES | {k for k in network.transformer.state_dict() if k.startswith(BRANCHES)}
     z, t, c = sana.inputs()
@@ -185,7 +187,7 @@ def test_an_export_with_adapters_knows_them(
 
     run, network = trained
     config = lora.load_run(run)[0]
-    monkeypatch.setattr(export, "load", lambda run, text: (config, network))
+    monkeypatch.setattr(export, "at_weights", lambda run, read: (config, network, None))
     export_adapters(run, tmp_path / "float16", "float16")
     export_adapters(run, tmp_path / "bfloat16", "bfloat16")
     export.export(run, tmp_path / "whole", dtype="float32")

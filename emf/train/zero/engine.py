@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from emf.config import Config
-from emf.files import check_readable, why, written
+from emf.files import check_readable, files_in, why, written
 from emf.idle import chosen
 from emf.model.text_to_image import TextToImage
 from emf.train.ranges import span
@@ -311,6 +311,12 @@ class Engine:
         except ValueError as error:
             raise ValueError(f"resume: {error}") from None
         made = checkpoints.read_made(checkpoint)
+        there = [len(files_in(checkpoint / "engine", f"*{kind}_states.pt")) for kind in ("model", "optim")]
+        if there[0] < (made.world if made.stage == 3 else 1) or (made.stage and there[1] < made.world):
+            raise ValueError(
+                f"resume: {checkpoint / 'engine'} lacks files of DeepSpeed's; move the checkpoint away to resume from "
+                f"one before, or begin another run with its weights: --init {checkpoint}"
+            )
         same = made.stage == self.stage and (not self.stage or made.world == self.world)
         strict = self.saved == self.parameters.keys()
         try:

@@ -19,6 +19,7 @@ from torch import Tensor
 States = tuple[Tensor, Any]
 """What the transformer attends to: states [B, M, C], and which of them, [B, M] bool; None is all."""
 SEEDS, APART = 2**43, 1_000_003  # how many seeds there are, and how far apart those of two generators' pictures are
+MOST_STEPS = 10_000
 TOKENS_APART = 2**40  # is added to a picture's seed for its image tokens, which must not follow its noise
 
 
@@ -77,7 +78,13 @@ class EMFPipeline(DiffusionPipeline):
         sizes = sizes.get("sizes", sizes)  # emf's transformer holds them in one
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("pipeline: give either prompt or prompt_embeds")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"pipeline: output_type {output_type!r}; expected pil, np, pt or latent")
+        if not 1 <= num_inference_steps <= MOST_STEPS:
+            raise ValueError(f"pipeline: {num_inference_steps} steps; expected 1 to {MOST_STEPS}")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+        if not prompts and (prompt_embeds is None or not len(prompt_embeds)):
+            raise ValueError("pipeline: no prompts; expected at least one")
         seeds = seeds_of(generator, len(prompts) if prompt_embeds is None else len(prompt_embeds))
         if prompt_embeds is None:
             (c, mask), (null, null_mask) = self.encode_prompt(prompts, seeds)
