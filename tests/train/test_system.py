@@ -105,9 +105,17 @@ def test_a_cache_trains_as_its_images(run: Path, world: World, tmp_path: Path) -
         assert got == pytest.approx(want, rel=1e-4)
 
 
-def test_a_killed_run_continues_where_the_data_was(run: Path, world: World, tmp_path: Path) -> None:
-    again = tmp_path / "again"
-    arguments = [*world.recipe, *world.images, "--out", str(again)]
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_a_killed_run_continues_where_the_data_was(kind: str, run: Path, world: World, tmp_path: Path) -> None:
+    """In a row group too, and rows of a Parquet file, which all are mixed here, train as the tar of the same."""
+    again, source = tmp_path / "again", world.folder / f"data.{kind}"
+    if kind == "parquet":
+        pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+        from parquet_files import write_parquet
+
+        images, texts = [*pairs(6).values()][::2], [f"picture {i}" for i in range(6)]
+        write_parquet(source, {"image": images, "text": texts}, group=4)
+    arguments = [*world.recipe, *world.images, "--data.sources", str(source), "--out", str(again)]
     assert train(tmp_path, *arguments, "--run.save-every", "3", before=_kill_at_4).code
     result = train(tmp_path, *arguments, "--run.save-every", "3", "--resume", "True")
     assert result.code == 0 and "step 3/4" not in result.text, result.text
