@@ -116,9 +116,10 @@ def verdicts(found: Found) -> list[tuple[str, str, str]]:
     for measure in MEASURES:
         for group, steps in SCORED:
             rho = found.agreement(measure, group, steps)
-            how = "agrees" if rho.low > 0 else "does not" if rho.high < 0 else "not told apart"
             chance = by_chance(rho.mean, len(found.encoders))
-            every.append((f"{measure}: {label(group, steps)}", how, f"{rho:+.2f}, by chance {chance:.2f}"))
+            how = "agrees" if rho.low > 0 else "does not" if rho.high < 0 else "not told apart"
+            how = how if chance <= 1 - LEVEL else "not told apart"  # so few encoders fall into any order by chance
+            every.append((f"{measure}: {label(group, steps)}", how, f"{rho:+.2f}\nby chance {chance:.2f}"))
     return every
 
 

@@ -83,9 +83,9 @@ def answer(found: Found) -> Html:
         rows.append(row)
     note = page.note(
         f"Spearman's rank correlation over the {n} encoders with its 95 % interval over captions, and how often chance "
-        f"gives one as far from 0. Agrees, does not: the whole interval lies on one side of 0. With {n} encoders even "
-        f"perfect agreement comes by chance in {by_chance(1, n):.1%} of all orders, and the interval knows nothing of "
-        "other encoders than these, nor, with one seed, of another training."
+        "gives one as far from 0. Agrees, does not: the whole interval lies on one side of 0, and chance is below 5 %. "
+        f"With {n} encoders even perfect agreement comes by chance in {by_chance(1, n):.1%} of all orders, and the "
+        "interval knows nothing of other encoders than these, nor, with one seed, of another training."
     )
     return section("Do the orders agree?", note, page.table(("by this order", *(label(*x) for x in SCORED)), rows))
 

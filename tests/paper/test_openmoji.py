@@ -70,14 +70,14 @@ def test_spearman_is_scipys_and_chance_is_counted() -> None:
     assert by_chance(1, 3) == pytest.approx(2 / 6) and by_chance(0.5, 3) == 1 and by_chance(1, 5) == 2 / 120
 
 
-def found(better: float) -> Found:
-    """Three encoders, told well apart, whose scores rise with the measure (better 1), fall (-1), or are all alike."""
+def found(better: float, encoders: int = 5) -> Found:
+    """Encoders, told well apart, whose scores rise with the measure (better 1), fall (-1), or are all alike."""
     rng, tree = np.random.default_rng(0), dict[str, Any](ranks={}, encoders={})
-    tree["captions"] = [{"kind": "alias"}] * 200
-    for k, name in enumerate("abc"):
-        tree["encoders"][name] = {m: [(0.2 * k + 0.05 * rng.normal(size=200)).tolist()] for m in MEASURES}
+    tree["captions"] = [{"kind": "alias"}] * 400
+    for k, name in enumerate("abcde"[:encoders]):
+        tree["encoders"][name] = {m: [(0.2 * k + 0.05 * rng.normal(size=400)).tolist()] for m in MEASURES}
         for group, steps in SCORED:
-            hit = rng.random(200) < 0.5 + 0.4 * better * (k - 1)
+            hit = rng.random(400) < 0.5 + 0.22 * better * (k - 2)
             tree["ranks"].setdefault(f"{group}/{name}", {})[str(steps)] = [np.where(hit, 0, 7).tolist()]
     return Found(tree)
 
@@ -85,10 +85,11 @@ def found(better: float) -> Found:
 @pytest.mark.parametrize(("better", "how"), [(1.0, "agrees"), (-1.0, "does not"), (0.0, "not told apart")])
 def test_verdicts_can_say_no(better: float, how: str) -> None:
     assert {line[1] for line in verdicts(found(better))} == {how}
+    assert {line[1] for line in verdicts(found(better, encoders=3))} == {"not told apart"}  # chance alone gives a third
 
 
 def test_scores_by_kind_and_a_missing_one() -> None:
     some = found(1.0)
-    assert some.score("emf", "c", 1).mean > 0.8 > some.score("emf", "a", 1).mean
-    assert some.score("emf", "c", 1, top=8).mean == 1 and np.isnan(some.score("emf", "d", 1).mean)
+    assert some.score("emf", "e", 1).mean > 0.8 > some.score("emf", "a", 1).mean
+    assert some.score("emf", "c", 1, top=8).mean == 1 and np.isnan(some.score("emf", "f", 1).mean)
     assert np.isnan(some.score("emf", "c", 1, kind="reworded").mean)
