@@ -160,7 +160,7 @@ def test_what_cannot_be_is_one_line(recipe: list[str], tmp_path: Path) -> None:
     for flags, said in (
         (["--match.share", "0.5"], "match.share 0.5 has no effect: it needs match.weight above 0"),
         (["--match.weight", "1", "--freeze-encoder", "False"], "match.weight needs a text encoder that is not trained"),
-        (["--match.weight", "-1"], "match.weight -1.0; expected at least 0"),
+        (["--match.weight", "-1"], "match.weight -1.0 must be at least 0"),
     ):
         result = train(tmp_path, *recipe, *out, *flags)
         assert result.code == 2 and said in result.text and "Traceback" not in result.text, result.text
