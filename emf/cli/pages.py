@@ -83,9 +83,6 @@ def openmoji(
     from emf.paper.openmoji_parts import FULL, QUICK
     from emf.paper.openmoji_runs import run_openmoji
 
-    if min(seeds, base_steps, emf_steps) < 1 or (jobs is not None and jobs < 1):
-        told = f"{seeds} seeds, {jobs} jobs, {base_steps} and {emf_steps} steps"
-        raise ValueError(f"openmoji: {told}; expected at least 1 of each")
     steps = dict(pictures=pictures, base_steps=base_steps, emf_steps=emf_steps)
     budget = QUICK if quick else replace(FULL, seeds=tuple(range(seeds)), **steps)
     gallery = drawn(budget.pictures)
@@ -96,7 +93,7 @@ def openmoji(
 def app(
     run: RunFolder,
     *,
-    port: int = 7860,
+    port: Annotated[int, Within(0, 65_535)] = 7860,
     host: str = "127.0.0.1",
     vae: Path | None = None,
     text: Path | None = None,
