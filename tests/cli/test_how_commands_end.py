@@ -21,6 +21,7 @@ from exported import write_base
 from full_disk import full
 from geneval_cases import make_folder, record
 from image_files import pairs, small_autoencoder, write_tar
+from PIL import Image
 from safetensors.torch import save_file
 from training import train
 
@@ -40,6 +41,9 @@ COMMANDS = {
     "geneval": "evaluate geneval {here}/images --detections {here}/found.jsonl --out {out}/scores",
     "pictures": "evaluate geneval --prompts {here}/p.jsonl --checkpoint {run} --images-only --out {out}/g --device cpu",
     "disentanglement": "analyze disentanglement a={run} --prompts {here}/p.jsonl --out {out}/analysis --device cpu",
+    "encoders": "analyze encoders digits:random digits:bag-of-words --out {out}/analysis --device cpu",
+    "answers": "evaluate dpg {here}/grids --questions {here}/dpg.csv --answers {here}/answers.jsonl --out {out}/scores",
+    "paper": "paper --out {out}/paper --quick",
     "report": "report {run}",
 }
 
@@ -57,6 +61,13 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a red seven"}
     record(folder / "found.jsonl", dict.fromkeys(make_folder(folder / "images", [spec]), []))
     (folder / "p.jsonl").write_text(json.dumps(spec) + "\n")
+    (folder / "grids").mkdir()
+    Image.new("RGB", (16, 16)).save(folder / "grids" / "pair.png")
+    questions = ["item_id,proposition_id,dependency,tuple,question_natural_language"]
+    questions += [f"{item},1,0,entity - whole (dog),Is there a dog?" for item in ("first", "pair")]
+    (folder / "dpg.csv").write_text("\n".join(questions) + "\n")
+    answers = [{"filename": "pair.png", "crop": i, "answers": {1: "yes"}} for i in range(4)]
+    (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
     return folder
 
 
