@@ -92,22 +92,21 @@ def answer(found: Found) -> Html:
 
 def scatter(found: Found) -> Html:
     """A score by a measure, a point for each text encoder."""
-    drawn = []
+    drawn, shown = [], (("emf", 1, True), ("base", 30, False))
+    highest = max(found.score(g, e, n).mean for e in found.encoders for g, n, _ in shown)
     for m in (MEASURES[1], MEASURES[3]):
 
         def draw(axes: Axes, m: str = m) -> None:
             for k, e in enumerate(found.encoders):
                 x = found.measured(e, m).mean()
-                lines = [
-                    (found.score(g, e, n).mean, filled) for g, n, filled in (("emf", 1, True), ("base", 30, False))
-                ]
-                for y, filled in lines:
+                for y, filled in ((found.score(g, e, n).mean, filled) for g, n, filled in shown):
                     color = COLORS[k % len(COLORS)]
                     face = color if filled else "none"
                     axes.plot(x, y, MARKERS[k % len(MARKERS)], color=color, markerfacecolor=face)
                 axes.plot([], [], MARKERS[k % len(MARKERS)], color=COLORS[k % len(COLORS)], label=e)
-            axes.set(xlabel=m, ylabel="top-1", ylim=(0, 1))
-            axes.legend(loc="lower right", fontsize=7)
+            # the upper half is the legend's
+            axes.set(xlabel=m, ylabel="top-1", ylim=(0, 2.2 * highest or 1.0))
+            axes.legend(loc="upper left", fontsize=7, ncols=2)
 
         drawn.append(plot(f"Top-1 by {m}", "filled EMF at 1 step, hollow flow matching at 30", f"Top-1 by {m}", draw))
     return page.figures(drawn)
