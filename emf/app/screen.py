@@ -142,7 +142,7 @@ def blocks(studio: Studio, folder: Path) -> gr.Blocks:
             show_progress="hidden",
             api_visibility="private",
         )
-        drawing = [button.click(**how), caption.submit(**how)]
+        drawing: list[dict[str, Any]] = [button.click(**how), caption.submit(**how)]
         chosen = another.click(lambda: random.randrange(2**31), None, seed, api_visibility="private")
         drawing.append(chosen.then(**how))
         stop.click(None, cancels=drawing, api_visibility="private")
