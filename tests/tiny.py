@@ -128,3 +128,13 @@ def ta_tok_file(
     arguments = {"bottleneck": bottleneck, "input_size": size, "pool_scale": pool, "teacher": "somewhere"}
     torch.save({"model": {"args": kind(arguments), "sd": state} | (extra or {})}, path)
     return state
+
+
+def tiny_clip() -> Any:
+    """A random CLIP for pictures of 16 pixels and clip_tokenizer's ids."""
+    from transformers import CLIPConfig, CLIPModel
+
+    tower = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    text = tower | dict(vocab_size=300, max_position_embeddings=40, bos_token_id=298, eos_token_id=299)
+    vision = tower | dict(image_size=16, patch_size=8)
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))

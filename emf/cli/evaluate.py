@@ -19,6 +19,7 @@ Draw = Annotated[Drawing, tyro.conf.arg(name="")]
 NOTHING = Drawing()
 DETECTOR, CLIP = "facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14"
 VQA = "Salesforce/blip-vqa-base"
+PICK, PICK_TOKENIZER = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
 def on_digits(run: RunFolder, per_tag: PerTag = 50, guidance: Guidance = GUIDANCE, seed: Seed = 0) -> None:
@@ -170,6 +171,37 @@ def hps(
     if images is not None:
         return _show([run_hps(images, out, texts, file, **how, name=name, steps=draw.step)], out)
     _draw(hps_items(texts), out, draw, lambda: HPS.load(texts, file, **how), device=device, name=name)
+
+
+def pick(
+    out: Path,
+    images: Images = None,
+    *,
+    network: str = PICK,
+    tokenizer: str = PICK_TOKENIZER,
+    device: str = "auto",
+    name: str = "",
+    steps: Annotated[int | None, Within(1, 9_999)] = None,
+) -> None:
+    """PickScore on a folder of pictures by their own prompts, as emf generate leaves them; goes on where it was
+    stopped.
+
+    Args:
+        out: folder for scored.jsonl, results.json and results.md
+        images: pictures with manifest.jsonl, or with a NAME.txt beside each
+        network: folder or Hub name of PickScore's CLIP
+        tokenizer: folder or Hub name of its tokenizer
+        device: where to compute: cpu, cuda, cuda:1; auto: the GPU where there is one
+        name: what the table calls the model that is scored
+        steps: how many steps the pictures were drawn in, for the table
+    """
+    from emf.evaluate.pick import run_pick
+
+    if images is None:
+        raise ValueError("evaluate pick: give a folder of pictures, as emf generate writes one")
+    _check(images, out, NOTHING, device)
+    how: Any = dict(network=network, tokenizer=tokenizer, device=device)
+    _show([run_pick(images, out, **how, name=name, steps=steps)], out)
 
 
 def _check(images: Path | None, out: Path, drawing: Drawing, device: str, further: Sequence[str] = ()) -> None:

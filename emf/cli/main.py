@@ -35,7 +35,7 @@ def _plan() -> None:
 
 
 def _evaluate() -> None:
-    """Score: digits (a run of the small world), geneval, dpg or hps (a folder of images)."""
+    """Score: digits (a run of the small world), geneval, dpg, hps or pick (a folder of images)."""
 
 
 def _analyze() -> None:
@@ -70,6 +70,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
         "geneval": evaluate.geneval,
         "dpg": evaluate.dpg,
         "hps": evaluate.hps,
+        "pick": evaluate.pick,
     },
     "analyze": {
         "encoders": analyze.compare,

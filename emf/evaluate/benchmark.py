@@ -26,7 +26,7 @@ class Result:
     """A benchmark's outcome: results.json holds these fields."""
 
     benchmark: str
-    """A key of published.BENCHMARKS."""
+    """Its name: a key of published.BENCHMARKS, or one that the paper does not report."""
     label: str
     """The benchmark's name with what replaces the official part of it: only equal labels may be compared."""
     name: str
@@ -116,7 +116,7 @@ def score_images(
 
 def write_results(out: Path, result: Result) -> None:
     """results.json and results.md in `out`; a later run over more images renews them."""
-    write_json(out / RESULTS, asdict(result) | {"paper": BENCHMARKS[result.benchmark]})
+    write_json(out / RESULTS, asdict(result) | {"paper": BENCHMARKS.get(result.benchmark, ())})
     write_text(out / TABLE, page([result]))
 
 
@@ -139,7 +139,7 @@ def write_comparison(out: Path, results: Sequence[Result]) -> None:
     first = results[0]
     claim(out, compared(first.benchmark, first.label, first.name), OWN, advice=ELSEWHERE)
     tree = {"benchmark": first.benchmark, "label": first.label, "results": [asdict(r) for r in results]}
-    write_json(out / RESULTS, tree | {"paper": BENCHMARKS[first.benchmark]})
+    write_json(out / RESULTS, tree | {"paper": BENCHMARKS.get(first.benchmark, ())})
     write_text(out / TABLE, page(results))
 
 
@@ -148,7 +148,7 @@ def page(results: Sequence[Result]) -> str:
     first = results[0]
     digits = 3 if first.benchmark == "GenEval" else 2
     heads = ["" if r.steps is None else str(r.steps) for r in results]
-    rows = [[f"{model}, paper", str(steps), f"{x:.2f}"] for model, steps, x in BENCHMARKS[first.benchmark]]
+    rows = [[f"{model}, paper", str(steps), f"{x:.2f}"] for model, steps, x in BENCHMARKS.get(first.benchmark, ())]
     for r, steps in zip(results, heads, strict=True):
         rows.append([Markdown(f"{bold(r.name)}, {cell(r.label)}"), steps, bold(f"{r.overall:.{digits}f}")])
     lines = [f"# {first.label}", "", *markdown(["model", "steps", first.benchmark], rows)]

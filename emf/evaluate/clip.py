@@ -71,8 +71,10 @@ class Clip:
     whatever the tokenizer pads with, for attention is causal.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        self.model, self.tokenizer = model.eval(), tokenizer
+    def __init__(self, model: Any, tokenizer: Any, cleaned: bool = True) -> None:
+        """cleaned: texts go through `clean` first, as in open_clip; else to the tokenizer as they are, as in
+        transformers."""
+        self.model, self.tokenizer, self.cleaned = model.eval(), tokenizer, cleaned
         self.size = int(model.config.vision_config.image_size)
         """Pixels along a side."""
 
@@ -87,7 +89,11 @@ class Clip:
         """n texts -> [n, E] float32, unit length; what exceeds the context is cut off."""
         length = int(self.model.config.text_config.max_position_embeddings)
         ids = self.tokenizer(
-            [clean(t) for t in texts], padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+            [clean(t) if self.cleaned else t for t in texts],
+            padding="max_length",
+            truncation=True,
+            max_length=length,
+            return_tensors="pt",
         ).input_ids.to(self.model.device)
         states = self.model.text_model(input_ids=ids).last_hidden_state
         return _unit(self.model.text_projection(states[torch.arange(len(ids), device=ids.device), ids.argmax(-1)]))

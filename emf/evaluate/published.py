@@ -31,7 +31,7 @@ BENCHMARKS: dict[str, tuple[tuple[str, int, float], ...]] = {
         ("EMF", 4, 29.25),
     ),
 }
-"""By benchmark: (model, steps, overall) in the paper's tables."""
+"""By benchmark: (model, steps, overall) in the paper's tables, where it has one."""
 
 ENCODERS = {
     "discriminability": {"BLIP3o-NEXT": 0.734, "CLIP": 0.730, "Gemma": 0.713, "T5": 0.634},

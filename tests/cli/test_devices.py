@@ -22,10 +22,12 @@ from emf.errors import Unlaunched
 
 WORDS = {
     "generate": "generate a --run {run} --out {out}",
+    "app": "app {run}",
     "cache": "cache a.tar --vae vae --out {out}",
     "evaluate geneval": "evaluate geneval images --out {out}",
     "evaluate dpg": "evaluate dpg images --questions q.csv --out {out}",
     "evaluate hps": "evaluate hps images --weights w.pt --out {out}",
+    "evaluate pick": "evaluate pick images --out {out}",
     "analyze encoders": "analyze encoders A=clip:{run} --out {out}",
     "analyze discriminability": "analyze discriminability A=clip:{run} --data d --out {out}",
     "analyze disentanglement": "analyze disentanglement A=clip:{run} --prompts p.txt --out {out}",

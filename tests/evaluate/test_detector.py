@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ import torch
 from geneval_cases import make_folder, one
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import clip_tokenizer
+from tiny import clip_tokenizer, tiny_clip
 
 from emf.data.digits import COLORS
 from emf.evaluate import benchmark
@@ -100,15 +99,6 @@ def test_clips_view_is_the_central_square() -> None:
 
 
 # The whole path on tiny networks of the real classes
-
-
-def tiny_clip() -> Any:
-    from transformers import CLIPConfig, CLIPModel
-
-    tower = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    text = tower | dict(vocab_size=300, max_position_embeddings=40, bos_token_id=298, eos_token_id=299)
-    vision = tower | dict(image_size=16, patch_size=8)
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
 
 
 @pytest.fixture(scope="module")

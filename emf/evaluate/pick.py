@@ -1,0 +1,96 @@
+"""PickScore (arXiv 2305.01569; yuvalkirstain/PickScore): cosine of image and prompt under a CLIP-H fine-tuned on
+people's choices, times its logit scale, which is 100.
+
+It has no prompts of its own: a folder of pictures tells them, by the manifest.jsonl of `emf generate`, or by a NAME.txt
+beside each picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emf.device import AUTO
+from emf.device import device as find_device
+from emf.evaluate.benchmark import Result, Row, check_images, mean, score_images, stamps, write_results
+from emf.evaluate.clip import Clip, center_square, normalized, pretrained
+from emf.files import files_in, numbered_jsonl, open_image, place_or_name, read_text
+from emf.weights.tensors import module_stamp
+
+NETWORK, TOKENIZER = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+LABEL = "PickScore (transformers)"
+MANIFEST = "manifest.jsonl"
+KINDS = ("*.png", "*.jpg", "*.jpeg", "*.webp")
+DEVIATIONS = ("the prompts are those of the folder: compare models on the same ones alone",)
+
+
+def read_prompts(root: Path) -> dict[str, Any]:
+    """File name -> prompt, of a folder of pictures. Raises ValueError where a picture has no prompt, or is missing."""
+    check_images(root)
+    if (root / MANIFEST).is_file():
+        rows = numbered_jsonl(root / MANIFEST)
+        if lacking := [number for number, row in rows if not isinstance(row.get("file"), str)]:
+            raise ValueError(f"PickScore: {root / MANIFEST}:{lacking[0]} names no file; repair or remove the line")
+        prompts = {row["file"]: row.get("prompt") for _, row in rows}
+        if missing := [name for name in prompts if not (root / name).is_file()]:
+            raise ValueError(f"PickScore: {root / missing[0]} is missing, which {MANIFEST} lists; generate it again")
+    else:
+        names = sorted(file.name for file in files_in(root, *KINDS))
+        if mute := [name for name in names if not (root / name).with_suffix(".txt").is_file()]:
+            raise ValueError(
+                f"PickScore: {root / mute[0]} has no prompt; expected {MANIFEST}, as emf generate writes it, or "
+                f"{Path(mute[0]).with_suffix('.txt')} beside it"
+            )
+        prompts = {name: read_text((root / name).with_suffix(".txt")).strip() for name in names}
+    if not prompts:
+        raise ValueError(f"PickScore: {root} holds no pictures")
+    if empty := [name for name, prompt in prompts.items() if not isinstance(prompt, str) or not prompt.strip()]:
+        raise ValueError(f"PickScore: {root / empty[0]} has no prompt: it is {prompts[empty[0]]!r}")
+    return prompts
+
+
+def load_clip(network: str = NETWORK, tokenizer: str = TOKENIZER, device: str = AUTO) -> Clip:
+    """PickScore's network from folders or Hub names. Raises ValueError, saying what to put where."""
+    from transformers import AutoTokenizer, CLIPModel
+
+    place = find_device(device)
+    model = pretrained(CLIPModel, network, "PickScore's network").to(place)
+    # its own code gives prompts to the tokenizer as they are
+    return Clip(model, pretrained(AutoTokenizer, tokenizer, "PickScore's tokenizer"), cleaned=False)
+
+
+def run_pick(
+    root: Path,
+    out: Path,
+    *,
+    network: str = NETWORK,
+    tokenizer: str = TOKENIZER,
+    device: str = AUTO,
+    batch: int = 20,
+    name: str = "",
+    steps: int | None = None,
+) -> Result:
+    """Score a folder; scored.jsonl, results.json and results.md in `out`. A killed run goes on where it was. Raises
+    ValueError on what is missing, before the network is read."""
+    prompts = read_prompts(root)
+    clip = load_clip(network, tokenizer, device)
+    digests = stamps({file: (root / file, prompt) for file, prompt in prompts.items()})
+    scale = clip.model.logit_scale.detach().exp().item()
+
+    def score(files: Sequence[str]) -> list[Row]:
+        pixels = torch.stack([normalized(center_square(open_image(root / file), clip.size)) for file in files])
+        texts = [prompts[file] for file in files]
+        similar = scale * (clip.images(pixels) * clip.texts(texts)).sum(-1)
+        return [{"prompt": text, "score": s} for text, s in zip(texts, similar.tolist(), strict=True)]
+
+    settings = {"benchmark": "PickScore", "network": place_or_name(network), "tokenizer": place_or_name(tokenizer)}
+    settings |= {"weights": module_stamp(clip.model)}
+    rows = score_images(out, settings, digests, score, batch)
+    overall = mean(row["score"] for row in rows)
+    called = name or root.resolve().name
+    result = Result("PickScore", LABEL, called, steps, overall, {}, len(rows), settings, list(DEVIATIONS))
+    write_results(out, result)
+    return result
