@@ -15,6 +15,7 @@ import torch
 from emf.conditioning.encoder import Encoder
 from emf.conditioning.load import Kind, kind_of, load
 from emf.files import read_json, whole_path
+from emf.weights.tensors import module_stamp
 
 SMALL = ("trained", "blurred", "bag-of-words", "random")
 """The digits' own encoders, all of the shipped base's weights but the last: as it was trained; words taken for one two
@@ -78,7 +79,7 @@ class EncoderName:
         from emf.weights.folders import at_weights
 
         if self.kind == "digits":
-            return self.place
+            return f"{self.place} {module_stamp(_small(str(self.folder)))}"
         stamp = at_weights(self.folder, folder_stamp) if self.kind == "run" else folder_stamp(self.folder)
         return f"{self.kind} {stamp}"
 

@@ -158,7 +158,7 @@ class Studio:
         """`emf generate` for the pictures of a column, the same bit for bit on the same machine."""
         guidance = self.sampler.guidance if asked.guidance is None else asked.guidance
         words = ["emf", "generate", asked.caption, "--run", str(self.run), "--out", "DIR", "--steps", str(way.steps)]
-        words += ["--guidance", f"{guidance:g}", "--seed", str(asked.seed)]
+        words += ["--guidance", repr(float(guidance)), "--seed", str(asked.seed)]
         words += ["-n", str(asked.n)] * (asked.n > 1) + ["--flow-matching"] * way.flow_matching
         for name, value in self._told.items():
             words += [f"--{name}", str(value)] if value not in (None, "auto") else []

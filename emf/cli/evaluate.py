@@ -11,7 +11,7 @@ import tyro
 from emf.evaluate.drawing import Drawing
 from emf.idle import refuse_idle, unless
 from emf.limits import Within
-from emf.sample.sampling_settings import GUIDANCE, Guidance, PerTag, Seed
+from emf.sample.sampling_settings import GUIDANCE, Guidance, PerTag, Seed, Steps
 
 RunFolder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
 Images = Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[IMAGES]")]
@@ -181,7 +181,7 @@ def pick(
     tokenizer: str = PICK_TOKENIZER,
     device: str = "auto",
     name: str = "",
-    steps: Annotated[int | None, Within(1, 9_999)] = None,
+    steps: Steps | None = None,
 ) -> None:
     """PickScore on a folder of pictures by their own prompts, as emf generate leaves them; goes on where it was
     stopped.
@@ -193,7 +193,7 @@ def pick(
         tokenizer: folder or Hub name of its tokenizer
         device: where to compute: cpu, cuda, cuda:1; auto: the GPU where there is one
         name: what the table calls the model that is scored
-        steps: how many steps the pictures were drawn in, for the table
+        steps: how many steps the pictures were drawn in; of a folder with others too, those that were
     """
     from emf.evaluate.pick import run_pick
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from emf.config import Counted
+from emf.idle import refuse_idle, unless
 from emf.limits import Within
 
 Jobs = Annotated[int | None, Within(1, 1024)]
@@ -48,9 +51,18 @@ def paper(
     from emf.paper.results_page import write_paper
     from emf.paper.runs import run_all
 
+    _check_quick(quick, dict(seeds=seeds), paper)
     budget = QUICK if quick else replace(FULL, seeds=tuple(range(seeds)))
     run_all(out, budget, jobs or os.cpu_count() or 1)
     print(f"open {write_paper(out, budget)}")
+
+
+def _check_quick(quick: bool, given: Mapping[str, int], command: Callable[..., None]) -> None:
+    """Raises ValueError where a size of a study was chosen beside --quick, which has its own."""
+    defaults = signature(command).parameters
+    if quick:
+        chosen = {name: unless(value, defaults[name].default) for name, value in given.items()}
+        refuse_idle(command.__name__, chosen, "--quick has sizes of its own")
 
 
 def openmoji(
@@ -84,6 +96,7 @@ def openmoji(
     from emf.paper.openmoji_runs import run_openmoji
 
     steps = dict(pictures=pictures, base_steps=base_steps, emf_steps=emf_steps)
+    _check_quick(quick, dict(steps, seeds=seeds), openmoji)
     budget = QUICK if quick else replace(FULL, seeds=tuple(range(seeds)), **steps)
     gallery = drawn(budget.pictures)
     run_openmoji(out, gallery, budget, jobs or os.cpu_count() or 1)
@@ -107,7 +120,8 @@ def app(
         port: where the page is served; 0: any port that is free
         host: the address to listen on; another than 127.0.0.1, as 0.0.0.0, lets others in, and nobody is asked for a
             password
-        vae: a diffusers folder with the autoencoder; default: that of the run's data, or of the export
+        vae: a diffusers folder, or a name on the Hub, with the autoencoder; default: that of the run's data, or of the
+            export
         text: the folder of the text encoder, where it was moved; default: the run's
         dtype: number format that the transformer computes in; default: float32 on a CPU, bfloat16 on a GPU
         device: where to compute: cpu, cuda, cuda:1; auto: the GPU where there is one

@@ -164,6 +164,9 @@ class Table:
                 waiting.set_result(self._read(self.files[file], group))
             except BaseException as error:
                 waiting.set_exception(error)
+                with self._lock:  # a disk may be well again the next time
+                    if self._kept.get((file, group)) is waiting:
+                        del self._kept[file, group]
         return waiting.result()
 
     def _read(self, path: str, group: int) -> tuple[Any, list[Any]]:

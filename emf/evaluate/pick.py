@@ -7,6 +7,7 @@ beside each picture.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,23 +19,33 @@ from emf.device import device as find_device
 from emf.evaluate.benchmark import Result, Row, check_images, mean, score_images, stamps, write_results
 from emf.evaluate.clip import Clip, center_square, normalized, pretrained
 from emf.files import files_in, numbered_jsonl, open_image, place_or_name, read_text
+from emf.sample.picture_files import MANIFEST
 from emf.weights.tensors import module_stamp
 
 NETWORK, TOKENIZER = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 LABEL = "PickScore (transformers)"
-MANIFEST = "manifest.jsonl"
+WAY = ("run", "steps", "guidance", "flow_matching")
+"""What manifest.jsonl says of how a picture was drawn: a score is of one way."""
 KINDS = ("*.png", "*.jpg", "*.jpeg", "*.webp")
 DEVIATIONS = ("the prompts are those of the folder: compare models on the same ones alone",)
 
 
-def read_prompts(root: Path) -> dict[str, Any]:
-    """File name -> prompt, of a folder of pictures. Raises ValueError where a picture has no prompt, or is missing."""
+def read_prompts(root: Path, steps: int | None = None) -> dict[str, Any]:
+    """File name -> prompt, of a folder of pictures; steps: of those alone that its manifest says were drawn in so many.
+    Raises ValueError where a picture has no prompt, or is missing, and where they were drawn in several ways."""
     check_images(root)
     if (root / MANIFEST).is_file():
         rows = numbered_jsonl(root / MANIFEST)
         if lacking := [number for number, row in rows if not isinstance(row.get("file"), str)]:
             raise ValueError(f"PickScore: {root / MANIFEST}:{lacking[0]} names no file; repair or remove the line")
-        prompts = {row["file"]: row.get("prompt") for _, row in rows}
+        every = [row for _, row in rows if steps is None or row.get("steps", steps) == steps]
+        ways = {json.dumps([row.get(key) for key in WAY]) for row in every}
+        if len(ways) > 1:
+            raise ValueError(
+                f"PickScore: {root} holds pictures drawn in {len(ways)} ways ({', '.join(WAY)}): say --steps, or "
+                "draw each into a folder of its own"
+            )
+        prompts = {row["file"]: row.get("prompt") for row in every}
         if missing := [name for name in prompts if not (root / name).is_file()]:
             raise ValueError(f"PickScore: {root / missing[0]} is missing, which {MANIFEST} lists; generate it again")
     else:
@@ -75,7 +86,7 @@ def run_pick(
 ) -> Result:
     """Score a folder; scored.jsonl, results.json and results.md in `out`. A killed run goes on where it was. Raises
     ValueError on what is missing, before the network is read."""
-    prompts = read_prompts(root)
+    prompts = read_prompts(root, steps)
     clip = load_clip(network, tokenizer, device)
     digests = stamps({file: (root / file, prompt) for file, prompt in prompts.items()})
     scale = clip.model.logit_scale.detach().exp().item()

@@ -18,6 +18,8 @@ class TextToImage(nn.Module):
         self.encoder, self.transformer = encoder, transformer
         self.own_encoder: set[str] = set()
         """Names of a pretrained encoder's weights that are no longer those of its folder."""
+        self.base_stamp = ""
+        """A digest of the frozen base that emf.network.flows has beside it, on the rank that read it."""
 
     def forward(
         self,

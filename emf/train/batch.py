@@ -56,6 +56,18 @@ class Batch(NamedTuple):
         return Batch(**self._asdict() | {k: x.pin_memory() for k, x in here.items()})
 
 
+def matched_samples(config: Config, parts: int) -> int:
+    """How many pictures of one step a step's distribution-matching term has, whatever shares the work. Raises
+    ValueError where the parts, all ranks' micro-batches, cannot have the same number of them."""
+    k = round(config.match.share * config.batch_size)
+    if not k or k % parts:
+        raise ValueError(
+            f"config: match.share {config.match.share} of batch_size {config.batch_size} is {k} samples, which {parts} "
+            f"micro-batches of all ranks cannot share alike; make it a multiple of {parts / config.batch_size:.4g}"
+        )
+    return k
+
+
 def make_batch(config: Config, feed: Feed, step: int, part: int, parts: int) -> Batch:
     """Part `part` of `parts` of step's batch. Every part has the same share of r < t (to one sample): the sorted
     batch is dealt out in turn."""
@@ -69,7 +81,7 @@ def make_batch(config: Config, feed: Feed, step: int, part: int, parts: int) -> 
     batch = Batch(x, e, t, r, len(range(part, b, parts)), ids, mask, drop)
     if not config.match.weight or step / config.steps < config.match.begin:
         return batch
-    k = max(parts, round(config.match.share * n))
+    k = matched_samples(config, parts)
     noise, again = torch.randn((2, k, *x.shape[1:]), generator=generator)
     tau = 0.02 + 0.96 * torch.rand(k, generator=generator)  # the ends say little, and the velocity at 0 is noise
     noise, tau, again = (a[mine].contiguous() for a in (noise, tau, again))

@@ -24,7 +24,7 @@ from emf.model.text_to_image import TextToImage
 from emf.network.build import build
 from emf.network.flows import with_flows
 from emf.sample.sampling_settings import GUIDANCE
-from emf.train.batch import Batch, batches
+from emf.train.batch import Batch, batches, matched_samples
 from emf.train.faster import check_quick, quicken
 from emf.train.launcher import launcher_left
 from emf.train.log import Log, memory_mib, speed
@@ -43,9 +43,10 @@ from emf.train.zero import (
     process_group,
     shared,
 )
-from emf.weights.checkpoints import checkpoints
+from emf.weights.checkpoints import checkpoints, read_made
 from emf.weights.folders import load_start
-from emf.weights.start import resumed, started, with_encoder
+from emf.weights.start import for_few_steps, resumed, shipped, started, with_encoder
+from emf.weights.tensors import module_stamp
 
 
 def train(config: Config, out: Path | str, resume: bool = False) -> None:
@@ -77,6 +78,8 @@ def train(config: Config, out: Path | str, resume: bool = False) -> None:
         mark_network(network)
         engine = Engine(network, config, out)
         quicken(network.transformer, config)
+        if config.match.weight:
+            matched_samples(config, world * config.zero.accumulation)
         if rank == 0 and (said := overruled(config)):
             print(f"{config.zero.json} overrules the config: {', '.join(said)}", flush=True)
         start = engine.load(saved[-1]) if saved else 0
@@ -101,9 +104,26 @@ def train(config: Config, out: Path | str, resume: bool = False) -> None:
 
 def loaded(config: Config, checkpoint: Path | None, dtype: torch.dtype) -> TextToImage:
     """What a run trains, in a dtype on the CPU, from a checkpoint or from its start. What the fake flow of emf.matching
-    has learned is in the engine's part of the checkpoint, which is read later."""
+    has learned is in the engine's part of the checkpoint, which is read later. Raises ValueError where that needs the
+    run's start and it is gone, or is another one now."""
     network = resumed(config, checkpoint, dtype) if checkpoint else started(config, dtype)
-    return with_flows(network, config, load_start(config).network.transformer if config.match.weight else None)
+    if not config.match.weight:
+        return network
+    assert config.init is not None
+    try:
+        if for_few_steps(shipped(config.init)):
+            raise ValueError(f"init {config.init} is one of few steps")
+        base = load_start(config).network.transformer
+    except ValueError as error:
+        raise ValueError(f"config: match.weight needs the flow matching that the run starts from: {error}") from None
+    made, stamp = read_made(checkpoint).base if checkpoint else "", module_stamp(base)
+    if made and made != stamp:
+        raise ValueError(
+            f"resume: init {config.init} holds other weights than when {checkpoint} was made; put its own back"
+        )
+    matched = with_flows(network, config, base)
+    matched.base_stamp = stamp
+    return matched
 
 
 @contextmanager

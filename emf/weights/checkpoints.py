@@ -41,6 +41,8 @@ class Made:
     """Ranks that wrote it."""
     stage: int
     """ZeRO stage of the run."""
+    base: str = ""
+    """A digest of the base that the run's distribution-matching term asks; it is read from the run's start again."""
 
     def __post_init__(self) -> None:
         if self.step < 0 or self.world < 1 or not 0 <= self.stage <= 3:

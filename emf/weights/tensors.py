@@ -198,11 +198,12 @@ def load_weights(network: nn.Module, state: dict[str, Tensor], source: str, name
 
 @torch.no_grad()
 def module_stamp(module: nn.Module) -> str:
-    """A digest of a network's weights: of the name, the shape and the first numbers, in float32, of each. Another one
-    means other weights; where they lie and what the folder is called plays no part."""
+    """A digest of a network's weights and buffers: of the name, the shape and some 256 numbers, in float32, from all
+    over each. Another one means other weights; where they lie and what the folder is called plays no part."""
     digest = hashlib.sha256()
-    for name, x in module.named_parameters():
-        digest.update(f"{name} {tuple(x.shape)} ".encode() + x.flatten()[:64].float().cpu().numpy().tobytes())
+    for name, x in (*module.named_parameters(), *module.named_buffers()):
+        numbers = x.flatten()[:: max(1, x.numel() // 256)].float().cpu().numpy()
+        digest.update(f"{name} {tuple(x.shape)} ".encode() + numbers.tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -43,7 +43,6 @@ COMMANDS = {
     "disentanglement": "analyze disentanglement a={run} --prompts {here}/p.jsonl --out {out}/analysis --device cpu",
     "encoders": "analyze encoders digits:random digits:bag-of-words --out {out}/analysis --device cpu",
     "answers": "evaluate dpg {here}/grids --questions {here}/dpg.csv --answers {here}/answers.jsonl --out {out}/scores",
-    "paper": "paper --out {out}/paper --quick",
     "report": "report {run}",
 }
 
@@ -54,7 +53,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("here")
     run = small_run(folder / "run")
     keys = ("loss", "error", "lr", "it_s", "share", "memory_mib", "skipped")
-    (run / "metrics.jsonl").write_text(json.dumps({"step": 1, **dict.fromkeys(keys, 1.0)}) + "\n")
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 1, **dict.fromkeys(keys, 1)}) + "\n")
     sana.diffusers_model().save_pretrained(folder / "sana")
     small_autoencoder().save_pretrained(folder / "vae")
     write_tar(folder / "a.tar", pairs(2))

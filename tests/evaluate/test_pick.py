@@ -83,6 +83,14 @@ def test_what_is_scored_stays_and_what_changed_is_scored_anew(
     assert run_pick(pictures, tmp_path / "out", **how).overall != first.overall and seen == ["00002_c.png"]
 
 
+def test_a_score_is_of_one_way_of_drawing(pictures: Path) -> None:
+    with (pictures / "manifest.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"file": "00000_a.png", "prompt": "a dog", "steps": 8}))
+    with pytest.raises(ValueError, match=r"drawn in 2 ways .*: say --steps, or draw each into a folder of its own"):
+        read_prompts(pictures)
+    assert read_prompts(pictures, 1) == PROMPTS and read_prompts(pictures, 8) == {"00000_a.png": "a dog"}
+
+
 def test_prompts_beside_pictures(pictures: Path) -> None:
     listed = read_prompts(pictures)
     (pictures / "manifest.jsonl").unlink()

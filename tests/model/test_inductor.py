@@ -22,9 +22,11 @@ def test_a_compiled_dual_step_has_the_numbers_of_the_eager_one() -> None:
     x, e, c = torch.randn(3, 3, 4, 4), torch.randn(3, 3, 4, 4), torch.randn(3, 5, 12)
     t, r = torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0.5, 0.1, 0.7])
 
+    flow = FlowConfig(weight_p=0.5)
+
     def step(x: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
         velocity = lambda z, t, r: net(z, t, r, c)  # noqa: E731
-        loss, error = meanflow_loss(velocity, velocity, x, e, (t, r, 2), FlowConfig(weight_p=0.5))
+        loss, error = meanflow_loss(velocity, velocity, x, e, (t, r, 2), flow)
         return loss.mean(), error
 
     torch._dynamo.reset()

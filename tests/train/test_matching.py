@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from training import assert_same_training, averaged, files, kill_in_second_save, metrics, train
+from training import TINY, assert_same_training, averaged, files, kill_in_second_save, metrics, train
 
 from emf.flow_config import MatchConfig
 from emf.matching import matching_loss
@@ -18,7 +19,7 @@ from emf.network.build import build
 from emf.network.flows import with_flows
 from emf.network.outline import outline
 from emf.recipes import digits
-from emf.train.batch import make_batch
+from emf.train.batch import make_batch, matched_samples
 
 pytest.importorskip("deepspeed")
 
@@ -99,6 +100,16 @@ def test_parts_of_a_batch_share_its_draws() -> None:
             assert torch.equal(getattr(half, name), together[part::2])
 
 
+def test_a_share_that_the_ranks_cannot_share_is_refused() -> None:
+    """The term is the same on any number of ranks, and so every part has as much of it."""
+    config = replace(digits(), batch_size=8, match=MatchConfig(weight=1, share=0.375))
+    assert matched_samples(config, 1) == matched_samples(config, 3) == 3
+    with pytest.raises(
+        ValueError, match=r"match.share 0.375 of batch_size 8 is 3 samples, which 2 .* multiple of 0.25"
+    ):
+        matched_samples(config, 2)
+
+
 def test_an_outline_has_both_flows() -> None:
     config = replace(digits(), match=MatchConfig(weight=1))
 
@@ -140,11 +151,10 @@ def test_a_killed_run_goes_on_with_its_fake_flow(recipe: list[str], matched: Pat
     assert files(run / step)["model.safetensors"] == files(matched / step)["model.safetensors"]
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_ranks_and_stages_agree(stage: int, recipe: list[str], matched: Path, base: Path, tmp_path: Path) -> None:
+def test_ranks_and_stages_agree(recipe: list[str], matched: Path, base: Path, tmp_path: Path) -> None:
     """Killed and continued too: the fake flow is in what DeepSpeed keeps."""
     run = tmp_path / "run"
-    flags = [*recipe, *MATCH, "--out", str(run), "--zero.stage", str(stage)]
+    flags = [*recipe, *MATCH, "--out", str(run), "--zero.stage", "3"]
     assert train(tmp_path, *flags, ranks=2, before=kill_in_second_save).code
     result = train(tmp_path, *flags, "--resume", "True", ranks=2)
     assert result.code == 0, result.text
@@ -153,6 +163,35 @@ def test_ranks_and_stages_agree(stage: int, recipe: list[str], matched: Path, ba
         assert [got[k] for k in ("match", "fake_error")] == pytest.approx(
             [want[k] for k in ("match", "fake_error")], rel=1e-3
         )
+
+
+def test_the_fake_flow_rests_until_it_begins(recipe: list[str], tmp_path: Path) -> None:
+    """Weight decay moves it no more than its gradient does."""
+    flags = [*MATCH[:2], "--match.begin", "0.6", "--optim.weight-decay", "10", "--out", str(tmp_path / "run")]
+    assert train(tmp_path, *recipe, *flags).code == 0
+    saved = torch.load(tmp_path / "run/checkpoints/step_0000003/engine/mp_rank_00_model_states.pt", weights_only=False)[
+        "module"
+    ]
+    base = load_file(recipe[recipe.index("--init") + 1])
+    fake = {name: x for name, x in saved.items() if name.startswith("fake.")}
+    assert fake and all(torch.equal(x, base[name.replace("fake", "transformer")]) for name, x in fake.items())
+
+
+def test_another_base_is_refused(recipe: list[str], base: Path, matched: Path, tmp_path: Path) -> None:
+    """Where a run goes on, and where it begins from a network of few steps."""
+    run, mine = tmp_path / "run", tmp_path / "mine.safetensors"
+    weights = load_file(base)
+    save_file(weights, mine)
+    flags = ["digits", "--init", str(mine), *TINY, *MATCH, "--out", str(run)]
+    assert train(tmp_path, *flags, before=kill_in_second_save).code == -signal.SIGKILL
+    save_file({k: x + 1e-3 for k, x in weights.items()}, mine)
+    mine_moved = train(tmp_path, *flags, "--resume", "True")
+    assert mine_moved.code == 2 and "holds other weights than when" in mine_moved.text, mine_moved.text
+    mine.unlink()
+    gone = train(tmp_path, *flags, "--resume", "True")
+    assert gone.code == 2 and "match.weight needs the flow matching that the run starts from" in gone.text, gone.text
+    result = train(tmp_path, "digits", "--init", str(matched), *TINY, *MATCH, "--out", str(tmp_path / "other"))
+    assert result.code == 2 and "is one of few steps" in result.text, result.text
 
 
 def test_what_cannot_be_is_one_line(recipe: list[str], tmp_path: Path) -> None:

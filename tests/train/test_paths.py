@@ -113,8 +113,7 @@ def test_a_moved_encoder_or_autoencoder_is_one_line(tmp_path: Path, monkeypatch:
 
     config = with_files(digits(), vae=gone)
     network = encoder(config)
-    monkeypatch.setattr(sampler, "load", lambda run, text: (config, network))
-    monkeypatch.setattr(sampler, "weights_folder", lambda run: run)
+    monkeypatch.setattr(sampler, "at_weights", lambda run, read: (config, network, run))
     with pytest.raises(ValueError, match=r"no folder .*gone, .*autoencoder.* --vae"):
         Sampler.load(tmp_path)
 

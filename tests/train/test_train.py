@@ -319,7 +319,7 @@ def test_wrong_input_is_one_line_and_writes_nothing(
         "none.json does not exist": [*recipe, "--zero.json", str(tmp_path / "none.json")],
         "torn.json is JSON that ends too early": [*recipe, "--zero.json", str(tmp_path / "torn.json")],
         "no file": [*recipe, "--init", str(tmp_path / "none.safetensors")],
-        "not a safetensors file": [*recipe, "--init", auto],
+        "not a whole safetensors file": [*recipe, "--init", auto],
         "no transformer.time_embed": [*recipe, "--init", str(tmp_path / "other.safetensors")],
         "another model": [*recipe, "--init", str(tmp_path / "narrow.safetensors")],
         "is no folder": [*recipe, "--out", auto],

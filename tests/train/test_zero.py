@@ -104,7 +104,6 @@ def test_killed_sharded_run_continues(
         ((0, 1), (3, 2), "float32"),
         ((2, 2), (0, 1), "float32"),
         ((3, 2), (1, 2), "bfloat16"),
-        ((0, 1), (2, 2), "bfloat16"),
         ((1, 2), (0, 1), "bfloat16"),
     ],
     ids=str,

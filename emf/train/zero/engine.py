@@ -36,6 +36,9 @@ from emf.train.zero.universal import (
 from emf.weights import checkpoints
 from emf.weights.checkpoints import Made, saved_names
 
+FAKE = "fake."
+"""How the names of the fake flow's weights begin (emf.network.flows)."""
+
 
 def parameter_groups(network: TextToImage, config: Config) -> list[tuple[list[nn.Parameter], float]]:
     """(weights that are trained, the factor on their learning rate). The condition's path, which is the text encoder
@@ -46,7 +49,7 @@ def parameter_groups(network: TextToImage, config: Config) -> list[tuple[list[nn
     fake: list[nn.Parameter] = []
     for name, p in network.named_parameters():
         if p.requires_grad:
-            if name.startswith("fake."):
+            if name.startswith(FAKE):
                 fake.append(p)
                 continue
             (slow if name.startswith(("encoder.", "transformer.caption_")) else fast).append(p)
@@ -83,10 +86,14 @@ class Engine:
         self.device = own_device()
         self.dtype = torch.bfloat16 if settings["bf16"]["enabled"] else torch.float32
         groups = parameter_groups(network, config)
-        self.factors = [factor for _, factor in groups]
         names = {id(p): name for name, p in network.named_parameters()}
+        self.factors = [factor for _, factor in groups]
+        resting = config.match.begin * config.steps
+        self.firsts = [resting if names[id(params[0])].startswith(FAKE) else 0.0 for params, _ in groups]
+        """The step from which each group is trained: the fake flow rests until there are pictures to learn from."""
         self.order = [names[id(p)] for params, _ in groups for p in params]
         """The names of the trained weights, in the order in which the optimizer has them."""
+        self.base = network.base_stamp
         self.saved = saved_names(network, config)
         with refusals():
             parameters = [{"params": params} for params, _ in groups]
@@ -96,7 +103,7 @@ class Engine:
         self.parameters = dict(network.named_parameters())
         if self.saved != self.parameters.keys():  # a frozen head that is tied to its embedding would be in it
             every = self.engine.module_state_dict
-            kept = self.saved | {name for name in self.parameters if name.startswith("fake.")}
+            kept = self.saved | {name for name in self.parameters if name.startswith(FAKE)}
 
             def some(*args: Any, **kwargs: Any) -> dict[str, Any]:
                 return {name: x for name, x in every(*args, **kwargs).items() if name in kept}
@@ -169,8 +176,8 @@ class Engine:
     def step(self, lr: float, step: int) -> bool:
         """The optimizer's step at the end of the last micro-batch, then the moving average's. step counts from 0.
         Returns False where the gradient is NaN or inf; weights and average are then left as they were."""
-        for group, factor in zip(self.engine.optimizer.param_groups, self.factors, strict=True):
-            group["lr"] = lr * factor
+        for group, factor, first in zip(self.engine.optimizer.param_groups, self.factors, self.firsts, strict=True):
+            group["lr"] = lr * factor if step >= first else 0.0
         last = self.engine.is_gradient_accumulation_boundary()
         if last and not self.stage and self.dtype == torch.float32:  # the other optimizers look for themselves
             gradients = [p.grad for p in self.trainable.values() if p.grad is not None]
@@ -294,7 +301,7 @@ class Engine:
             for script in part.glob("*.py"):  # DeepSpeed's, to gather what is whole here already
                 script.unlink()
             with written(part):
-                checkpoints.write_checkpoint(part, weights, config, Made(step, self.world, self.stage))
+                checkpoints.write_checkpoint(part, weights, config, Made(step, self.world, self.stage, self.base))
         self.barrier()
         if self.rank == 0:
             checkpoints.finish(part, keep)
