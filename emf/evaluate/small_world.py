@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from emf.config import Config
 from emf.data.digits import TAGS, prompts
 from emf.evaluate.digits_scorer import Scorer, calibrate
 from emf.evaluate.recorded import about, recorded, spreads
 from emf.files import check_writable, write_json
+from emf.idle import chosen
 from emf.sample.cores import on_every_core
 from emf.sample.sampler import Sampler, to_uint8
 from emf.sample.sampling_settings import SMALL_AT_ONCE, Settings
@@ -64,7 +66,7 @@ def evaluate_run(run: Path, per_tag: int, guidance: float, seed: int) -> dict[st
     write_json(run / "scores.json", scores)
     cells = captioned([specs[i]["prompt"] for i in shown], pictures)
     write_sheet(run / "samples.png", cells, ["", *pictures], cell=126)
-    print_scores(scores, config.recipe)
+    print_scores(scores, "" if changed(config) else config.recipe)
     return scores
 
 
@@ -91,6 +93,12 @@ def draw(rows: Sequence[tuple[Sampler, Settings]], captions: Sequence[str]) -> I
                 made.clear()
 
 
+def changed(config: Config) -> bool:
+    """Whether a run has settings other than its recipe's, which another recipe's scores say nothing of."""
+    own = ("init", "seed", "run.", "zero.")  # which change nothing, or are told with a score
+    return any(not name.startswith(own) for name in chosen(config))
+
+
 def closed(scores: dict[str, Any]) -> dict[int, float]:
     """By number of steps: the fraction of the gap from one-step to 30-step flow matching that EMF closes."""
     fm = {r["steps"]: r["overall"] for r in scores["rows"] if r["model"] == "fm"}
@@ -101,7 +109,9 @@ def closed(scores: dict[str, Any]) -> dict[int, float]:
 
 
 def print_scores(scores: dict[str, Any], recipe: str) -> None:
-    """The scores as a table in the terminal; then the overall ones beside those that runs of the recipe had."""
+    """The scores as a table in the terminal; then the overall ones beside those that runs of the recipe had.
+
+    recipe: empty where the run's was changed."""
     share, rows = closed(scores), []
     for r in scores["rows"]:
         cells = [f"{r['overall']:.3f}", *(f"{r['by_tag'][tag]:.2f}" for tag in TAGS)]

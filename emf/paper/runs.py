@@ -26,7 +26,9 @@ from emf.weights.checkpoints import WEIGHTS, checkpoints
 from emf.weights.start import read_init
 from emf.weights.tensors import items, write_file
 
-SCORES, LOG, ENCODER, BUDGET, START = "scores.json", "log.txt", "encoder.json", "budget.json", "start.safetensors"
+SCORES = "scores_by_steps.json"
+"""Not scores.json, which `emf evaluate digits` writes in a run's folder, and which its page reads."""
+LOG, ENCODER, BUDGET, START = "log.txt", "encoder.json", "budget.json", "start.safetensors"
 
 
 def run_all(out: Path, budget: Budget, jobs: int) -> None:

@@ -45,6 +45,8 @@ class Lettering:
         """Lines of at most `width` pixels, `most` of them, the last then ending with an ellipsis. The text's own line
         breaks stay; a word that is wider than a line is cut."""
         lines: list[str] = []
+        if most is not None:  # a text without end is not to be measured whole
+            text = text[: int(4 * most * (width + 1))]
         for part in readable(text).split("\n"):
             lines += self._wrap(part, width, most)
             if most is not None and len(lines) > most:

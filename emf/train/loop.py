@@ -45,7 +45,7 @@ from emf.train.zero import (
 )
 from emf.weights.checkpoints import checkpoints, read_made
 from emf.weights.folders import load_start
-from emf.weights.start import for_few_steps, resumed, shipped, started, with_encoder
+from emf.weights.start import check_base, resumed, started, with_encoder
 from emf.weights.tensors import module_stamp
 
 
@@ -109,10 +109,8 @@ def loaded(config: Config, checkpoint: Path | None, dtype: torch.dtype) -> TextT
     network = resumed(config, checkpoint, dtype) if checkpoint else started(config, dtype)
     if not config.match.weight:
         return network
-    assert config.init is not None
+    check_base(config)
     try:
-        if for_few_steps(shipped(config.init)):
-            raise ValueError(f"init {config.init} is one of few steps")
         base = load_start(config).network.transformer
     except ValueError as error:
         raise ValueError(f"config: match.weight needs the flow matching that the run starts from: {error}") from None

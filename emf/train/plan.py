@@ -31,7 +31,7 @@ from emf.train.opening import checkpoint_bytes, in_steps
 from emf.train.paths import fetched
 from emf.train.zero import check_monitors, engine_config, exchanged
 from emf.weights.checkpoints import saved_names
-from emf.weights.start import with_encoder
+from emf.weights.start import check_base, with_encoder
 
 GIB = 2**30
 TA_TOK = 500_000_000
@@ -134,6 +134,7 @@ def plan(config: Config, hardware: Hardware | None = None) -> Plan:
     there are no fault, a plan is made elsewhere too."""
     hardware, config = hardware or Hardware(), with_encoder(fetched(config, sizes=True))
     check_idle(config)
+    check_base(config)
     check_monitors(config)
     cached, samples, assumed = _cache(config)
     config = in_steps(config, samples)

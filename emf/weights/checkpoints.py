@@ -41,6 +41,8 @@ class Made:
     """Ranks that wrote it."""
     stage: int
     """ZeRO stage of the run."""
+    dtype: str = ""
+    """What the run computed in, as torch names it; checkpoints of before do not say it."""
     base: str = ""
     """A digest of the base that the run's distribution-matching term asks; it is read from the run's start again."""
 

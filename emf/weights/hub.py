@@ -118,6 +118,8 @@ def push(folder: Path, name: str, *, public: bool = False) -> str:
             print(f"  {file.relative_to(folder)} {file.stat().st_size:,} bytes")
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Export of emf")
     except Exception as error:  # the client's errors are of several libraries
-        again = f"{folder} is whole; `hf upload {name} {folder}` tries again"
+        again = f"{folder} is whole"
+        if not isinstance(error, ValueError):  # what was refused here is not to be got round
+            again += f"; `hf upload {name} {folder}{'' if public else ' --private'}` tries again"
         raise ValueError(f"push: {name} was not uploaded: {why(error)}. {again}") from None
     return str(url)

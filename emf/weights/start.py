@@ -181,6 +181,16 @@ def for_few_steps(source: Path) -> bool:
     return _run_at(source).objective == "meanflow"
 
 
+def check_base(config: Config) -> None:
+    """Raises ValueError where the distribution-matching term would ask a start that was trained for few steps; one that
+    is not here is no fault yet."""
+    if not config.match.weight or config.init is None:
+        return
+    source = shipped(config.init)
+    if source.exists() and for_few_steps(source):
+        raise ValueError(f"config: match.weight needs an init of flow matching; {config.init} is one of few steps")
+
+
 def _of_checkpoint(file: Path) -> bool:
     """Whether a file of weights lies in a checkpoint, beside its config."""
     return file.name == WEIGHTS and (file.parent / MADE).is_file()

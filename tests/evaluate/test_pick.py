@@ -91,6 +91,21 @@ def test_a_score_is_of_one_way_of_drawing(pictures: Path) -> None:
     assert read_prompts(pictures, 1) == PROMPTS and read_prompts(pictures, 8) == {"00000_a.png": "a dog"}
 
 
+def test_a_network_that_cannot_score_is_one_line(clip: str, pictures: Path, tmp_path: Path) -> None:
+    from transformers import CLIPModel
+
+    made = CLIPModel.from_pretrained(clip)
+    made.visual_projection.weight.data[0, 0] = float("nan")
+    made.save_pretrained(tmp_path / "nan")
+    with pytest.raises(ValueError, match=r"visual_projection.weight of .*nan holds NaN or inf"):
+        run_pick(pictures, tmp_path / "out", network=str(tmp_path / "nan"), tokenizer=clip, device="cpu")
+    other = clip_tokenizer()
+    other.add_tokens([f"dog{i}" for i in range(9)] + ["dog"])
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"the tokenizer gives token 309, and CLIP knows 300"):
+        run_pick(pictures, tmp_path / "out", network=clip, tokenizer=str(tmp_path / "other"), device="cpu")
+
+
 def test_prompts_beside_pictures(pictures: Path) -> None:
     listed = read_prompts(pictures)
     (pictures / "manifest.jsonl").unlink()

@@ -33,9 +33,9 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_whole_way(out: Path) -> None:
-    done = (out / "base" / "bag of words" / "0" / "scores.json").stat().st_mtime_ns
+    done = (out / "base" / "bag of words" / "0" / "scores_by_steps.json").stat().st_mtime_ns
     run_openmoji(out, shapes(), QUICK, 1, {"bag of words": TOYS["bag of words"]})
-    assert (out / "base" / "bag of words" / "0" / "scores.json").stat().st_mtime_ns == done
+    assert (out / "base" / "bag of words" / "0" / "scores_by_steps.json").stat().st_mtime_ns == done
     page = write_openmoji(out, shapes(), QUICK, TOYS).read_text()
     tree = json.loads((out / "results.json").read_text())
     assert tree["missing"] == ["base/frozen random/0", "emf/frozen random/0"] and "2 of 4 runs are missing" in page

@@ -87,11 +87,11 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
     patch = pytest.MonkeyPatch()
     patch.setattr(running, "parts", lambda budget: every[:1])
     run_all(out, QUICK, 1)
-    first = (out / kept[0] / "scores.json").stat().st_mtime_ns
+    first = (out / kept[0] / "scores_by_steps.json").stat().st_mtime_ns
     patch.setattr(running, "parts", lambda budget: every)
     run_all(out, QUICK, 2)
     patch.undo()
-    assert (out / kept[0] / "scores.json").stat().st_mtime_ns == first
+    assert (out / kept[0] / "scores_by_steps.json").stat().st_mtime_ns == first
     return out
 
 

@@ -20,6 +20,7 @@ from emf.network.flows import with_flows
 from emf.network.outline import outline
 from emf.recipes import digits
 from emf.train.batch import make_batch, matched_samples
+from emf.train.plan import plan
 
 pytest.importorskip("deepspeed")
 
@@ -192,6 +193,8 @@ def test_another_base_is_refused(recipe: list[str], base: Path, matched: Path, t
     assert gone.code == 2 and "match.weight needs the flow matching that the run starts from" in gone.text, gone.text
     result = train(tmp_path, "digits", "--init", str(matched), *TINY, *MATCH, "--out", str(tmp_path / "other"))
     assert result.code == 2 and "is one of few steps" in result.text, result.text
+    with pytest.raises(ValueError, match="is one of few steps"):
+        plan(replace(digits(), init=matched, match=MatchConfig(weight=1)))
 
 
 def test_what_cannot_be_is_one_line(recipe: list[str], tmp_path: Path) -> None:

@@ -93,6 +93,16 @@ def test_killed_sharded_run_continues(
     assert_same_training(run, straight, base)
 
 
+def test_another_number_format_goes_on_too(recipe: list[str], straight: Path, base: Path, tmp_path: Path) -> None:
+    """At the same stage, where DeepSpeed's own state has another form."""
+    arguments = [*recipe, "--out", str(tmp_path / "run")]
+    assert train(tmp_path, *arguments, before=kill_in_second_save).code
+    result = train(tmp_path, *arguments, "--zero.dtype", "bfloat16", "--resume", "True")
+    assert result.code == 0 and "step 4/6" in result.text, result.text
+    got, want = ([row["error"] for row in metrics(run)] for run in (tmp_path / "run", straight))
+    assert got == pytest.approx(want, rel=0.03) and got[:3] == want[:3] and got != want
+
+
 @pytest.mark.parametrize(
     ("before", "after", "dtype"),
     [

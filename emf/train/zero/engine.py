@@ -301,7 +301,9 @@ class Engine:
             for script in part.glob("*.py"):  # DeepSpeed's, to gather what is whole here already
                 script.unlink()
             with written(part):
-                checkpoints.write_checkpoint(part, weights, config, Made(step, self.world, self.stage, self.base))
+                checkpoints.write_checkpoint(
+                    part, weights, config, Made(step, self.world, self.stage, str(self.dtype), self.base)
+                )
         self.barrier()
         if self.rank == 0:
             checkpoints.finish(part, keep)
@@ -325,6 +327,7 @@ class Engine:
                 f"one before, or begin another run with its weights: --init {checkpoint}"
             )
         same = made.stage == self.stage and (not self.stage or made.world == self.world)
+        same = same and made.dtype in ("", str(self.dtype))
         strict = self.saved == self.parameters.keys()
         try:
             if same:
