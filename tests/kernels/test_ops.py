@@ -104,6 +104,9 @@ def test_laws(op: Op, case: Case, name: str, device: str, dtype: torch.dtype) ->
 @on(("reference", "cpu", DOUBLE), live=True)
 def test_gradcheck_of_the_reference(op: Op, case: Case, name: str, device: str, dtype: torch.dtype) -> None:
     args, _, _ = make(op, case, dtype)
+    for x in args.values():
+        if isinstance(x, Tensor) and x.is_floating_point():  # a finite difference must not cross relu's kink
+            x[x.abs() < 1e-4] = 1e-4
     names = require_grad(op, args)
     f = lambda *values: op.reference(**(args | dict(zip(names, values, strict=True))))  # noqa: E731
     assert torch.autograd.gradcheck(f, [args[k] for k in names], check_forward_ad=True, fast_mode=True), f"seed {SEED}"

@@ -93,7 +93,7 @@ class Engine:
         """The step from which each group is trained: the fake flow rests until there are pictures to learn from."""
         self.order = [names[id(p)] for params, _ in groups for p in params]
         """The names of the trained weights, in the order in which the optimizer has them."""
-        self.base = network.base_stamp
+        self.base = getattr(network, "base_stamp", "")  # benchmarks train a bare transformer
         self.saved = saved_names(network, config)
         with refusals():
             parameters = [{"params": params} for params, _ in groups]
