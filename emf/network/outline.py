@@ -78,10 +78,8 @@ def _encoder(config: Config) -> nn.Module:
             f"config: the {kind} encoder gives states of {sizes.hidden_size} channels, the transformer takes {width} "
             "(transformer.caption_channels)"
         )
-    if kind == "text" and folder_of_encoder(
-        config
-    ):  # its class is told by its folder alone; its tokenizer makes tensors that are looked at
-        with torch.device("cpu"):
+    if kind == "text" and folder_of_encoder(config):  # its class is told by its folder alone
+        with torch.device("cpu"):  # its tokenizer makes tensors that are looked at
             return encoder(config, empty=True)
     return nn.ModuleDict({"model": getattr(transformers, TEXT_MODELS.get(kind, "BertModel"))(sizes)})
 
