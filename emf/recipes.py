@@ -9,7 +9,7 @@ from emf import config as configs
 from emf.arguments import parse, to_arguments
 from emf.config import ConditionConfig, Config, OptimConfig, RunConfig, ZeroConfig
 from emf.data.batches import DataConfig
-from emf.flow_config import FlowConfig
+from emf.flow_config import FlowConfig, MatchConfig
 from emf.model.sizes import TransformerConfig
 
 BASE = Path("digits-base.safetensors")  # shipped in emf/assets; by name, so that config.json holds on any machine
@@ -72,6 +72,20 @@ def digits_full() -> Config:
         steps=3000,
         optim=replace(config.optim, warmup=1 / 30, ema=0.998),
         run=replace(config.run, save_every=200, eval_every=200),
+    )
+
+
+def digits_one_step() -> Config:
+    """Stage 2 for one step: guidance inside the target, and distribution matching towards the end."""
+    config = digits()
+    return replace(
+        config,
+        recipe="digits-one-step",
+        steps=1500,
+        flow=replace(config.flow, guidance=1.25),
+        match=MatchConfig(weight=1.0, share=0.375, begin=0.6),
+        optim=replace(config.optim, ema=0.995),
+        run=replace(config.run, save_every=100, eval_every=300),
     )
 
 
@@ -170,6 +184,7 @@ RECIPES = {
     "digits-base": digits_base,
     "digits": digits,
     "digits-full": digits_full,
+    "digits-one-step": digits_one_step,
     "openmoji-base": openmoji_base,
     "openmoji": openmoji,
     "sana-1.5-1.6b": sana_1600m,
