@@ -101,11 +101,13 @@ class Studio:
         device: str | None = None,
         *,
         text: Path | None = None,
+        ar: str | None = None,
     ) -> None:
         """See Sampler.load. Raises ValueError and NotFinite as it does."""
         self.run = run
         self._told: dict[str, Any] = {"vae": vae, "text": text, "dtype": dtype, "device": device}
-        self.sampler = Sampler.load(run, vae, dtype, device, None, text=text)
+        self.sampler = Sampler.load(run, vae, dtype, device, None, text=text, ar=ar)
+        self._engine = {"ar" if ar == "vllm" else "ar-server": ar}
         self._euler: Sampler | None = None if self.few_step else self.sampler
         self._seen: set[tuple[bool, int]] = set()
 
@@ -147,7 +149,9 @@ class Studio:
             images = sampler.images(captions, steps=way.steps, guidance=guidance, seed=asked.seed)
             each = {stage: took / asked.n for stage, took in sampler.seconds.items()}
             told: dict[str, Any] = dict(steps=way.steps, guidance=guidance, seed=asked.seed, run=str(self.run))
-            told |= dict(flow_matching=way.flow_matching) | ({"note": sampler.note} if sampler.note else {})
+            told |= (
+                sampler.told | dict(flow_matching=way.flow_matching) | ({"note": sampler.note} if sampler.note else {})
+            )
             told |= {f"seconds_{stage}": round(took, 6) for stage, took in each.items()}
             files = write_images(images, captions, out, told, range(asked.n))
             kind = way.flow_matching, asked.n
@@ -160,7 +164,7 @@ class Studio:
         words = ["emf", "generate", asked.caption, "--run", str(self.run), "--out", "DIR", "--steps", str(way.steps)]
         words += ["--guidance", repr(float(guidance)), "--seed", str(asked.seed)]
         words += ["-n", str(asked.n)] * (asked.n > 1) + ["--flow-matching"] * way.flow_matching
-        for name, value in self._told.items():
+        for name, value in (self._told | self._engine).items():
             words += [f"--{name}", str(value)] if value not in (None, "auto") else []
         return shlex.join(words)
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from emf.limits import Within
-from emf.sample.sampling_settings import AtOnce, Guidance, Seed, Steps
+from emf.sample.sampling_settings import Ar, AtOnce, Guidance, Seed, Steps, one_engine
 
 
 def generate(
@@ -25,6 +25,8 @@ def generate(
     flow_matching: bool = False,
     vae: Path | None = None,
     text: Path | None = None,
+    ar: Ar = None,
+    ar_server: str | None = None,
     batch: AtOnce = 4,
     dtype: Literal["float32", "bfloat16"] | None = None,
     device: str = "auto",
@@ -47,16 +49,23 @@ def generate(
         vae: a diffusers folder with the autoencoder, or its OWNER/NAME on the Hugging Face Hub; default: that of the
             run's data, or of the export
         text: the folder or Hub name of the text encoder, where it was moved; default: the run's
+        ar: who draws BLIP3o-NEXT's image tokens, instead of its language model here: vllm, in this process; its
+            random numbers are its own, so a seed gives another picture
+        ar_server: the same by a server's completions endpoint, as vLLM and SGLang have one, for example
+            http://127.0.0.1:8000; it serves the language_model folder of the export
         batch: how many images are computed at once
         dtype: number format that the transformer computes in; default: float32 on a CPU, bfloat16 on a GPU
         device: where to compute: cpu, cuda, cuda:1; auto: the GPU where there is one
     """
+    import time
     from dataclasses import replace
 
     from emf.files import read_lines, whole_path
+    from emf.sample.image_batches import batches_of
     from emf.sample.picture_files import check_pictures_folder, write_images
     from emf.sample.sampler import Sampler
 
+    engine = one_engine(ar, ar_server)
     read = [] if prompts is None else read_lines(prompts)
     every = [c for c in (*captions, *read) for _ in range(n)]
     if not every:
@@ -66,18 +75,19 @@ def generate(
             else f"generate: {prompts} holds no caption; expected one a line"
         )
     check_pictures_folder(out)
-    sampler = Sampler.load(run, vae, dtype, device, flow_matching, text=text)
+    sampler = Sampler.load(run, vae, dtype, device, flow_matching, text=text, ar=engine)
     sampler.check_captions(every)
     guidance = sampler.guidance if guidance is None else guidance
     how = replace(sampler.settings, steps=steps, guidance=guidance, seed=seed, batch=batch)
     told = dict(steps=steps, guidance=guidance, seed=seed, run=str(whole_path(run)), flow_matching=flow_matching)
+    told |= sampler.told
     if sampler.note:
         print(sampler.note, file=sys.stderr)
         told["note"] = sampler.note
-    for first in range(0, len(every), batch):
-        here = every[first : first + batch]
-        numbers = range(first, first + len(here))
-        for path in write_images(sampler.images(here, how, numbers=numbers), here, out, told, numbers):
+    batches, start = batches_of(every, how), time.perf_counter()
+    for here, images in zip(batches, sampler.draw(batches), strict=True):
+        for path in write_images(images, here.captions, out, told, here.numbers):
             print(path, flush=True)
-    each = ", ".join(f"{stage} {took / len(every) * 1e3:.0f} ms" for stage, took in sampler.seconds.items())
-    print(f"{len(every)} images; each: {each}", file=sys.stderr)  # stdout is the files' names alone
+    stages = ", ".join(f"{stage} {took / len(every) * 1e3:.0f} ms" for stage, took in sampler.seconds.items())
+    whole = f"; {(time.perf_counter() - start) / len(every) * 1e3:.0f} ms in all" * sampler.overlaps
+    print(f"{len(every)} images; each: {stages}{whole}", file=sys.stderr)  # stdout is the files' names alone

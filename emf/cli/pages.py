@@ -12,6 +12,7 @@ import tyro
 from emf.config import Counted
 from emf.idle import refuse_idle, unless
 from emf.limits import Within
+from emf.sample.sampling_settings import Ar, one_engine
 
 Jobs = Annotated[int | None, Within(1, 1024)]
 Seeds = Annotated[int, Within(1, 1000)]
@@ -112,6 +113,8 @@ def app(
     host: str = "127.0.0.1",
     vae: Path | None = None,
     text: Path | None = None,
+    ar: Ar = None,
+    ar_server: str | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
     device: str = "auto",
 ) -> None:
@@ -125,14 +128,18 @@ def app(
         vae: a diffusers folder, or a name on the Hub, with the autoencoder; default: that of the run's data, or of the
             export
         text: the folder of the text encoder, where it was moved; default: the run's
+        ar: who draws BLIP3o-NEXT's image tokens, see emf generate: vllm, in this process
+        ar_server: the same by a server's completions endpoint, for example http://127.0.0.1:8000
         dtype: number format that the transformer computes in; default: float32 on a CPU, bfloat16 on a GPU
         device: where to compute: cpu, cuda, cuda:1; auto: the GPU where there is one
     """
     from emf.app.serving import serve
 
+    engine = one_engine(ar, ar_server)
+
     def studio() -> object:
         from emf.app.studio import Studio
 
-        return Studio(run, vae, dtype, device, text=text)
+        return Studio(run, vae, dtype, device, text=text, ar=engine)
 
     serve(studio, host, port)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from emf.limits import Within, check_limits
-from emf.sample.sampling_settings import AtOnce, Guidance, Seed, Steps
+from emf.sample.sampling_settings import Ar, AtOnce, Guidance, Seed, Steps, one_engine
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,11 @@ class Drawing:
     data, or of the export."""
     text: Path | None = None
     """The folder or Hub name of the text encoder, where it was moved; default: the run's."""
+    ar: Ar = None
+    """Who draws BLIP3o-NEXT's image tokens, instead of its language model here: vllm, in this process; its random
+    numbers are its own, so a seed gives another picture."""
+    ar_server: str | None = None
+    """The same by a server's completions endpoint, as vLLM and SGLang have one, for example http://127.0.0.1:8000."""
     batch: AtOnce = 4
     """How many images are computed at once."""
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -46,6 +51,7 @@ class Drawing:
         check_limits(self, "evaluate: --")
         if not self.steps:
             raise ValueError("evaluate: --steps is empty; expected numbers as in 1 2 4 8")
+        one_engine(self.ar, self.ar_server)
 
     def refuse(self, further: Sequence[str] = ()) -> None:
         """Raises ValueError where something is said of drawing, though images are there. further: options of the
@@ -56,6 +62,11 @@ class Drawing:
                 f"evaluate: --{said[0].replace('_', '-')} is of images that are drawn from --checkpoint; leave it out "
                 "where a folder of images is given"
             )
+
+    @property
+    def engine(self) -> str | None:
+        """Who draws the image tokens, for Sampler.load."""
+        return one_engine(self.ar, self.ar_server)
 
     @property
     def counts(self) -> list[int]:

@@ -26,7 +26,9 @@ from emf.evaluate.drawing import Drawing
 from emf.evaluate.hps import STYLES, read_prompts
 from emf.evaluate.rules import check_metadata
 from emf.files import check_writable, claim, files_in, numbered_jsonl, read_text, whole_file, whole_path, write_text
-from emf.sample.sampler import Sampler
+from emf.sample.image_batches import Batch, batches_of
+from emf.sample.sampler import Sampler, to_uint8
+from emf.sample.sampling_settings import Settings
 from emf.show.progress import bars, say
 from emf.weights.folders import weights_folder
 from emf.weights.hub import named
@@ -122,12 +124,13 @@ def draw_pictures(
         left = [[item for item in group if not (folder / item.file).is_file()] for group in groups]
         todo += [(steps, group) for group in left if group]
     d = drawing
-    sampler = Sampler.load(drawing.checkpoint, d.vae, d.dtype, device, d.flow_matching, text=d.text)
+    sampler = Sampler.load(drawing.checkpoint, d.vae, d.dtype, device, d.flow_matching, text=d.text, ar=d.engine)
     sampler.check_captions([item.prompt for item in items])
     guidance = sampler.guidance if drawing.guidance is None else drawing.guidance
     told: dict[str, Any] = dict(checkpoint=str(whole_path(drawing.checkpoint)), prompts=prompts or digest_of(items))
     told |= sampler.stamps | {"step": sampler.step}
     told |= dict(dtype=str(sampler.dtype), flow_matching=d.flow_matching, seed=d.seed, guidance=guidance)
+    told |= sampler.told
     if sampler.note and rank == 0:
         print(sampler.note, file=sys.stderr)
     how = replace(sampler.settings, guidance=guidance, seed=drawing.seed, batch=drawing.batch)
@@ -137,19 +140,25 @@ def draw_pictures(
         claim(folder, {**told, "steps": steps}, own, name=SETTINGS, advice=ELSEWHERE, writer=rank)
         for name, text in texts.items():
             write_text(folder / name, text, rank)
+    parts = [group_batches(group, replace(how, steps=steps)) for steps, group in todo]
+    images = sampler.draw([batch for batches in parts for batch in batches])
     with bars() as progress:
         task = progress.add_task("drawing", total=sum(len(group) for _, group in todo))
-        for steps, group in todo:
-            each = 4 if group[0].grid else 1
-            numbers = [item.number + j for item in group for j in range(each)]
-            captions = [item.prompt for item in group for _ in range(each)]
-            pictures = sampler.pictures(captions, how, numbers=numbers, steps=steps)
+        for (steps, group), batches in zip(todo, parts, strict=True):
+            pictures = [Image.fromarray(x) for _ in batches for x in to_uint8(next(images))]
             for i, item in enumerate(group):
                 picture = grid(pictures[4 * i : 4 * i + 4]) if item.grid else pictures[i]
                 save(out / str(steps) / IMAGES / item.file, picture, rank)
                 progress.advance(task)
     if rank == 0:
         wait_for([out / str(steps) / IMAGES / item.file for steps in drawing.counts for item in items])
+
+
+def group_batches(group: Sequence[Item], how: Settings) -> list[Batch]:
+    """The batches that give the images of a group of files."""
+    each = 4 if group[0].grid else 1
+    captions = [item.prompt for item in group for _ in range(each)]
+    return batches_of(captions, how, [item.number + j for item in group for j in range(each)])
 
 
 def grid(four: Sequence[Image.Image]) -> Image.Image:

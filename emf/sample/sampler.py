@@ -23,13 +23,15 @@ from torch import Tensor, nn
 from emf.config import Config
 from emf.device import device as find_device
 from emf.errors import NotFinite
-from emf.files import check_text
-from emf.flow import guided, sample, seed_of
+from emf.flow import guided, sample
 from emf.idle import refuse_idle
 from emf.model.autoencoder import Latent, load_dcae
 from emf.model.text_to_image import TextToImage
+from emf.sample.ahead import GoOn, nothing, work_aside
+from emf.sample.image_batches import Batch, batches_of
 from emf.sample.image_tokens import tokenize
 from emf.sample.sampling_settings import Settings, default_guidance
+from emf.sample.token_engine import Engine, begin, find_engine
 from emf.weights.checkpoints import WEIGHTS, step_of
 from emf.weights.folders import at_weights, load, load_velocity
 from emf.weights.hub import AUTOENCODER, ENCODER, named
@@ -43,13 +45,18 @@ States = tuple[Tensor, Tensor | None]
 
 @torch.no_grad()
 def conditions_of(
-    encoder: Any, captions: Sequence[str], seeds: Sequence[int], device: torch.device, dtype: torch.dtype
+    encoder: Any,
+    captions: Sequence[str],
+    seeds: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype,
+    engine: Engine | None = None,
 ) -> tuple[States, States]:
     """(condition, null) of captions, each with the mask of its own: what is attended to where there is no caption is
-    not what the caption's length says. seeds: of the images, see `tokenize`. Both are the same at every step, so they
-    are made once. Raises ValueError on a caption that the encoder cannot read."""
+    not what the caption's length says. seeds, engine: see `tokenize`. Both are the same at every step, so they are made
+    once. Raises ValueError on a caption that the encoder cannot read, and where the engine gives no tokens."""
     token_seeds = [TOKENS_APART + n for n in seeds]
-    ids, mask = (x.to(device) for x in tokenize(encoder, captions, token_seeds, progress=True))
+    ids, mask = (x.to(device) for x in tokenize(encoder, captions, token_seeds, progress=True, engine=engine))
     dropped = torch.ones(len(captions), dtype=torch.bool, device=device)
     (c, kept), (null, null_kept) = encoder(ids, mask), encoder(ids, mask, dropped)
     return (c.to(dtype), kept), (null.to(dtype), null_kept)
@@ -120,6 +127,7 @@ class Sampler:
         stamp: str = "",
         *,
         source: Path | str = "the network",
+        engine: Engine | None = None,
     ) -> None:
         self.config, self.network, self.autoencoder = config, network, autoencoder
         self.settings = settings or Settings()
@@ -128,12 +136,18 @@ class Sampler:
         """A digest of the weights: another one means other images."""
         self.source = source
         """Where the weights come from, for errors."""
+        self.engine = engine
+        """Draws the image tokens, where the encoder does not itself."""
+        self.overlaps = engine is not None or self.device.type == "cuda"
+        """Whether the text stage of a batch runs while the transformer works on the one before. On a CPU they would
+        share the cores, unless the text stage waits for an engine most of the time."""
         self.note = ""
         """Whose instantaneous velocity is sampled, where that is not plainly the run's."""
         self.step: int | None = None
         """Of training, after which the weights were saved; None where they do not say it."""
         self.seconds: dict[str, float] = {}
-        """What the stages took so far: text, transformer, decoder."""
+        """What the stages took so far: text, transformer, decoder. The first overlaps with the others where `overlaps`
+        says so."""
 
     @classmethod
     def load(
@@ -145,6 +159,7 @@ class Sampler:
         flow_matching: bool | None = False,
         *,
         text: Path | None = None,
+        ar: str | None = None,
         beside: Sampler | None = None,
     ) -> Sampler:
         """run: a run, one of its checkpoints, an export, or a folder from emf convert. vae: a diffusers folder with
@@ -152,13 +167,16 @@ class Sampler:
         GPU. flow_matching: sample the instantaneous velocity by Euler's method (`average` of Settings), that of the
         run's start where it is there; `note` says whose it is; None: where the run was trained for that alone. text:
         the folder of the text encoder; None: where the run has it from. vae and text may be names on the Hugging Face
-        Hub (emf.weights.hub.named). beside: a sampler of the same run, whose network and autoencoder are taken where
-        they are the same. Raises ValueError on what does not fit, and NotFinite on weights that hold NaN or inf."""
+        Hub (emf.weights.hub.named). ar: who draws BLIP3o-NEXT's image tokens instead of its language model here:
+        `vllm`, in this process, or a server of OpenAI's protocol by its address. beside: a sampler of the same run,
+        whose network, autoencoder and engine are taken where they are the same. Raises ValueError on what does not
+        fit, and NotFinite on weights that hold NaN or inf."""
         place = find_device(device)
         run = Path(run)
         vae = named(vae, AUTOENCODER, "generate") if vae else None
         text = named(text, ENCODER, "generate") if text else None
         note, place_of = "", run
+        engine = (None if ar is None else find_engine(ar)) if beside is None else beside.engine
         if flow_matching:
             own = None if beside is None else (beside.config, beside.network, Path(beside.source))
             found = load_velocity(run, text, own)
@@ -171,6 +189,8 @@ class Sampler:
         refuse_idle("generate", small, f"{run} has the digits' own text encoder")
         pixels = {"vae": vae if config.transformer.in_channels == 3 else None}
         refuse_idle("generate", pixels, f"{run} draws pixels, without an autoencoder")
+        if engine is not None and beside is None:
+            begin(engine, run, config, network)
         network = network.to(place, getattr(torch, dtype or ("float32" if place.type == "cpu" else "bfloat16")))
         folder, channels = vae or config.data.vae, config.transformer.in_channels
         if folder is None and channels != 3:
@@ -183,7 +203,7 @@ class Sampler:
             autoencoder = None if folder is None else load_dcae(folder, device=place)
         source = place_of / WEIGHTS if (place_of / WEIGHTS).is_file() else place_of
         how = Settings(average=not flow_matching and config.objective != "flow_matching")
-        sampler = cls(config, network, autoencoder, how, weights_stamp(place_of), source=source)
+        sampler = cls(config, network, autoencoder, how, weights_stamp(place_of), source=source, engine=engine)
         sampler.note, sampler.step = note, step_of(place_of)
         if fault := sampler.fault():
             raise NotFinite([], fault)
@@ -206,6 +226,11 @@ class Sampler:
         vae = getattr(self.autoencoder, "module", None)
         text = module_stamp(self.network.encoder)
         return {"weights": self.stamp, "text": text, "vae": None if vae is None else module_stamp(vae)}
+
+    @property
+    def told(self) -> dict[str, str]:
+        """What a picture's manifest says of the engine that drew its image tokens; nothing where the encoder did."""
+        return {} if self.engine is None else {"image_tokens": self.engine.said}
 
     @property
     def guidance(self) -> float:
@@ -254,45 +279,61 @@ class Sampler:
         how = replace(settings or self.settings, **changes)
         if not captions:
             raise ValueError("sample: no captions; expected at least one")
-        for caption in captions:
-            check_text(caption, f"sample: caption {caption!r}")
-        every = list(range(len(captions)) if numbers is None else numbers)
-        seeds = [seed_of(how.seed, n) for _, n in zip(captions, every, strict=True)]
-        parts = [slice(i, i + how.batch) for i in range(0, len(captions), how.batch)]
-        done = []
-        for part in parts:
-            try:
-                done.append(check_finite(self._decode(self._latents(captions[part], seeds[part], how))))
-            except NotFinite as error:
-                raise NotFinite(
-                    [every[part][i] for i in error.places], self.fault() or "the weights are finite"
-                ) from None
-        return torch.cat(done)
+        return torch.cat(list(self.draw(batches_of(captions, how, numbers))))
+
+    def draw(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
+        """The images of each batch, [n, 3, H, W] float32 on the CPU, one batch after the other; the same whether the
+        stages overlap or not. Raises what `images` raises, after the batches before."""
+        made = ((batch, self._conditions(batch)) for batch in batches)
+        if self.overlaps and len(batches) > 1:
+            return work_aside(made, self._images, self.device)
+        return (self._images(one, nothing) for one in made)
+
+    def _conditions(self, batch: Batch) -> tuple[States, States]:
+        """The text stage of a batch."""
+        network, device = self.network, self.device
+        with timed(self.seconds, "text", device):
+            return conditions_of(network.encoder, batch.captions, batch.seeds, device, self.dtype, self.engine)
+
+    def _images(self, made: tuple[Batch, tuple[States, States]], go_on: GoOn) -> Tensor:
+        """The images of a batch and its conditions."""
+        batch, conditions = made
+        try:
+            return check_finite(self._decode(self._latents(batch, conditions, go_on), go_on))
+        except NotFinite as error:
+            fault = self.fault() or "the weights are finite"
+            raise NotFinite([batch.numbers[i] for i in error.places], fault) from None
 
     @torch.no_grad()
-    def _latents(self, captions: Sequence[str], seeds: Sequence[int], how: Settings) -> Tensor:
-        """Latents [B, C, size, size] float32 of one batch, whose images have these seeds; on the network's device."""
-        network, model, device = self.network, self.config.transformer, self.device
+    def _latents(self, batch: Batch, conditions: tuple[States, States], go_on: GoOn) -> Tensor:
+        """Latents [B, C, size, size] float32 of one batch, on the network's device."""
+        network, model, device, how = self.network, self.config.transformer, self.device, batch.how
         guidance = self.guidance if how.guidance is None else how.guidance
-        with timed(self.seconds, "text", device):
-            condition, null = conditions_of(network.encoder, captions, seeds, device, self.dtype)
+
+        def transformer(*inputs: Any) -> Any:
+            go_on()
+            return network.transformer(*inputs)
+
         with timed(self.seconds, "transformer", device):
             return latents_of(
-                network.transformer,
-                noise_of(seeds, (model.in_channels, model.sample_size, model.sample_size)).to(device),
-                condition,
-                null,
+                transformer,
+                noise_of(batch.seeds, (model.in_channels, model.sample_size, model.sample_size)).to(device),
+                *conditions,
                 steps=how.steps,
                 guidance=guidance / self.config.flow.built_in if how.average else guidance,
                 average=how.average,
             )
 
-    def _decode(self, latents: Tensor) -> Tensor:
+    def _decode(self, latents: Tensor, go_on: GoOn) -> Tensor:
         """Latents to images on the CPU, one at a time for the sake of memory; as they are without an autoencoder."""
         if self.autoencoder is None:
             return latents.cpu()
         with timed(self.seconds, "decoder", self.device):
-            return torch.cat([self.autoencoder.decode(z[None]).cpu() for z in latents])
+            done = []
+            for z in latents:
+                go_on()
+                done.append(self.autoencoder.decode(z[None]).cpu())
+            return torch.cat(done)
 
 
 def weights_stamp(source: Path) -> str:
@@ -314,8 +355,8 @@ def timed(seconds: dict[str, float], name: str, device: torch.device) -> Iterato
     """Add the time that a block takes on its device to seconds[name]."""
     start = time.perf_counter()
     yield
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type == "cuda":  # this thread's stream alone: another may go on
+        torch.cuda.current_stream(device).synchronize()
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from emf.limits import Within, check_limits
 
@@ -22,6 +22,8 @@ Steps = Annotated[int, Within(1, 10_000)]
 Guidance = Annotated[float, Within(-1000, 1000)]
 AtOnce = Annotated[int, Within(1, 65_535)]
 """Images that are computed at once: a kernel takes no larger batch."""
+Ar = Literal["vllm"] | None
+"""What draws image tokens in this process, instead of the language model here."""
 PerTag = Annotated[int, Within(1, 10_000)]
 """Prompts of each of the digits' tasks."""
 
@@ -29,6 +31,13 @@ PerTag = Annotated[int, Within(1, 10_000)]
 def default_guidance(kind: str | None) -> float:
     """Where nothing else is said, by the kind of the text encoder."""
     return GUIDANCE if kind == "small" else GUIDANCE_PRETRAINED
+
+
+def one_engine(ar: Ar, ar_server: str | None) -> str | None:
+    """What --ar and --ar-server say together, for Sampler.load. Raises ValueError where both are given."""
+    if ar is not None and ar_server is not None:
+        raise ValueError("image tokens: --ar and --ar-server both say who draws them; give one of the two")
+    return ar if ar_server is None else ar_server
 
 
 @dataclass(frozen=True)

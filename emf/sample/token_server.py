@@ -1,0 +1,236 @@
+"""Image tokens from a server with OpenAI's completions endpoint, as vLLM and SGLang serve one.
+
+POST /v1/completions takes a prompt as a list of token ids. Of what is no part of OpenAI's own interface both servers
+know top_k, ignore_eos and return_token_ids, by which choices[0].token_ids comes back (vLLM from 0.10.2 on:
+vllm/entrypoints/openai/completion/protocol.py, CompletionRequest; SGLang:
+python/sglang/srt/entrypoints/openai/serving_completions.py). SGLang reads the seed only where it was started with
+--enable-deterministic-inference. Penalties and min_p are sent too: a server would take them from the folder's
+generation_config.json otherwise. GET /v1/models names the model; POST /tokenize, of both but of no standard, shows
+whether its vocabulary is this one.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from ipaddress import ip_address
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+from urllib.parse import urlsplit
+
+from emf.conditioning.blip3o import Blip3oNext
+from emf.conditioning.sampling import Sampling
+from emf.files import why
+
+KEY = "EMF_AR_KEY"
+"""The environment variable with the server's key, where it asks for one."""
+REACHED, ANSWERED = 10.0, 600.0
+"""Seconds that a server may take to say which model it has, and to draw the tokens of a picture."""
+PAUSES = (1.0, 2.0, 4.0)
+"""Seconds before a request is made again that failed on the server's side."""
+AT_ONCE = 64
+"""Requests on their way, at most."""
+START = "start one with `vllm serve FOLDER/language_model`, or name another with --ar-server"
+
+
+class TokenServer:
+    """A server by its address, as http://127.0.0.1:8000, with or without /v1. Raises ValueError where that is no
+    address, and where no server of the protocol answers there."""
+
+    def __init__(self, url: str) -> None:
+        self.url = base_of(url)
+        self._opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if _is_here(self.url) else []))
+        self._reached = False
+        listed = self._ask("v1/models", None, REACHED)
+        self._reached = True
+        try:
+            first = listed["data"][0]
+            self.model, kind = str(first["id"]), str(first.get("owned_by") or "unknown")
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise ValueError(f"image tokens: {self.url}/v1/models lists no model; {START}") from None
+        self.said = f"{kind} server, model {self.model}"
+
+    def begin(self, encoder: Blip3oNext, folder: Path) -> None:
+        """Raises ValueError where the server reads the row before the image tokens otherwise than the encoder does."""
+        named = encoder.tokenizer.convert_ids_to_tokens([*encoder.head, encoder.tokens.image_start_token_id])
+        text = encoder.prompt("a") + "".join(named)
+        own = encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+        asked = {"model": self.model, "prompt": text, "add_special_tokens": False}
+        try:
+            read = self._ask("tokenize", asked, REACHED)
+            tokens = read["tokens"]
+        except (ValueError, KeyError, TypeError):  # a server without that endpoint
+            return
+        if tokens != own:
+            raise ValueError(
+                f"image tokens: the model {self.model} of {self.url} has another vocabulary than the run; expected its "
+                f"language model. {START[0].upper()}{START[1:]}"
+            )
+
+    def draw(self, rows: list[list[int]], n: int, seeds: Sequence[int], sampling: Sampling) -> list[list[int]]:
+        """See Engine.draw. A request a row, AT_ONCE of them on their way. An error of one ends all."""
+        todo, done = iter(enumerate(zip(rows, seeds, strict=True))), SimpleQueue[tuple[int, Any]]()
+        lock, given_up = threading.Lock(), threading.Event()
+
+        def requests() -> None:
+            while not given_up.is_set():
+                with lock:
+                    i, asked = next(todo, (-1, None))
+                if asked is None:
+                    return
+                try:
+                    done.put((i, self._row(*asked, n, sampling, given_up)))
+                except Exception as error:
+                    done.put((i, error))
+
+        # daemons, so that an interrupted command does not wait for the server
+        for _ in range(min(len(rows), AT_ONCE)):
+            threading.Thread(target=requests, daemon=True).start()
+        drawn: dict[int, list[int]] = {}
+        try:
+            while len(drawn) < len(rows):
+                i, ids = done.get()
+                if isinstance(ids, Exception):
+                    raise ids
+                drawn[i] = ids
+        finally:
+            given_up.set()
+        return [drawn[i] for i in range(len(rows))]
+
+    def _row(self, row: list[int], seed: int, n: int, sampling: Sampling, given_up: threading.Event) -> list[int]:
+        """The ids that continue one row."""
+        asked = {
+            "model": self.model,
+            "prompt": row,
+            "max_tokens": n,
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "seed": seed,
+            "ignore_eos": True,
+            "return_token_ids": True,
+        }
+        answer = self._ask("v1/completions", asked, ANSWERED, given_up)
+        try:
+            ids = answer["choices"][0]["token_ids"]
+            if not all(type(i) is int for i in ids):
+                raise TypeError
+        except (KeyError, IndexError, TypeError):
+            raise ValueError(
+                f"image tokens: {self.url} gives no token ids back (choices[0].token_ids, asked for by "
+                "return_token_ids); expected vLLM from 0.10.2 on, or a SGLang that knows it"
+            ) from None
+        return list(ids)
+
+    def _ask(
+        self, path: str, body: dict[str, Any] | None, seconds: float, given_up: threading.Event | None = None
+    ) -> Any:
+        """The JSON that the server answers; asked again after PAUSES where it says that the fault is its own, or goes
+        away after it was there. Raises ValueError in one line."""
+        for pause in (*PAUSES, None):
+            try:
+                return self._once(path, body, seconds)
+            except _Again as error:
+                if pause is None or not (self._reached or error.answered):
+                    raise ValueError(str(error)) from None
+            if given_up is None:
+                time.sleep(pause)
+            elif given_up.wait(pause):
+                break
+        raise ValueError(f"image tokens: {self.url}: given up")
+
+    def _once(self, path: str, body: dict[str, Any] | None, seconds: float) -> Any:
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if key := os.environ.get(KEY):
+            headers["Authorization"] = f"Bearer {key}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}/{path}", data, headers)
+        try:
+            with self._opener.open(request, timeout=seconds) as response:
+                text = response.read()
+        except urllib.error.HTTPError as error:
+            said = f"image tokens: {self.url}/{path} answers {error.code}: {_message(error)}"
+            if error.code >= 500 or error.code == 429:
+                raise _Again(said, answered=True) from None
+            hint = f"; put its key into the environment variable {KEY}" if error.code in (401, 403) else ""
+            raise ValueError(said + hint) from None
+        except TimeoutError:
+            raise ValueError(f"image tokens: {self.url} gives no answer for {seconds:.0f} s") from None
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            if isinstance(reason, TimeoutError):
+                raise ValueError(f"image tokens: {self.url} gives no answer for {seconds:.0f} s") from None
+            said = why(reason) if isinstance(reason, BaseException) else str(reason)
+            raise _Again(f"image tokens: no server answers at {self.url} ({said}); {START}") from None
+        try:
+            return json.loads(text)
+        except ValueError:
+            raise ValueError(
+                f"image tokens: {self.url}/{path} answers no JSON, but {_short(text)!r}; is it the completions server?"
+            ) from None
+
+
+class _Again(Exception):
+    """A request that failed, and may not the next time. answered: by the server, which is therefore there."""
+
+    def __init__(self, said: str, answered: bool = False) -> None:
+        super().__init__(said)
+        self.answered = answered
+
+
+def base_of(url: str) -> str:
+    """The address without /v1 and what follows. Raises ValueError where it is none."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:  # a port that is no number, a bracket without its other
+        parts, port = urlsplit(""), None
+    path = parts.path.rstrip("/").removesuffix("/completions").removesuffix("/v1")
+    whole = parts.scheme in ("http", "https") and parts.hostname and url.isprintable() and " " not in url
+    if not whole or port == 0 or parts.username is not None or parts.query or parts.fragment:
+        raise ValueError(
+            f"image tokens: {url!r} is no server's address; expected one as http://127.0.0.1:8000"
+            + f", and a key in the environment variable {KEY}" * (parts.username is not None)
+        )
+    return f"{parts.scheme}://{parts.netloc}{path}"
+
+
+def _is_here(url: str) -> bool:
+    """Whether an address is this machine's own, which no proxy stands before."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _message(error: urllib.error.HTTPError) -> str:
+    """What a server says of an error: in vLLM's and SGLang's JSON, FastAPI's, or whatever there is."""
+    try:
+        text = error.read()
+    except (OSError, http.client.HTTPException):
+        text = b""
+    try:
+        told = json.loads(text)
+        told = told.get("error", told)
+        found = told if isinstance(told, str) else told.get("message") or told.get("detail") or told
+        return _short(str(found).encode())
+    except (ValueError, AttributeError):
+        return _short(text) or str(error.reason)
+
+
+def _short(text: bytes) -> str:
+    """The beginning of a text, in one line that a terminal can show."""
+    line = " ".join(text[:2000].decode(errors="replace").split())
+    return "".join(c if c.isprintable() else "?" for c in line)[:300]
