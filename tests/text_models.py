@@ -56,8 +56,10 @@ def _qwen() -> Any:
     model = Qwen3ForCausalLM(config).eval()
     for weight in (model.model.embed_tokens.weight, model.lm_head.weight):  # tokens that differ, in and out
         nn.init.normal_(weight, std=0.3)
-    with torch.no_grad():  # a final norm whose absence shows
-        model.model.norm.weight.uniform_(0.5, 2)
+    with torch.no_grad():  # norms whose absence shows
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.uniform_(0.5, 2)
     return model
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,8 +24,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from emf.conditioning.encoder import Encoder, is_frozen, set_frozen
-from emf.conditioning.sampling import Sampling, pick, uniforms
+from emf.conditioning.sampling import Sampling, uniforms
 from emf.conditioning.small import Connector
+from emf.conditioning.token_drawing import draw, positions
 from emf.files import read_json, write_json
 
 SYSTEM = "You are a helpful assistant."
@@ -273,25 +275,11 @@ class Blip3oNext(Encoder):
         """
         from emf.show.progress import track
 
-        layer, sampling = self.output_layer, sampling or Sampling()
+        layer = self.output_layer
         uniform = uniforms(generator, len(captions), self.image_tokens).to(self.device)
-        ids, mask = (x.to(self.device) for x in self.tokenize(captions))
-        where, past, drawn = positions(mask), None, []
-        for i in track(range(self.image_tokens), description="image tokens", disable=not progress):
-            out = self.decoder(
-                input_ids=ids, attention_mask=mask.long(), position_ids=where, past_key_values=past, use_cache=True
-            )
-            past = out.past_key_values
-            token = pick(layer(out.last_hidden_state[:, -1]), uniform[:, i], sampling)
-            drawn.append(token)
-            ids, where = token[:, None], where[:, -1:] + 1
-            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        return torch.stack(drawn, 1)
-
-
-def positions(mask: Tensor) -> Tensor:
-    """Position ids [B, L] that count a row's tokens from 0; padding has 0."""
-    return (mask.long().cumsum(1) - 1).clamp(min=0)
+        rows = [[*text, *self.head] for text in prompt_ids(self, captions)]
+        shown = partial(track, description="image tokens", disable=not progress)
+        return draw(self.decoder, layer, rows, uniform, sampling or Sampling(), shown)
 
 
 def prompt_ids(encoder: Blip3oNext, captions: Sequence[str], template: bool = True) -> list[list[int]]:
