@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from emf.data.batches import Batches, DataConfig
+from emf.data.buckets import PARTS
 from emf.data.world import World
 from emf.files import read_object
 from emf.flow_config import FlowConfig, MatchConfig
@@ -231,10 +232,25 @@ class Config:
             raise ValueError("config: match.weight needs --init, the flow-matching weights that it holds as they are")
         if self.match.weight and self.graphs:
             raise ValueError("config: match.weight has micro-batches of several sizes, which graphs cannot replay")
+        if self.data.buckets and self.data.sources:
+            self._check_buckets()
         if self.run.prompts and self.transformer.in_channels != 3 and self.data.vae is None:
             raise ValueError("config: run.prompts needs data.vae, which makes images of the latents")
         if self.condition.kind == "small":
             self._check_digits()
+
+    def _check_buckets(self) -> None:
+        unit = PARTS * self.transformer.patch_size
+        if self.transformer.sample_size % unit:
+            raise ValueError(
+                f"config: data.buckets needs a transformer.sample_size that is a multiple of {unit}, not "
+                f"{self.transformer.sample_size}"
+            )
+        for name in ("compile", "graphs"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"config: {name} True makes its code for one size of picture, and data.buckets has many; choose one"
+                )
 
     def _check_digits(self) -> None:
         """The small world's own sections."""

@@ -124,8 +124,7 @@ class Studio:
     @property
     def side(self) -> int:
         """Pixels along a picture's side."""
-        autoencoder = self.sampler.autoencoder
-        return self.sampler.config.transformer.sample_size * (1 if autoencoder is None else autoencoder.scale)
+        return self.sampler.config.transformer.sample_size * self.sampler.scale
 
     def euler(self) -> Sampler:
         """What flow matching is sampled with. Raises ValueError where it cannot be read."""

@@ -45,6 +45,7 @@ def cache(
     scale: Literal[1, 2, 3] = 1,
     size: Pixels = 1024,
     *,
+    buckets: bool = False,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     shard: Annotated[int, Within(1, 1_000_000)] = 512,
     batch: Annotated[int, Within(1, 65_535)] = 1,
@@ -64,6 +65,8 @@ def cache(
         ta_tok: ta_tok.pth, to keep the image tokens too
         scale: side of the square of image tokens that is pooled into one
         size: pixels along a side of the centre crop
+        buckets: crop each picture to the size of the nearest of SANA's ratios instead, of about size x size pixels; for
+            --data.buckets True
         dtype: number format that the latents are kept in
         shard: how many samples a file of the cache holds; a kill loses one file's work
         batch: how many images are encoded at once; above 1 a latent may round otherwise, by the company it is in
@@ -74,6 +77,7 @@ def cache(
         device: where to compute: cpu, cuda, cuda:1; auto: the GPU where there is one
     """
     from emf.conditioning.ta_tok import load_ta_tok
+    from emf.data.buckets import PARTS
     from emf.data.cache import write_cache
     from emf.data.feed import TOKEN_PIXELS
     from emf.data.images import Images
@@ -90,11 +94,15 @@ def cache(
     place = find_device(device)
     check_writable(out, "cache: ")
     autoencoder = load_dcae(named(vae, AUTOENCODER, "latent"), device=place)
+    if buckets and size % (PARTS * autoencoder.scale):
+        of = PARTS * autoencoder.scale
+        raise ValueError(f"cache: --size {size} gives buckets that are no whole latents; expected a multiple of {of}")
     further: dict[str, Any] = {}
     if ta_tok is not None:
         tokenizer = load_ta_tok(ta_tok, scale=scale).to(place)
         further = dict(tokenize=lambda x: tokenizer(x.to(place)), tokenizer=f"TA-Tok, pooled {scale} x {scale}")
     small = TOKEN_PIXELS if ta_tok is not None else None
-    images = Images([parse_source(whole_source(text)) for text in sources], size, small, listings)
+    by_ratio: Any = dict(buckets=buckets, workers=workers)
+    images = Images([parse_source(whole_source(text)) for text in sources], size, small, listings, **by_ratio)
     further |= dict(dtype=dtype, shard=shard, batch=batch, workers=workers, part=part, parts=parts)
     write_cache(images, autoencoder.encode, out, encoder=autoencoder.name, **further)

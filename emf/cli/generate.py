@@ -22,6 +22,7 @@ def generate(
     guidance: Guidance | None = None,
     seed: Seed = 0,
     n: Annotated[int, tyro.conf.arg(aliases=["-n"]), Within(1, 1_000_000)] = 1,
+    size: str | None = None,
     flow_matching: bool = False,
     vae: Path | None = None,
     text: Path | None = None,
@@ -44,6 +45,8 @@ def generate(
         guidance: classifier-free guidance, 1 is none; default: 1.25 for the digits, else 2
         seed: seed of the noise
         n: how many images to draw of each caption
+        size: WIDTHxHEIGHT of the pictures in pixels, as 1152x896, in multiples of a patch of the autoencoder's latents;
+            default: the square that the transformer was made for
         flow_matching: sample the instantaneous velocity with Euler's method instead: of a trained run that of its
             start, where it is there
         vae: a diffusers folder with the autoencoder, or its OWNER/NAME on the Hugging Face Hub; default: that of the
@@ -64,7 +67,9 @@ def generate(
     from emf.sample.image_batches import batches_of
     from emf.sample.picture_files import check_pictures_folder, write_images
     from emf.sample.sampler import Sampler
+    from emf.sample.sampling_settings import read_size
 
+    pixels = None if size is None else read_size(size)
     engine = one_engine(ar, ar_server)
     read = [] if prompts is None else read_lines(prompts)
     every = [c for c in (*captions, *read) for _ in range(n)]
@@ -76,10 +81,12 @@ def generate(
         )
     check_pictures_folder(out)
     sampler = Sampler.load(run, vae, dtype, device, flow_matching, text=text, ar=engine)
+    _, rows, columns = sampler.shape_of(pixels)
     sampler.check_captions(every)
     guidance = sampler.guidance if guidance is None else guidance
-    how = replace(sampler.settings, steps=steps, guidance=guidance, seed=seed, batch=batch)
+    how = replace(sampler.settings, steps=steps, guidance=guidance, seed=seed, batch=batch, size=pixels)
     told = dict(steps=steps, guidance=guidance, seed=seed, run=str(whole_path(run)), flow_matching=flow_matching)
+    told["size"] = f"{columns * sampler.scale}x{rows * sampler.scale}"
     told |= sampler.told
     if sampler.note:
         print(sampler.note, file=sys.stderr)

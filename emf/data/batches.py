@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+from emf.data.buckets import PARTS
 from emf.data.world import World
 from emf.limits import Within, check_limits
 
@@ -20,6 +21,9 @@ class DataConfig:
     of one encoder."""
     size: Annotated[int, Within(1, 65_536)] = 1024
     """Pixels along a side of the centre crop."""
+    buckets: bool = False
+    """Train at SANA's sizes by aspect ratio (emf.data.buckets), of about size x size pixels: each picture at that of
+    the nearest ratio, each step at one."""
     vae: Path | None = None
     """A diffusers folder with the autoencoder (DC-AE), or its OWNER/NAME on the Hugging Face Hub; none: the flow works
     on pixels."""
@@ -32,6 +36,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_limits(self, "config: data.")
+        if self.buckets and self.size % PARTS:
+            raise ValueError(f"config: data.buckets needs a data.size that is a multiple of {PARTS}, not {self.size}")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,9 @@ is, and a torn file is known by its header. A shard holds
     std   [m, C, h, w]  only of an autoencoder with a posterior: see autoencoder.posterior_sample
     ids   [m, N] int32  only with a tokenizer
     row   [n] int32     row of each sample, -1 where it was dropped
+    number [n] int64    only with buckets (emf.data.buckets): place of each sample among all. A shard then holds samples
+                        of one bucket, so shard k belongs to the k'th part of n or fewer, bucket by bucket; what has no
+                        size comes last
     mark  [n] int64     of each sample: Images.mark, by which a source that has changed is noticed
     text  [bytes] uint8 JSON: keys and captions of the m rows; (key, source, reason, detail) of the others; `several`,
                         where a row has several captions, are all captions of each that has
@@ -27,8 +30,9 @@ import torch
 from rich.filesize import decimal
 from torch import Tensor
 
+from emf.data.buckets import LIST, UNREAD
 from emf.data.drops import Dropped, Drops
-from emf.data.images import Images, Sample, fetch, marks, turned
+from emf.data.images import Images, Sample, count_buckets, fetch, marks, turned
 from emf.data.shards import Shard, is_whole, shard_file, write_shard
 from emf.files import SETTINGS, check_claim, claim, filled, read_object
 from emf.show.progress import bars, track
@@ -85,6 +89,17 @@ def places(counts: Sequence[int]) -> list[tuple[int, int]]:
     return [(source, index) for source, count in enumerate(counts) for index in range(count)]
 
 
+def parts_of(buckets: Sequence[np.ndarray] | None, total: int, shard: int) -> list[Sequence[int]]:
+    """The numbers of the samples of each shard. buckets: of the samples of each source; none: all have one size."""
+    if buckets is None:
+        return [range(first, min(first + shard, total)) for first in range(0, total, shard)]
+    every, parts = np.concatenate(buckets), list[Sequence[int]]()
+    for bucket in (*range(len(LIST)), UNREAD):
+        held = np.flatnonzero(every == bucket).tolist()
+        parts += [held[first : first + shard] for first in range(0, len(held), shard)]
+    return parts
+
+
 def first_usable(images: Images, workers: int) -> Sample:
     """The first sample that can be decoded. Raises ValueError where there is none."""
     for sample in fetch(images, places(images.counts), workers):
@@ -94,9 +109,12 @@ def first_usable(images: Images, workers: int) -> Sample:
 
 
 def digest(images: Images) -> str:
-    """Of the keys of all samples, in order: other data has another one."""
+    """Of the keys of all samples, in order, and their buckets: other data has another one."""
     text = "\0".join(key for index in images.indices for key in index.keys)
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+    digest = hashlib.sha256(text.encode("utf-8", "surrogateescape"))
+    for buckets in images.buckets or []:
+        digest.update(buckets.astype("<i2").tobytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -115,8 +133,14 @@ class _Settings:
     counts: list[int]
     weights: list[float]
     runs: list[list[int] | None] | None = None
+    buckets: list[int] | None = None
+    """How many samples each bucket has; none: the crops are squares."""
 
     def __post_init__(self) -> None:
+        if self.buckets is not None:
+            known = len(self.buckets) == len(LIST) and min(self.buckets) >= 0
+            if not known or not 0 < sum(self.buckets) <= sum(self.counts):
+                raise ValueError("buckets do not fit counts")
         fit = len(self.names) == len(self.counts) == len(self.weights) > 0
         if not fit or min(self.shard, *self.counts, *self.weights) <= 0:
             raise ValueError(f"names, counts and weights of {len(self.names)} sources, or shard, do not fit")
@@ -158,12 +182,14 @@ def check_same_encoder(out: Path, shards: Iterable[int], probe: Sample) -> None:
         return
 
 
-def check_unchanged(out: Path, images: Images, whole: Sequence[int], shard: int, workers: int) -> None:
+def check_unchanged(
+    out: Path, images: Images, whole: Sequence[int], parts: Sequence[Sequence[int]], workers: int
+) -> None:
     """Raises ValueError where a sample of a whole shard has another caption or image than the shard was made of. Shards
     of earlier versions do not say what they were made of, and are kept."""
     every, changed = places(images.counts), dict[int, list[str]]()
     for k in track(whole, "compare with the sources", disable=not whole):
-        made, here = Shard(shard_file(out, k)).marks, every[k * shard : (k + 1) * shard]
+        made, here = Shard(shard_file(out, k)).marks, [every[n] for n in parts[k]]
         if made and (differ := [p for p, a, b in zip(here, marks(images, here, workers), made, strict=True) if a != b]):
             changed[k] = [images.key(*place) for place in differ]
     if changed:
@@ -210,15 +236,18 @@ def write_cache(
     settings |= dict(names=images.names, counts=images.counts, weights=images.weights)
     if any(images.runs):
         settings["runs"] = images.runs
+    if images.buckets is not None:
+        settings["buckets"] = count_buckets(images.buckets)
     how: Any = dict(own=None, who="cache: ", advice="choose another --out")
     check_claim(out, settings, **how)
     probe = encode_samples([first_usable(images, workers)], encode, tokenize, DTYPES[dtype])[0]
-    shards = range(part, -(-total // shard), parts)
+    numbers = parts_of(images.buckets, total, shard)
+    shards = range(part, len(numbers), parts)
     whole = [k for k in shards if is_whole(shard_file(out, k))]
-    check_unchanged(out, images, whole, shard, workers)
+    check_unchanged(out, images, whole, numbers, workers)
     check_same_encoder(out, whole, probe)
     todo = [k for k in shards if k not in set(whole)]
-    remaining = sum(min(shard, total - k * shard) for k in todo)
+    remaining = sum(len(numbers[k]) for k in todo)
     each = sum(x.numel() * x.element_size() for x in (probe.mean, probe.std, probe.ids) if x is not None)
     captions = int(sum(index.caption_bytes for index in images.indices) * remaining / total)
     check_room(out, remaining, each, captions, len(todo), len(whole))
@@ -247,9 +276,9 @@ def write_cache(
             for drop in Shard(shard_file(out, k)).drops:
                 images.drops.add(*drop)
         for k in todo:
-            here = every[k * shard : (k + 1) * shard]
+            here = [every[n] for n in numbers[k]]
             made_of = marks(images, here, workers)  # before they are encoded: what changes meanwhile is noticed later
-            write_shard(shard_file(out, k), encoded(here), made_of)
+            write_shard(shard_file(out, k), encoded(here), made_of, numbers[k] if images.buckets is not None else ())
     for line in images.drops.lines():
         print(f"cache: {line}", flush=True)
 
@@ -286,7 +315,10 @@ class Cache:
         if len(self.weights) != len(self.counts) or not min(self.weights) > 0:
             raise ValueError(f"cache: weights {self.weights}; {folder} has {len(self.counts)} sources")
         self._first = np.concatenate([[0], np.cumsum(self.counts)])
-        files = [shard_file(folder, k) for k in range(-(-sum(self.counts) // settings["shard"]))]
+        total, shard = sum(self.counts), int(settings["shard"])
+        held = settings.get("buckets")
+        each = [total] if held is None else [*held, total - sum(held)]
+        files = [shard_file(folder, k) for k in range(sum(-(-n // shard) for n in each))]
         if missing := [f.name for f in files if not f.exists()]:
             raise ValueError(
                 f"cache: {folder} holds {len(files) - len(missing)} of {len(files)} shards; run emf cache again to "
@@ -296,10 +328,33 @@ class Cache:
         for opened in self._shards:
             for drop in opened.drops:
                 self.drops.add(*drop)
+        self.buckets: list[np.ndarray] | None = None
+        if held is not None:
+            self.buckets = self._placed([*range(len(LIST)), UNREAD], each, shard)
+
+    def _placed(self, buckets: Sequence[int], each: Sequence[int], shard: int) -> list[np.ndarray]:
+        """The buckets of the samples of each source, and where they lie: by the numbers that the shards hold. Raises
+        ValueError where the shards are not those of one cache."""
+        total = int(self._first[-1])
+        found, self._where = np.full(total, UNREAD, np.int16), np.full((total, 2), -1, np.int64)
+        of_shard = [bucket for bucket, n in zip(buckets, each, strict=True) for _ in range(-(-n // shard))]
+        for k, (opened, bucket) in enumerate(zip(self._shards, of_shard, strict=True)):
+            numbers = np.array(opened.numbers, np.int64)
+            if len(numbers) != len(opened.rows) or not ((numbers >= 0) & (numbers < total)).all():
+                raise ValueError(f"cache: {shard_file(self.folder, k)} holds no numbers of buckets; cache it again")
+            found[numbers], self._where[numbers, 0] = bucket, k
+            self._where[numbers, 1] = np.arange(len(numbers))
+        if (self._where < 0).any():
+            raise ValueError(f"cache: the shards of {self.folder} do not hold every sample; run emf cache again")
+        return np.split(found, self._first[1:-1])
 
     def get(self, source: int, index: int, turn: int = 0) -> Sample:
         """See Store."""
-        shard, place = divmod(int(self._first[source]) + index, self.settings["shard"])
+        number = int(self._first[source]) + index
+        if self.buckets is None:
+            shard, place = divmod(number, self.settings["shard"])
+        else:
+            shard, place = self._where[number].tolist()
         opened = self._shards[shard]
         row = opened.rows[place]
         if row >= 0:

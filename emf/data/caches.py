@@ -32,6 +32,9 @@ class Caches:
         for source, cache in zip(sources, self.caches, strict=True):
             if source.caption is not None:
                 raise ValueError(f"data: {source.path} is a cache, its captions are fixed; leave out @{source.caption}")
+            if (cache.buckets is None) != (self.caches[0].buckets is None):
+                ours, other = (source, sources[0]) if cache.buckets is not None else (sources[0], source)
+                raise ValueError(f"data: {ours.path} holds sizes by ratio, and {other.path} squares; cache one again")
             if differ := [key for key in SAME if cache.settings.get(key) != self.settings.get(key)]:
                 raise ValueError(
                     f"data: caches of one run must agree: {differ[0]} is {cache.settings.get(differ[0])} in "
@@ -40,6 +43,8 @@ class Caches:
         self.names = [name for cache in self.caches for name in cache.names]
         self.counts = [count for cache in self.caches for count in cache.counts]
         self.runs = [run for cache in self.caches for run in cache.runs]
+        known = [cache.buckets for cache in self.caches]
+        self.buckets = None if known[0] is None else [one for held in known for one in held or []]
         self.weights = list(self.caches[0].weights)
         if len(sources) > 1:
             shares = [(source.weight / sum(c.weights), c) for source, c in zip(sources, self.caches, strict=True)]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from emf.data import digits
 from emf.data.batches import Batches, DataConfig
+from emf.data.buckets import sizes, told_of
 from emf.data.cache import read_settings
 from emf.data.caches import Caches, is_cache
 from emf.data.drops import Drops
@@ -49,16 +50,18 @@ class Pictures:
     """Images with captions, from their files or from a cache; encoded here where no cache has done it."""
 
     def __init__(self, batches: Batches, encoder: Any, device: torch.device) -> None:
-        from emf.data.images import Images
+        from emf.data.images import Images, count_buckets
         from emf.data.mixture import Dataset
 
         b, d = batches, batches.data
         self.batches, self.encoder, self.device = batches, encoder, device
         self.latent: Any = None
         self.tokenizer: Any = None
+        self.base = d.size
         sources = [parse_source(text) for text in d.sources]
         if cached := caches_of(d):
             store: Any = Caches(cached)
+            self.base = int(store.settings["size"])
         else:
             self.latent = load_dcae(d.vae, device=device) if d.vae else Identity()
             if b.token_scale:
@@ -67,24 +70,34 @@ class Pictures:
                 assert d.ta_tok is not None  # see check_sources
                 self.tokenizer = load_ta_tok(d.ta_tok, scale=b.token_scale).to(device)
             small = TOKEN_PIXELS if b.token_scale else None
-            store = Images(sources, d.size, small, d.listings)
+            store = Images(sources, d.size, small, d.listings, buckets=d.buckets, workers=d.workers)
         self.dataset = Dataset(store, b.seed, d.workers)
         self.samples: int | None = len(self.dataset)
         self.check(self.dataset.batch(0, b.size, 0, b.size)[0].mean)
-        if dropped := self.dataset.drops.news() if os.environ.get("RANK", "0") == "0" else []:  # every rank has these
-            print("\n".join(f"data: {line}" for line in dropped), flush=True)
+        if os.environ.get("RANK", "0") == "0":  # every rank has the same to say
+            dropped = self.dataset.drops.news()
+            counts = None if store.buckets is None else count_buckets(store.buckets)
+            told = [] if counts is None else [told_of(counts, self.base, b.size)]
+            for line in (*dropped, *told):
+                print(f"data: {line}", flush=True)
 
     def check(self, cached: Tensor | None) -> None:
         """Raises ValueError where the latents, of which one may be given, are not what the model takes."""
         shape: tuple[int, ...]
+        channels, side, _ = wanted = self.batches.latent
         if cached is None:
-            side = self.batches.data.size // self.latent.scale
-            shape = (self.latent.channels, side, side)
+            own = self.batches.data.size // self.latent.scale
+            shape = (self.latent.channels, own, own)
         else:
             shape = tuple(cached.shape)
-        if shape != self.batches.latent:
+        if self.batches.data.buckets and cached is not None:  # whichever bucket it is of
+            at_side = [(channels, height, width) for width, height in sizes(side)]
+            fits = shape in at_side
+        else:
+            fits = shape == wanted
+        if not fits:
             raise ValueError(
-                f"data: latents are {shape}, the model takes {self.batches.latent}; set data.size, data.vae or "
+                f"data: latents are {shape}, the model takes {wanted}; set data.size, data.vae or "
                 "transformer.sample_size to fit"
             )
 
@@ -154,6 +167,12 @@ def _check_cache(folder: Path, batches: Batches) -> None:
     d, settings = batches.data, read_settings(folder)
     if batches.token_scale and settings["tokenizer"] is None:
         raise ValueError(f"data: {folder} holds no image tokens; cache it again with --ta-tok")
+    if d.buckets != (settings.get("buckets") is not None):
+        raise ValueError(
+            f"data: {folder} holds squares; leave out data.buckets, or cache it again with --buckets"
+            if d.buckets
+            else f"data: {folder} holds pictures of many sizes; say --data.buckets True"
+        )
     if d.size not in (DataConfig().size, settings["size"]):
         raise ValueError(f"config: data.size {d.size} has no effect: {folder} holds crops of {settings['size']} pixels")
     for name in ("ta_tok", "listings"):

@@ -10,20 +10,30 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from emf.data.buckets import LIST, UNREAD, nearest
+from emf.data.buckets import sizes as bucket_sizes
 from emf.data.drops import Dropped, Drops
 from emf.data.sources import Index, Source, read_part, scan
-from emf.files import BrokenImage, check_text, decode_text, open_image, parse_json
+from emf.files import BrokenImage, check_text, decode_text, image_size, open_image, parse_json
+from emf.show.progress import track
 
 JSON_KEYS = ("caption", "text")
+JPEG = b"\xff\xd8"
+"""What a JPEG file begins with."""
+HEAD = 65_536
+"""Bytes of its beginning in which its size nearly always stands."""
+T = TypeVar("T")
+R = TypeVar("R")
 ENDS = 2048
 """Bytes at either end of an image by which it is known again: a picture that was encoded anew has others."""
 
@@ -36,9 +46,9 @@ class Sample:
     source: str
     caption: str
     image: Tensor | None = None
-    """[3, size, size] float32 in [-1, 1]."""
+    """[3, height, width] float32 in [-1, 1]: a square of one size for all, or of its bucket's size."""
     small: Tensor | None = None
-    """[3, token_size, token_size] float32 in [-1, 1]: the same crop, for an image tokenizer."""
+    """[3, token_size, token_size] float32 in [-1, 1]: the square in the centre, for an image tokenizer."""
     width: int = 0
     """Of the image before the crop, upright; 0 where unknown (a cached sample)."""
     height: int = 0
@@ -60,6 +70,9 @@ class Store(Protocol):
     weights: list[float]
     runs: list[list[int] | None]
     """Of each source how many samples are read together, from the first to the last; none: each by itself."""
+    buckets: list[np.ndarray] | None
+    """Of each source the bucket of every sample (emf.data.buckets), [n] int16; UNREAD where its size cannot be read;
+    none: all samples have one size."""
     drops: Drops
 
     def get(self, source: int, index: int, turn: int = 0) -> Sample:
@@ -68,20 +81,36 @@ class Store(Protocol):
         ...
 
 
+def count_buckets(buckets: Sequence[np.ndarray]) -> list[int]:
+    """How many samples each bucket has, of all sources together. buckets: of the samples of each source."""
+    every = np.concatenate(buckets)
+    counts: list[int] = np.bincount(every[every != UNREAD], minlength=len(LIST)).tolist()
+    return counts
+
+
 def turned(captions: Sequence[str], index: int, turn: int) -> str:
     """Which of a sample's captions it has at the turn'th time: one after the other, and not the first of all samples in
     the same turn."""
     return captions[(index + turn) % len(captions)]
 
 
-def centre_crop(image: Image.Image, size: int) -> Tensor:
-    """An RGB image -> [3, size, size] float32 in [-1, 1]: short side resized to size (bicubic, antialiased; a smaller
-    image is enlarged), the centre cut out, to a fraction of a pixel."""
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    box = left, top, left + side, top + side
-    pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+def centre_crop(image: Image.Image, size: int | tuple[int, int]) -> Tensor:
+    """An RGB image -> [3, height, width] float32 in [-1, 1]: the largest part of that ratio, cut out of the centre to a
+    fraction of a pixel, resized (bicubic, antialiased; a smaller image is enlarged). size: (width, height), or a
+    square's side."""
+    width, height = (size, size) if isinstance(size, int) else size
+    across, down = part_of(image.size, (width, height))
+    left, top = (image.width - across) / 2, (image.height - down) / 2
+    box = left, top, left + across, top + down
+    pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
     return torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1)
+
+
+def part_of(image: tuple[int, int], size: tuple[int, int]) -> tuple[float, float]:
+    """(width, height) of the largest part of an image that has the ratio of a size."""
+    across, down = image
+    width, height = size
+    return (across, across * height / width) if across * height <= down * width else (down * width / height, down)
 
 
 def read_caption(data: bytes, is_json: bool, key: str | None) -> str:
@@ -119,6 +148,18 @@ def image_of(index: Index, row: int) -> bytes:
     return read_part(index, index.image[row])
 
 
+def size_of(index: Index, row: int) -> tuple[int, int]:
+    """(width, height) of a sample's image, upright, of which no more is read than is needed: of a JPEG its beginning.
+    Raises ValueError where it cannot be read."""
+    if index.table is None and int(index.image[row][2]) > HEAD:
+        number, offset, _ = index.image[row]
+        head = read_part(index, np.array([number, offset, HEAD]))
+        if head.startswith(JPEG):
+            with suppress(ValueError):  # more stands before its size than is usual
+                return image_size(head)
+    return image_size(image_of(index, row))
+
+
 def captions_of(index: Index, row: int) -> list[str]:
     """A sample's captions, the unusable left out. Raises ValueError("reason: detail"), its reason one of a few, where
     none is left."""
@@ -139,9 +180,17 @@ class Images:
     """Sources as samples with pixels. Raises ValueError on sources without samples (emf.data.sources.scan)."""
 
     def __init__(
-        self, sources: Iterable[Source], size: int, token_size: int | None = None, listings: Path | None = None
+        self,
+        sources: Iterable[Source],
+        size: int,
+        token_size: int | None = None,
+        listings: Path | None = None,
+        *,
+        buckets: bool = False,
+        workers: int = 4,
     ) -> None:
-        """size: pixels along a side of the crop; token_size: of the second, small crop, or none; listings: see scan."""
+        """size: pixels along a side of the crop; token_size: of the second, small crop, or none; listings: see scan;
+        buckets: crop each picture to the size of its bucket, so the sizes of all are read here, by workers threads."""
         if min(size, token_size or 1) < 1:
             raise ValueError(f"data: crops of {size} and {token_size} pixels; expected at least 1")
         self.size, self.token_size, self.drops = size, token_size, Drops()
@@ -152,6 +201,29 @@ class Images:
         self.runs = [index.runs for index in self.indices]
         self.upscaled = [np.zeros(n, bool) for n in self.counts]
         """Which of the samples read so far were smaller than the crop."""
+        self.sizes = bucket_sizes(size) if buckets else [(size, size)]
+        self.buckets = [self._measured(s, workers) for s in range(len(self.counts))] if buckets else None
+
+    def _measured(self, source: int, workers: int) -> np.ndarray:
+        """The buckets of a source's samples. What cannot be read is dropped."""
+        index, name = self.indices[source], self.names[source]
+        found = np.full(len(index), UNREAD, np.int16)
+
+        def measure(row: int) -> Dropped | None:
+            try:
+                found[row] = nearest(*size_of(index, row))
+            except BrokenImage as error:
+                return Dropped(index.keys[row], name, error.reason, error.detail)
+            except ValueError as error:
+                reason, _, detail = str(error).partition(":")
+                return Dropped(index.keys[row], name, reason, detail.strip())
+            return None
+
+        rows = track(range(len(index)), f"sizes in {name}", transient=True)
+        for drop in in_order(rows, measure, workers):
+            if drop is not None:
+                self.drops.add(drop.key, drop.source, drop.reason, drop.detail)
+        return found
 
     def key(self, source: int, index: int) -> str:
         return self.indices[source].keys[index]
@@ -190,10 +262,15 @@ class Images:
         except ValueError as error:
             reason, _, detail = str(error).partition(":")
             raise Dropped(key, name, reason, detail.strip()) from None
-        self.upscaled[source][index] = min(image.size) < self.size
+        size = self.sizes[0]
+        if self.buckets is not None:
+            if (bucket := int(self.buckets[source][index])) == UNREAD:
+                raise Dropped(key, name, "file cannot be read", "it could not when sizes were read")
+            size = self.sizes[bucket]
+        self.upscaled[source][index] = part_of(image.size, size)[0] < size[0]
         small = centre_crop(image, self.token_size) if self.token_size else None
         several = tuple(captions) if len(captions) > 1 else ()
-        pixels = centre_crop(image, self.size)
+        pixels = centre_crop(image, size)
         caption = turned(captions, index, turn)
         return Sample(key, name, caption, pixels, small, image.width, image.height, captions=several)
 
@@ -205,7 +282,7 @@ def marks(images: Images, places: Sequence[tuple[int, int]], workers: int = 4) -
 
 
 def fetch(store: Store, places: Iterable[tuple[int, int]], workers: int = 4) -> Iterator[Sample | Dropped]:
-    """The samples at places (source, index), in their order, decoded by threads that are at most 2 x workers ahead."""
+    """The samples at places (source, index), in their order, decoded by threads."""
 
     def get(place: tuple[int, int]) -> Sample | Dropped:
         try:
@@ -213,10 +290,15 @@ def fetch(store: Store, places: Iterable[tuple[int, int]], workers: int = 4) -> 
         except Dropped as drop:
             return drop
 
+    return in_order(places, get, workers)
+
+
+def in_order(items: Iterable[T], get: Callable[[T], R], workers: int) -> Iterator[R]:
+    """get(item) of all items in their order, by threads that are at most 2 x workers ahead."""
     with ThreadPoolExecutor(workers) as pool:
-        ahead: deque[Future[Sample | Dropped]] = deque()
-        for place in places:
-            ahead.append(pool.submit(get, place))
+        ahead: deque[Future[R]] = deque()
+        for item in items:
+            ahead.append(pool.submit(get, item))
             if len(ahead) > 2 * workers:
                 yield ahead.popleft().result()
         while ahead:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from emf.data.buckets import PARTS, nearest, sizes
 from emf.data.drops import Dropped
 from emf.data.images import Images, Sample, fetch
 from emf.data.mixture import Mixture
@@ -82,6 +84,7 @@ def inspect(
             {"source": source, "reason": reason, "count": count, "first": images.drops.names[source, reason]}
             for (source, reason), count in images.drops.counts.items()
         ],
+        "buckets": in_buckets(every, size),
         "quantiles": {
             "width": quantiles([s.width for s in every]),
             "height": quantiles([s.height for s in every]),
@@ -98,6 +101,14 @@ def inspect(
     return figures
 
 
+def in_buckets(samples: Sequence[Sample], size: int) -> dict[str, int]:
+    """How many samples --data.buckets would train at each size, by WIDTHxHEIGHT; empty where the size has none."""
+    if size % PARTS:
+        return {}
+    counts = Counter(nearest(s.width, s.height) for s in samples)
+    return {f"{width}x{height}": counts[b] for b, (width, height) in enumerate(sizes(size)) if counts[b]}
+
+
 def show(figures: dict[str, Any], out: Console) -> None:
     """Print the figures as tables."""
     rows = []
@@ -111,6 +122,10 @@ def show(figures: dict[str, Any], out: Console) -> None:
         out.print(terminal(("source", "reason", "count", "first"), rows, "dropped", words=(0, 1, 3)))
     else:
         out.print("nothing was dropped")
+    if figures["buckets"]:
+        total = sum(figures["buckets"].values())
+        rows = [[name, f"{n:,}", f"{n / total:.1%}"] for name, n in figures["buckets"].items()]
+        out.print(terminal(("width x height", "usable", "share"), rows, "with --data.buckets True", words=(0,)))
     rows = [[name, *(f"{v:g}" for v in values.values())] for name, values in figures["quantiles"].items()]
     out.print(terminal(("", *(f"{q} %" for q in QUANTILES)), rows, "what is usable", words=(0,)))
 

@@ -33,9 +33,12 @@ def is_whole(file: Path) -> bool:
         return False
 
 
-def write_shard(file: Path, samples: Iterable[Sample | Dropped], marks: Sequence[int] = ()) -> None:
+def write_shard(
+    file: Path, samples: Iterable[Sample | Dropped], marks: Sequence[int] = (), numbers: Sequence[int] = ()
+) -> None:
     """One shard of encoded samples in order, renamed into place when it is whole and on the disk. marks: of all
-    of them, see emf.data.images.Images.mark. Raises ValueError where it cannot be written."""
+    of them, see emf.data.images.Images.mark; numbers: their places among all samples, where those are not in turn.
+    Raises ValueError where it cannot be written."""
     kept: list[Sample] = []
     row, drops = [], []
     for sample in samples:
@@ -50,8 +53,9 @@ def write_shard(file: Path, samples: Iterable[Sample | Dropped], marks: Sequence
         text["several"] = several
     tensors = {"row": torch.tensor(row, dtype=torch.int32)}
     tensors["text"] = torch.from_numpy(np.frombuffer(json.dumps(text).encode(), np.uint8).copy())
-    if marks:
-        tensors["mark"] = torch.tensor(marks, dtype=torch.int64)
+    for name, said in (("mark", marks), ("number", numbers)):
+        if said:
+            tensors[name] = torch.tensor(said, dtype=torch.int64)
     for name in ("mean", "std", "ids"):
         values = [value for s in kept if (value := getattr(s, name)) is not None]
         if values:
@@ -90,7 +94,7 @@ class Shard:
             self._file = safe_open(file, "pt")
             self._names = set(self._file.keys())
             self.rows: list[int] = self._file.get_tensor("row").tolist()
-            self.marks: list[int] = self._file.get_tensor("mark").tolist() if "mark" in self._names else []
+            self.marks, self.numbers = self._listed("mark"), self._listed("number")
             text = json.loads(bytes(self._file.get_tensor("text").numpy()))
             filled(_Told, text, "its text")
             self._check(text)
@@ -101,10 +105,15 @@ class Shard:
         self.drops: list[list[str]] = text["drops"]
         self.several: dict[str, list[str]] = text.get("several", {})
 
+    def _listed(self, name: str) -> list[int]:
+        listed: list[int] = self._file.get_tensor(name).tolist() if name in self._names else []
+        return listed
+
     def _check(self, text: dict[str, Any]) -> None:
         """Raises ValueError where the rows, the texts and the tensors do not fit each other."""
-        if self.marks and len(self.marks) != len(self.rows):
-            raise ValueError("it has not a mark for every sample")
+        for name, said in (("mark", self.marks), ("number", self.numbers)):
+            if said and len(said) != len(self.rows):
+                raise ValueError(f"it has not a {name} for every sample")
         kept = sum(row >= 0 for row in self.rows)
         sizes = {len(text["keys"]), len(text["captions"])}
         if kept and "mean" not in self._names:

@@ -5,7 +5,7 @@ raise is a ValueError of one line that names the file.
 """
 
 from emf.files.claims import SETTINGS, check_claim, check_folder, claim, write_settings
-from emf.files.decoding import FORMATS, BrokenImage, open_image
+from emf.files.decoding import FORMATS, BrokenImage, image_size, open_image
 from emf.files.fields import filled, fits, read_fields
 from emf.files.reading import (
     check_readable,
@@ -58,6 +58,7 @@ __all__ = [
     "filled",
     "files_in",
     "finite",
+    "image_size",
     "fits",
     "make_folder",
     "mend_rows",

@@ -22,7 +22,7 @@ from emf.model.autoencoder import decode, load_dcae
 from emf.model.sizes import TransformerConfig
 from emf.model.transformer import Transformer
 from emf.sample.sampler import States, check_finite, conditions_of, latents_of, noise_of, to_uint8
-from emf.sample.sampling_settings import Settings, default_guidance
+from emf.sample.sampling_settings import Settings, default_guidance, latent_shape
 from emf.weights.carried.flow_map_pipeline import seed_in
 from emf.weights.diffusers_folder import load_exported_transformer
 from emf.weights.export import write_export
@@ -234,11 +234,8 @@ class EMFPipeline(DiffusionPipeline):
     def _shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """Of the latents of an image. Raises ValueError on pixels that make no whole number of patches."""
         model = self.transformer.network.config
-        side, patch = model.sample_size * self.scale, self.scale * model.patch_size
-        sides = height or side, width or side
-        if any(n % patch for n in sides):
-            raise ValueError(f"pipeline: {sides[0]} x {sides[1]} pixels; expected multiples of {patch}")
-        return model.in_channels, sides[0] // self.scale, sides[1] // self.scale
+        side = model.sample_size * self.scale
+        return latent_shape(model, self.scale, (width or side, height or side), "pipeline")
 
     def _conditions(self, prompts: list[str] | None, seeds: list[int], given: Any) -> tuple[Any, Any]:
         """(condition, null) of a batch: the text encoder's, or what was given and zeros."""

@@ -30,7 +30,7 @@ from emf.model.text_to_image import TextToImage
 from emf.sample.ahead import GoOn, nothing, work_aside
 from emf.sample.image_batches import Batch, batches_of
 from emf.sample.image_tokens import tokenize
-from emf.sample.sampling_settings import Settings, default_guidance
+from emf.sample.sampling_settings import Pixels, Settings, default_guidance, latent_shape
 from emf.sample.token_engine import Engine, begin, find_engine
 from emf.weights.checkpoints import WEIGHTS, step_of
 from emf.weights.folders import at_weights, load, load_velocity
@@ -238,12 +238,21 @@ class Sampler:
         return default_guidance(self.config.condition.kind)
 
     @property
+    def scale(self) -> int:
+        """Pixels along a side to a latent."""
+        return 1 if self.autoencoder is None else self.autoencoder.scale
+
+    @property
     def device(self) -> torch.device:
         return next(self.network.transformer.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         return next(self.network.transformer.parameters()).dtype
+
+    def shape_of(self, size: Pixels | None) -> tuple[int, int, int]:
+        """Of the latents of a picture of this size; see latent_shape. Raises ValueError on one that cannot be drawn."""
+        return latent_shape(self.config.transformer, self.scale, size)
 
     def check_captions(self, captions: Sequence[str]) -> None:
         """Raises ValueError on a caption that the encoder cannot read; asked before the first of many is drawn."""
@@ -306,8 +315,8 @@ class Sampler:
 
     @torch.no_grad()
     def _latents(self, batch: Batch, conditions: tuple[States, States], go_on: GoOn) -> Tensor:
-        """Latents [B, C, size, size] float32 of one batch, on the network's device."""
-        network, model, device, how = self.network, self.config.transformer, self.device, batch.how
+        """Latents [B, C, h, w] float32 of one batch, on the network's device."""
+        network, device, how = self.network, self.device, batch.how
         guidance = self.guidance if how.guidance is None else how.guidance
 
         def transformer(*inputs: Any) -> Any:
@@ -317,7 +326,7 @@ class Sampler:
         with timed(self.seconds, "transformer", device):
             return latents_of(
                 transformer,
-                noise_of(batch.seeds, (model.in_channels, model.sample_size, model.sample_size)).to(device),
+                noise_of(batch.seeds, self.shape_of(how.size)).to(device),
                 *conditions,
                 steps=how.steps,
                 guidance=guidance / self.config.flow.built_in if how.average else guidance,

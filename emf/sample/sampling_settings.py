@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from emf.limits import Within, check_limits
+from emf.model.sizes import TransformerConfig
 
 GUIDANCE = 1.25
 """Of the digits' world, where it scores best (profiles/LOG.md)."""
@@ -22,6 +24,8 @@ Steps = Annotated[int, Within(1, 10_000)]
 Guidance = Annotated[float, Within(-1000, 1000)]
 AtOnce = Annotated[int, Within(1, 65_535)]
 """Images that are computed at once: a kernel takes no larger batch."""
+Pixels = tuple[int, int]
+"""(width, height) of a picture."""
 Ar = Literal["vllm"] | None
 """What draws image tokens in this process, instead of the language model here."""
 PerTag = Annotated[int, Within(1, 10_000)]
@@ -31,6 +35,28 @@ PerTag = Annotated[int, Within(1, 10_000)]
 def default_guidance(kind: str | None) -> float:
     """Where nothing else is said, by the kind of the text encoder."""
     return GUIDANCE if kind == "small" else GUIDANCE_PRETRAINED
+
+
+def read_size(text: str) -> Pixels:
+    """The size that WIDTHxHEIGHT says, as 1152x896. Raises ValueError on another text."""
+    if not (found := re.fullmatch(r"([1-9]\d{0,4})[xX\u00d7]([1-9]\d{0,4})", text.strip())):
+        raise ValueError(f"sample: size {text!r}; expected WIDTHxHEIGHT in pixels, as 1152x896")
+    return int(found[1]), int(found[2])
+
+
+def latent_shape(
+    model: TransformerConfig, scale: int, size: Pixels | None = None, who: str = "sample"
+) -> tuple[int, int, int]:
+    """[C, h, w] of the latents of a picture of (width, height) pixels; None: the square that the transformer was made
+    for. scale: pixels along a side to a latent. who: begins the error. Raises ValueError on pixels that make no whole
+    number of patches."""
+    side, patch = model.sample_size * scale, model.patch_size * scale
+    width, height = size or (side, side)
+    if min(width, height) < 1 or width % patch or height % patch:
+        near = (max(patch, round(n / patch) * patch) for n in (width, height))
+        as_near = "x".join(map(str, near))
+        raise ValueError(f"{who}: size {width}x{height} (width x height); expected multiples of {patch}, as {as_near}")
+    return model.in_channels, height // scale, width // scale
 
 
 def one_engine(ar: Ar, ar_server: str | None) -> str | None:
@@ -56,6 +82,8 @@ class Settings:
     is the flow-matching baseline."""
     batch: AtOnce = 4
     """Images computed at once."""
+    size: Annotated[Pixels | None, Within(1, 65_536)] = None
+    """(width, height) in pixels; None: the square that the transformer was made for."""
 
     def __post_init__(self) -> None:
         check_limits(self, "sample: ")

@@ -35,6 +35,8 @@ def show(p: Plan, out: Path | None = None) -> None:
         f"this run: ZeRO {p.stage}, activations {p.kind}: {needs:.1f} GiB of {p.hardware.memory:g}, {fits}"
         + (f"; {host:.1f} GiB a rank in the host's memory" if host else "")
     )
+    if c.data.buckets:
+        screen.print("sizes by ratio have at most the square's pixels, and at least 90 % of them: all is of the square")
     if said := overruled(c):
         screen.print(f"{c.zero.json} overrules the config: {', '.join(said)}")
     shares = ", ".join(f"{k} {v / p.step_flops:.0%}" for k, v in p.flops.items() if v)

@@ -179,6 +179,7 @@ def test_generate_writes_and_never_overwrites(run: Path, tmp_path: Path, capsys:
     assert [str(p) for p in first] == [*capsys.readouterr().out.split(), str(manifest)]
     assert [p.name for p in first[:2]] == ["00000_a_red_seven.png", "00001_a_red_seven.png"]
     asked = {"prompt": caption, "steps": 2, "guidance": 1.25, "seed": 0, "run": str(run), "flow_matching": False}
+    asked["size"] = "18x18"
     told = [{"file": p.name, "number": i, **asked} for i, p in enumerate(first[:2])]
     assert [json.loads(line) for line in manifest.read_text().splitlines()] == told
     first = first[:2]
@@ -196,7 +197,13 @@ def test_generate_writes_and_never_overwrites(run: Path, tmp_path: Path, capsys:
     assert "zebra" in one_line(capsys.readouterr().err)
     assert emf(*call[:-1], "0", "--", caption) == 2
     assert "steps" in one_line(capsys.readouterr().err)
+    assert emf(*call, "--size", "24", "--", caption) == 2
+    assert "size '24'; expected WIDTHxHEIGHT" in one_line(capsys.readouterr().err)
     assert sorted(out.glob("*.png")) == again
+    wide = tmp_path / "wide"
+    assert emf(*call[:3], "--out", str(wide), "--size", "24x12", "--", caption) == 0
+    assert [Image.open(p).size for p in wide.glob("*.png")] == [(8 * 24, 8 * 12)]  # small ones are enlarged
+    assert json.loads((wide / "manifest.jsonl").read_text())["size"] == "24x12"
 
 
 def test_release_is_half_precision_and_can_be_started_from(

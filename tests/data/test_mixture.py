@@ -10,9 +10,10 @@ import pytest
 import torch
 from image_files import by_reason, tar_and_folder, write_folder
 
+from emf.data.draws import BLOCK
 from emf.data.drops import Drops
 from emf.data.images import Images
-from emf.data.mixture import BLOCK, Dataset, Mixture
+from emf.data.mixture import Dataset, Mixture
 from emf.data.sources import Source
 
 

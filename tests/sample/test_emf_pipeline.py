@@ -94,7 +94,7 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             pipe(**wrong)
     pipe.scale = 2  # as with an autoencoder
-    with pytest.raises(ValueError, match="5 x 16 pixels; expected multiples of 2"):
+    with pytest.raises(ValueError, match=r"size 16x5 \(width x height\); expected multiples of 2, as 16x4"):
         pipe(prompt_embeds=c, height=5, output_type="latent")
     for wrong in (dict(text_encoder=torch.nn.Linear(1, 1)), dict(tokenizer=object()), dict(torch_dtype="auto")):
         with pytest.raises(ValueError, match=f"pipeline: .*{next(iter(wrong)).split('_')[-1]}"):

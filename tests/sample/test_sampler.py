@@ -20,7 +20,7 @@ from emf.model.autoencoder import Identity
 from emf.model.text_to_image import TextToImage
 from emf.sample.image_tokens import tokenize
 from emf.sample.sampler import Sampler, to_uint8
-from emf.sample.sampling_settings import GUIDANCE, GUIDANCE_PRETRAINED, Settings
+from emf.sample.sampling_settings import GUIDANCE, GUIDANCE_PRETRAINED, Settings, read_size
 
 CAPTIONS = ["a red seven", "two blue threes", "a four above a one", "a red seven", "three green twos"]
 
@@ -39,7 +39,8 @@ def sampler(network: TextToImage) -> Sampler:
 def by_hand(network: TextToImage, config: Config, captions: list[str], how: Settings, numbers: Any) -> Tensor:
     """Every step of the way written out, in one batch: noise by seed and number, condition, guidance, steps."""
     seeds = [how.seed * 1_000_003 + n for n in numbers]
-    noise = torch.stack([torch.randn(3, 18, 18, generator=torch.Generator().manual_seed(n)) for n in seeds])
+    width, height = how.size or (18, 18)
+    noise = torch.stack([torch.randn(3, height, width, generator=torch.Generator().manual_seed(n)) for n in seeds])
     ids, mask = network.encoder.tokenize(captions)
     condition = network.encoder(ids, mask)
     null = network.encoder(ids, mask, torch.ones(len(captions), dtype=torch.bool))
@@ -56,6 +57,7 @@ def by_hand(network: TextToImage, config: Config, captions: list[str], how: Sett
         Settings(steps=3, guidance=2.0, seed=4, batch=8),
         Settings(steps=2, guidance=1.0, average=False, batch=8),
         Settings(steps=2, guidance=1.5, average=False, seed=1, batch=8),
+        Settings(steps=2, guidance=1.5, batch=8, size=(24, 12)),
     ],
     ids=str,
 )
@@ -101,6 +103,29 @@ def test_settings_come_from_the_sampler_where_a_call_says_nothing(network: TextT
     assert not torch.equal(sampler.images(CAPTIONS, seed=6), want)
     other = replace(small_config(), condition=replace(small_config().condition, kind="gemma"))
     assert Sampler(other, network).guidance == GUIDANCE_PRETRAINED != GUIDANCE == sampler.guidance
+
+
+@pytest.mark.parametrize(
+    ("size", "told"),
+    [
+        ("20x18", r"size 20x18 \(width x height\); expected multiples of 6, as 18x18"),
+        ("24x3", "size 24x3 .* as 24x6"),
+        ("24", "size '24'; expected WIDTHxHEIGHT in pixels, as 1152x896"),
+        ("0x18", "expected WIDTHxHEIGHT"),
+        ("18x-6", "expected WIDTHxHEIGHT"),
+        ("99999x6", "must be at least 1 and at most 65536"),
+    ],
+)
+def test_a_size_that_cannot_be_drawn_is_refused(sampler: Sampler, size: str, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        sampler.images(CAPTIONS[:1], size=read_size(size))
+
+
+def test_a_size_is_width_and_height(sampler: Sampler) -> None:
+    assert read_size("24x12") == read_size("24X12") == (24, 12)
+    wide, square = sampler.pictures(CAPTIONS[:1], size=(24, 12))[0], sampler.pictures(CAPTIONS[:1], size=(18, 18))[0]
+    assert wide.size == (24, 12)
+    assert_same_pictures([square], sampler.pictures(CAPTIONS[:1]), levels=0)
 
 
 def test_an_autoencoder_decodes_each_image(network: TextToImage) -> None:

@@ -72,6 +72,7 @@ CASES: dict[str, tuple[Any, list[tuple[str, Changes]], list[tuple[str, Changes]]
     "condition.ar_weight": (0.5, [("sana-1.5-1.6b", IMAGES)], []),  # elsewhere no config is made
     "data.sources": (("folder",), [("sana-1.5-1.6b", {})], []),
     "data.size": (512, [("sana-1.5-1.6b", IMAGES)], [("digits", {}), ("sana-1.5-1.6b", {})]),
+    "data.buckets": (True, [("sana-1.5-1.6b", IMAGES)], [("digits", {}), ("sana-1.5-1.6b", {})]),
     "data.vae": (Path("vae"), [("sana-1.5-1.6b", IMAGES)], [("digits", {}), ("sana-1.5-1.6b", {})]),
     "data.ta_tok": (Path("ta_tok.pth"), [("sana-1.5-1.6b", IMAGES)], [("digits", {}), ("sana-1.5-gemma", IMAGES)]),
     "data.workers": (2, [("sana-1.5-1.6b", IMAGES)], [("digits", {}), ("sana-1.5-1.6b", {})]),

@@ -18,7 +18,7 @@ from same_pictures import assert_same_pictures
 pytest.importorskip("deepspeed")
 pytest.importorskip("diffusers")
 import sana
-from image_files import pairs, small_autoencoder, write_tar
+from image_files import encoded, noise, pairs, small_autoencoder, write_folder, write_tar
 from tiny import byte_tokenizer, ta_tok_file
 from training import files, kill_in_save, metrics, train
 
@@ -105,16 +105,14 @@ def test_a_cache_trains_as_its_images(run: Path, world: World, tmp_path: Path) -
         assert got == pytest.approx(want, rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["tar", "parquet"])
-def test_a_killed_run_continues_where_the_data_was(kind: str, run: Path, world: World, tmp_path: Path) -> None:
+def test_a_killed_run_continues_where_the_data_was(run: Path, world: World, tmp_path: Path) -> None:
     """In a row group too, and rows of a Parquet file, which all are mixed here, train as the tar of the same."""
-    again, source = tmp_path / "again", world.folder / f"data.{kind}"
-    if kind == "parquet":
-        pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-        from parquet_files import write_parquet
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    from parquet_files import write_parquet
 
-        images, texts = [*pairs(6).values()][::2], [f"picture {i}" for i in range(6)]
-        write_parquet(source, {"image": images, "text": texts}, group=4)
+    again, source = tmp_path / "again", world.folder / "data.parquet"
+    images, texts = [*pairs(6).values()][::2], [f"picture {i}" for i in range(6)]
+    write_parquet(source, {"image": images, "text": texts}, group=4)
     arguments = [*world.recipe, *world.images, "--data.sources", str(source), "--out", str(again)]
     assert train(tmp_path, *arguments, "--run.save-every", "3", before=_kill_at_4).code
     result = train(tmp_path, *arguments, "--run.save-every", "3", "--resume", "True")
@@ -124,6 +122,42 @@ def test_a_killed_run_continues_where_the_data_was(kind: str, run: Path, world: 
 
 def _kill_at_4() -> None:
     kill_in_save("0000004")
+
+
+@pytest.fixture(scope="module")
+def by_ratio(world: World) -> list[str]:
+    """Arguments of a run on pictures of three ratios, five steps of which go through none of them as a whole."""
+    shapes = [(40, 40)] * 9 + [(60, 30)] * 7 + [(24, 60)] * 8
+    pictures = {f"{i}.png": encoded(noise(i, *shape)) for i, shape in enumerate(shapes)}
+    write_folder(world.folder / "ratios", pictures | {f"{i}.txt": f"picture {i}".encode() for i in range(24)})
+    sizes = ["--data.size", "64", "--transformer.sample-size", "16", "--data.buckets", "True", "--steps", "5"]
+    return [*world.recipe, *sizes]
+
+
+def test_a_run_by_ratio_continues_and_ranks_share_it(by_ratio: list[str], world: World, tmp_path: Path) -> None:
+    """A killed run goes on bitwise in the middle of every bucket. Two ranks see the samples that one sees, with the
+    same times, from a cache too."""
+    one, again, folder, tokens = (
+        tmp_path / "one",
+        tmp_path / "again",
+        world.folder / "ratios",
+        world.folder / "ta_tok.pth",
+    )
+    arguments = [*by_ratio, "--data.sources", str(folder), "--data.ta-tok", str(tokens), "--run.save-every", "2"]
+    result = train(tmp_path, *arguments, "--out", str(one))
+    assert result.code == 0 and "3 of 40 sizes by ratio have pictures, 64x64 the most (9)" in result.text, result.text
+    assert train(tmp_path, *arguments, "--out", str(again), before=_kill_at_4).code
+    result = train(tmp_path, *arguments, "--out", str(again), "--resume", "True")
+    assert result.code == 0 and "step 3/5" in result.text and "step 2/5" not in result.text, result.text
+    assert metrics(again) == metrics(one) and len(metrics(one)) == 5
+    with pytest.raises(ValueError, match="--size 32 gives buckets that are no whole latents; .* multiple of 64"):
+        cache((str(folder),), world.vae, tmp_path / "cache", tokens, 3, 32, buckets=True)
+    cache((str(folder),), world.vae, tmp_path / "cache", tokens, 3, 64, dtype="float32", buckets=True)
+    cached = [*by_ratio, "--data.sources", str(tmp_path / "cache"), "--out", str(tmp_path / "two")]
+    result = train(tmp_path, *cached, ranks=2)
+    assert result.code == 0, result.text
+    for got, want in zip(metrics(tmp_path / "two"), metrics(one), strict=True):
+        assert got["error"] == pytest.approx(want["error"], rel=1e-4) and got["share"] == want["share"]
 
 
 def pixels(folder: Path) -> list[np.ndarray]:

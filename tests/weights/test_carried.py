@@ -284,7 +284,7 @@ def test_where_emf_is_installed_its_transformer_is_taken(
         (dict(prompt=[]), "no prompts; expected at least one"),
         (dict(prompt="a red seven", num_inference_steps=0), "0 steps; expected 1 to 10000"),
         (dict(prompt="a red seven", output_type="foo"), "'foo'; expected pil, np, pt or latent"),
-        (dict(prompt_embeds=states, height=7), "7 x 18 pixels; expected multiples of 6"),
+        (dict(prompt_embeds=states, height=7), r"size 18x7 \(width x height\); expected multiples of 6"),
         (dict(prompt_embeds=states, latents=torch.zeros(2, 3, 18, 18)), r"expected \(1, 3, 18, 18\)"),
         (dict(prompt_embeds=states * torch.nan), "holds NaN or inf"),
     ):

@@ -98,7 +98,7 @@ class EMFPipeline(DiffusionPipeline):
         unit = self.scale * sizes["patch_size"]
         sides = [side or sizes["sample_size"] * self.scale for side in (height, width)]
         if any(side % unit for side in sides):
-            raise ValueError(f"pipeline: {sides[0]} x {sides[1]} pixels; expected multiples of {unit}")
+            raise ValueError(f"pipeline: size {sides[1]}x{sides[0]} (width x height); expected multiples of {unit}")
         if output_type != "latent" and self.vae is None and sizes["in_channels"] != 3:
             raise ValueError('pipeline: no vae to decode with; give one, or output_type="latent"')
         shape = (sizes["in_channels"], *(side // self.scale for side in sides))

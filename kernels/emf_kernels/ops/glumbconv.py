@@ -357,7 +357,7 @@ def cost(case: Case, itemsize: int) -> Cost:
 
 fused = function("glumbconv", forward, backward, ("x",))
 CASES = [
-    Case("small", dict(B=1, H=3, W=3, F=3), ("x",)),
+    Case("small", dict(B=1, H=3, W=4, F=3), ("x",)),
     Case("ragged", dict(B=3, H=2, W=1, F=4, b=2), ("x",)),
     Case("channels", dict(B=1, H=1, W=1, F=70), ("x",)),  # more than one block of them
     Case("sana-1.6b", dict(B=4, H=32, W=32, F=5600), ("x",), frozenset({"bench"})),
