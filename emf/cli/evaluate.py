@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from emf.evaluate.drawing import Drawing
+from emf.evaluate.network_names import BLIP, CLIP, MASK2FORMER, PICK, PICK_TOKENIZER
 from emf.idle import refuse_idle, unless
 from emf.limits import Within
 from emf.sample.sampling_settings import GUIDANCE, Guidance, PerTag, Seed, Steps
@@ -17,9 +18,6 @@ RunFolder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
 Images = Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[IMAGES]")]
 Draw = Annotated[Drawing, tyro.conf.arg(name="")]
 NOTHING = Drawing()
-DETECTOR, CLIP = "facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14"
-VQA = "Salesforce/blip-vqa-base"
-PICK, PICK_TOKENIZER = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
 def on_digits(run: RunFolder, per_tag: PerTag = 50, guidance: Guidance = GUIDANCE, seed: Seed = 0) -> None:
@@ -44,7 +42,7 @@ def geneval(
     *,
     draw: Draw = NOTHING,
     detections: Path | None = None,
-    detector: str = DETECTOR,
+    detector: str = MASK2FORMER,
     clip: str = CLIP,
     device: str = "auto",
     name: str = "",
@@ -67,7 +65,7 @@ def geneval(
     from emf.evaluate.pictures import geneval_items
 
     _check(images, out, draw, device, ["prompts"] * (prompts is not None))
-    networks = {"detector": unless(detector, DETECTOR), "clip": unless(clip, CLIP)}
+    networks = {"detector": unless(detector, MASK2FORMER), "clip": unless(clip, CLIP)}
     _check_scoring(draw, {"detections": detections, **networks})
     if detections is not None:
         refuse_idle("GenEval", networks, "--detections says what is in the images, and their colours")
@@ -86,7 +84,7 @@ def dpg(
     *,
     draw: Draw = NOTHING,
     answers: Path | None = None,
-    vqa: str = VQA,
+    vqa: str = BLIP,
     resolution: Annotated[int | None, Within(1, 65_536)] = None,
     skip_first_row: bool = True,
     last_crop_categories: bool = True,
@@ -114,9 +112,9 @@ def dpg(
     _check(images, out, draw, device, ["prompts"] * (prompts is not None))
     official = {"skip_first_row": skip_first_row, "last_crop_categories": last_crop_categories}
     quirks = {name: None if value else "False" for name, value in official.items()}
-    _check_scoring(draw, {"questions": questions, "answers": answers, "vqa": unless(vqa, VQA), **quirks})
+    _check_scoring(draw, {"questions": questions, "answers": answers, "vqa": unless(vqa, BLIP), **quirks})
     if answers is not None:
-        refuse_idle("DPG-Bench", {"vqa": unless(vqa, VQA)}, "--answers says what it would answer")
+        refuse_idle("DPG-Bench", {"vqa": unless(vqa, BLIP)}, "--answers says what it would answer")
     if questions is None and not draw.images_only:
         raise ValueError("DPG-Bench: it is scored by --questions, dpg_bench.csv of its repository")
     if resolution is not None and images is None:
@@ -202,6 +200,39 @@ def pick(
     _check(images, out, NOTHING, device)
     how: Any = dict(network=network, tokenizer=tokenizer, device=device)
     _show([run_pick(images, out, **how, name=name, steps=steps)], out)
+
+
+def fid(
+    out: Path,
+    images: Images = None,
+    real: Path | None = None,
+    weights: Path | None = None,
+    *,
+    device: str = "auto",
+    name: str = "",
+    steps: Steps | None = None,
+) -> None:
+    """FID of a folder of pictures, as emf generate leaves them, to a folder of real ones; goes on where it was stopped.
+
+    Args:
+        out: folder for the features, results.json and results.md
+        images: pictures, with manifest.jsonl or without
+        real: folder of real pictures
+        weights: inception-2015-12-05.pt, the network
+        device: where to compute: cpu, cuda, cuda:1; auto: the GPU where there is one
+        name: what the table calls the model that is scored
+        steps: how many steps the pictures were drawn in; of a folder with others too, those that were
+    """
+    from emf.evaluate.fid import FILE, run_fid
+
+    if images is None or real is None:
+        raise ValueError("evaluate fid: give a folder of pictures, as emf generate writes one, and --real another")
+    if weights is None:
+        raise ValueError(f"evaluate fid: it is scored by --weights, {FILE}")
+    _check(images, out, NOTHING, device)
+    result = run_fid(images, real, out, weights, device=device, name=name, steps=steps)
+    _show([result], out)
+    print(result.deviations[0])
 
 
 def _check(images: Path | None, out: Path, drawing: Drawing, device: str, further: Sequence[str] = ()) -> None:

@@ -71,6 +71,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
         "dpg": evaluate.dpg,
         "hps": evaluate.hps,
         "pick": evaluate.pick,
+        "fid": evaluate.fid,
     },
     "analyze": {
         "encoders": analyze.compare,

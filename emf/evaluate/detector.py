@@ -20,11 +20,11 @@ from emf.device import AUTO
 from emf.device import device as find_device
 from emf.evaluate.benchmark import stamp
 from emf.evaluate.clip import Clip, center_square, normalized, pretrained
+from emf.evaluate.network_names import CLIP, MASK2FORMER
 from emf.evaluate.rules import SCORE, Detection
 from emf.files import numbered_jsonl, open_image, place_or_name
 from emf.weights.tensors import module_stamp
 
-MASK2FORMER, CLIP = "facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14"
 TEMPLATES = ("a photo of a {color} {label}", "a photo of a {color}-colored {label}", "a photo of a {color} object")
 GREY = "#999"
 """What surrounds an object whose colour is asked."""

@@ -24,7 +24,8 @@ from emf.evaluate.benchmark import (
     stamps,
     write_results,
 )
-from emf.evaluate.vqa import BLIP, IMAGES, VQA, BlipVQA, RecordedVQA
+from emf.evaluate.network_names import BLIP
+from emf.evaluate.vqa import IMAGES, VQA, BlipVQA, RecordedVQA
 from emf.files import files_in, open_image, read_csv
 
 PROMPTS = 1065

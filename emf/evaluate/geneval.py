@@ -16,7 +16,8 @@ from typing import Any
 from emf.data.digits import TAGS
 from emf.device import AUTO
 from emf.evaluate.benchmark import Result, Row, check_images, mean, score_images, stamps, write_results
-from emf.evaluate.detector import CLASSES, CLIP, MASK2FORMER, Detector, HFDetector, RecordedDetector
+from emf.evaluate.detector import CLASSES, Detector, HFDetector, RecordedDetector
+from emf.evaluate.network_names import CLIP, MASK2FORMER
 from emf.evaluate.rules import Detection, check_metadata, evaluate, select
 from emf.files import files_in, read_json
 

@@ -22,7 +22,7 @@ from emf.device import AUTO
 from emf.device import device as find_device
 from emf.evaluate.benchmark import Result, Row, check_images, mean, score_images, stamps, write_results
 from emf.evaluate.clip import MEAN, STD, Clip, pretrained
-from emf.evaluate.detector import CLIP
+from emf.evaluate.network_names import CLIP
 from emf.files import files_in, open_image, place_or_name, read_json, why
 from emf.model.state import read_pickle
 from emf.weights.tensors import module_stamp

@@ -17,58 +17,35 @@ import torch
 
 from emf.device import AUTO
 from emf.device import device as find_device
-from emf.evaluate.benchmark import Result, Row, check_images, mean, score_images, stamps, write_results
+from emf.evaluate.benchmark import Result, Row, mean, score_images, stamps, write_results
 from emf.evaluate.clip import Clip, center_square, normalized, pretrained
-from emf.files import files_in, numbered_jsonl, open_image, place_or_name, read_text, whole_path
+from emf.evaluate.generated import pictures_in
+from emf.evaluate.network_names import PICK, PICK_TOKENIZER
+from emf.files import open_image, place_or_name, read_text, whole_path
 from emf.sample.picture_files import MANIFEST
 from emf.weights.tensors import module_stamp
 
-NETWORK, TOKENIZER = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 LABEL = "PickScore (transformers)"
-WAY = ("run", "steps", "guidance", "flow_matching")
-"""What manifest.jsonl says of how a picture was drawn: a score is of one way."""
-KINDS = (".png", ".jpg", ".jpeg", ".webp")
 DEVIATIONS = ("the prompts are those of the folder: compare models on the same ones alone",)
 
 
 def read_prompts(root: Path, steps: int | None = None) -> dict[str, Any]:
     """File name -> prompt, of a folder of pictures; steps: of those alone that its manifest says were drawn in so many.
     Raises ValueError where a picture has no prompt, or is missing, and where they were drawn in several ways."""
-    check_images(root)
-    if (root / MANIFEST).is_file():
-        rows = numbered_jsonl(root / MANIFEST)
-        if lacking := [number for number, row in rows if not isinstance(row.get("file"), str)]:
-            raise ValueError(f"PickScore: {root / MANIFEST}:{lacking[0]} names no file; repair or remove the line")
-        if outside := [number for number, row in rows if Path(row["file"]).name != row["file"]]:
-            raise ValueError(f"PickScore: {root / MANIFEST}:{outside[0]} names a file that is not in its folder")
-        every = [row for _, row in rows if steps is None or row.get("steps", steps) == steps]
-        ways = {json.dumps([row.get(key) for key in WAY]) for row in every}
-        if len(ways) > 1:
-            raise ValueError(
-                f"PickScore: {root} holds pictures drawn in {len(ways)} ways ({', '.join(WAY)}): say --steps, or "
-                "draw each into a folder of its own"
-            )
-        prompts = {row["file"]: row.get("prompt") for row in every}
-        if len(prompts) < len(every):
-            raise ValueError(f"PickScore: {root / MANIFEST} lists a picture twice; repair it")
-        if missing := [name for name in prompts if not (root / name).is_file()]:
-            raise ValueError(f"PickScore: {root / missing[0]} is missing, which {MANIFEST} lists; generate it again")
-    else:
-        names = sorted(file.name for file in files_in(root, "*") if file.suffix.lower() in KINDS)
-        if mute := [name for name in names if not (root / name).with_suffix(".txt").is_file()]:
+    prompts = pictures_in(root, "PickScore", steps)
+    if not (root / MANIFEST).is_file():
+        if mute := [name for name in prompts if not (root / name).with_suffix(".txt").is_file()]:
             raise ValueError(
                 f"PickScore: {root / mute[0]} has no prompt; expected {MANIFEST}, as emf generate writes it, or "
                 f"{Path(mute[0]).with_suffix('.txt')} beside it"
             )
-        prompts = {name: read_text((root / name).with_suffix(".txt")).strip() for name in names}
-    if not prompts:
-        raise ValueError(f"PickScore: {root} holds no pictures{'' if steps is None else f' drawn in {steps} steps'}")
+        prompts = {name: read_text((root / name).with_suffix(".txt")).strip() for name in prompts}
     if empty := [name for name, prompt in prompts.items() if not isinstance(prompt, str) or not prompt.strip()]:
         raise ValueError(f"PickScore: {root / empty[0]} has no prompt: it is {prompts[empty[0]]!r}")
     return prompts
 
 
-def load_clip(network: str = NETWORK, tokenizer: str = TOKENIZER, device: str = AUTO) -> Clip:
+def load_clip(network: str = PICK, tokenizer: str = PICK_TOKENIZER, device: str = AUTO) -> Clip:
     """PickScore's network from folders or Hub names. Raises ValueError, saying what to put where."""
     from transformers import AutoTokenizer, CLIPModel
 
@@ -82,8 +59,8 @@ def run_pick(
     root: Path,
     out: Path,
     *,
-    network: str = NETWORK,
-    tokenizer: str = TOKENIZER,
+    network: str = PICK,
+    tokenizer: str = PICK_TOKENIZER,
     device: str = AUTO,
     batch: int = 20,
     name: str = "",

@@ -16,10 +16,10 @@ from emf.device import AUTO
 from emf.device import device as find_device
 from emf.evaluate.benchmark import stamp
 from emf.evaluate.clip import normalized, pretrained
+from emf.evaluate.network_names import BLIP
 from emf.files import numbered_jsonl, place_or_name
 from emf.weights.tensors import module_stamp
 
-BLIP = "Salesforce/blip-vqa-base"
 IMAGES = 4
 """Of each grid."""
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,6 +63,24 @@ with restoring():
     import torch._dynamo  # noqa: F401 - which torch.compiler would import below; it sets TORCHINDUCTOR_CACHE_DIR
 # Whether kernels run in the interpreter in this process, on CPU tensors; else they are compiled for a GPU.
 INTERPRETED = not isinstance(_of_the_language, JITFunction)
+
+
+def _mend_splat() -> None:
+    """A comparison of scalars stays a truth where it is spread over a block. Triton's interpreter gives it the type of
+    what was compared, so that it is spread as integers, and from 3.9 on it refuses integers as a mask."""
+    from triton.language import int1
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    splat = InterpreterBuilder.create_splat
+
+    def create_splat(self: Any, block: Any, x: Any) -> Any:
+        return splat(self, block, TensorHandle(x.data, int1) if x.data.dtype == bool else x)
+
+    InterpreterBuilder.create_splat = create_splat
+
+
+if INTERPRETED:
+    _mend_splat()
 
 CONFIGS = Path(__file__).parent / "configs"
 Key = tuple[str, str, str]

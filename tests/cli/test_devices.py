@@ -28,6 +28,7 @@ WORDS = {
     "evaluate dpg": "evaluate dpg images --questions q.csv --out {out}",
     "evaluate hps": "evaluate hps images --weights w.pt --out {out}",
     "evaluate pick": "evaluate pick images --out {out}",
+    "evaluate fid": "evaluate fid images --real others --weights w.pt --out {out}",
     "analyze encoders": "analyze encoders A=clip:{run} --out {out}",
     "analyze discriminability": "analyze discriminability A=clip:{run} --data d --out {out}",
     "analyze disentanglement": "analyze disentanglement A=clip:{run} --prompts p.txt --out {out}",
