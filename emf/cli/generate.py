@@ -63,8 +63,10 @@ def generate(
     import time
     from dataclasses import replace
 
+    from torch import Tensor
+
     from emf.files import read_lines, whole_path
-    from emf.sample.image_batches import batches_of
+    from emf.sample.image_batches import Batch, batches_of
     from emf.sample.picture_files import check_pictures_folder, write_images
     from emf.sample.sampler import Sampler
     from emf.sample.sampling_settings import read_size
@@ -91,10 +93,14 @@ def generate(
     if sampler.note:
         print(sampler.note, file=sys.stderr)
         told["note"] = sampler.note
-    batches, start = batches_of(every, how), time.perf_counter()
-    for here, images in zip(batches, sampler.draw(batches), strict=True):
-        for path in write_images(images, here.captions, out, told, here.numbers):
+    start = time.perf_counter()
+
+    def written(batch: Batch, images: Tensor) -> None:
+        for path in write_images(images, batch.captions, out, told, batch.numbers):
             print(path, flush=True)
+
+    for _ in sampler.draw(batches_of(every, how), written):
+        pass
     stages = ", ".join(f"{stage} {took / len(every) * 1e3:.0f} ms" for stage, took in sampler.seconds.items())
     whole = f"; {(time.perf_counter() - start) / len(every) * 1e3:.0f} ms in all" * sampler.overlaps
     print(f"{len(every)} images; each: {stages}{whole}", file=sys.stderr)  # stdout is the files' names alone

@@ -141,11 +141,11 @@ def draw_pictures(
         for name, text in texts.items():
             write_text(folder / name, text, rank)
     parts = [group_batches(group, replace(how, steps=steps)) for steps, group in todo]
-    images = sampler.draw([batch for batches in parts for batch in batches])
+    images = sampler.draw([b for batches in parts for b in batches], lambda _, images: to_uint8(images))
     with bars() as progress:
         task = progress.add_task("drawing", total=sum(len(group) for _, group in todo))
         for (steps, group), batches in zip(todo, parts, strict=True):
-            pictures = [Image.fromarray(x) for _ in batches for x in to_uint8(next(images))]
+            pictures = [Image.fromarray(x) for _ in batches for x in next(images)]
             for i, item in enumerate(group):
                 picture = grid(pictures[4 * i : 4 * i + 4]) if item.grid else pictures[i]
                 save(out / str(steps) / IMAGES / item.file, picture, rank)

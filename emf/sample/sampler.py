@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from emf.flow import guided, sample
 from emf.idle import refuse_idle
 from emf.model.autoencoder import Latent, load_dcae
 from emf.model.text_to_image import TextToImage
-from emf.sample.ahead import GoOn, nothing, work_aside
+from emf.sample.ahead import GoOn, Result, nothing, work_aside
 from emf.sample.image_batches import Batch, batches_of
 from emf.sample.image_tokens import tokenize
 from emf.sample.sampling_settings import Pixels, Settings, default_guidance, latent_shape
@@ -288,15 +288,20 @@ class Sampler:
         how = replace(settings or self.settings, **changes)
         if not captions:
             raise ValueError("sample: no captions; expected at least one")
-        return torch.cat(list(self.draw(batches_of(captions, how, numbers))))
+        return torch.cat(list(self.draw(batches_of(captions, how, numbers), lambda _, images: images)))
 
-    def draw(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
-        """The images of each batch, [n, 3, H, W] float32 on the CPU, one batch after the other; the same whether the
-        stages overlap or not. Raises what `images` raises, after the batches before."""
+    def draw(self, batches: Sequence[Batch], then: Callable[[Batch, Tensor], Result]) -> Iterator[Result]:
+        """then(batch, images) of each batch and its images [n, 3, H, W] float32 on the CPU, one batch after the other;
+        the same whether the stages overlap or not. It is called when the images are there, perhaps in another thread.
+        Raises what `images` raises, after the batches before."""
         made = ((batch, self._conditions(batch)) for batch in batches)
+
+        def work(one: tuple[Batch, tuple[States, States]], go_on: GoOn) -> Result:
+            return then(one[0], self._images(one, go_on))
+
         if self.overlaps and len(batches) > 1:
-            return work_aside(made, self._images, self.device)
-        return (self._images(one, nothing) for one in made)
+            return work_aside(made, work, self.device)
+        return (work(one, nothing) for one in made)
 
     def _conditions(self, batch: Batch) -> tuple[States, States]:
         """The text stage of a batch."""

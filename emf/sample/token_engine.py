@@ -90,4 +90,4 @@ def begin(engine: Engine, run: Path, config: Config, network: TextToImage) -> No
         raise ValueError(
             f"generate: {run} tuned its language model, and vLLM reads one from a folder; draw from an export"
         )
-    engine.begin(encoder, Path(config.condition.folder or run) / "language_model")
+    engine.begin(encoder, Path(config.condition.folder or config.init or run) / "language_model")

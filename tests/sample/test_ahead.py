@@ -34,8 +34,11 @@ def test_the_same_pictures_bit_for_bit(sampler: Sampler) -> None:
     want = sampler.images(CAPTIONS, how)
     sampler.overlaps = True
     assert torch.equal(sampler.images(CAPTIONS, how), want)
-    parts = list(sampler.draw(batches_of(CAPTIONS, how)))
-    assert [len(part) for part in parts] == [2, 2, 1] and torch.equal(torch.cat(parts), want)
+    made = threading.current_thread()
+    parts = list(sampler.draw(batches_of(CAPTIONS, how), lambda b, x: (b.numbers, x, threading.current_thread())))
+    assert [list(numbers) for numbers, *_ in parts] == [[0, 1], [2, 3], [4]]
+    assert torch.equal(torch.cat([images for _, images, _ in parts]), want)
+    assert {thread for *_, thread in parts}.isdisjoint({made})  # written without a wait for the next text stage
     assert list(sampler.seconds) == ["text", "transformer"]
 
 

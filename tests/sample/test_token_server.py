@@ -8,30 +8,33 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from completions import Answer, Server, served
 from digits_run import small_run
 from PIL import Image
 from text_models import CAPTIONS, IMAGE_TOKENS, QWEN, TOKENIZER, blip3o
 from tiny import tiny_sana
 from transformers import AutoTokenizer
 
+from bench.completions import Answer, Server, served
 from emf.cli.generate import generate
 from emf.conditioning.blip3o import Blip3oNext, prompt_ids
 from emf.config import ConditionConfig, Config
 from emf.evaluate.drawing import Drawing
+from emf.evaluate.pictures import Item, draw_pictures
 from emf.model.text_to_image import TextToImage
 from emf.model.transformer import Transformer
 from emf.sample import token_server
 from emf.sample.image_tokens import drawn_by, tokenize
 from emf.sample.sampler import Sampler
-from emf.sample.token_engine import Vllm, find_engine
+from emf.sample.token_engine import Vllm, begin, find_engine
 from emf.sample.token_server import TokenServer, base_of
 
 
@@ -276,6 +279,21 @@ def test_vllm_in_this_process(server: Server, tmp_path: Path, monkeypatch: pytes
     assert torch.equal(drawn, drawn_by(TokenServer(server.url), encoder, CAPTIONS, [1, 2, 3]))
 
 
+def test_vllm_reads_the_folder_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, made = FakeVllm(), network()
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    (tmp_path / "language_model").mkdir()
+    sizes, condition = made.transformer.config, ConditionConfig("blip3o")
+    config = Config("converted", "meanflow", transformer=sizes, condition=condition, init=tmp_path)
+    begin(find_engine("vllm"), tmp_path / "run", config, made)
+    assert fake.loaded[0]["model"] == str(tmp_path / "language_model")
+    made.own_encoder = {"encoder.language_model.lm_head.weight"}
+    with pytest.raises(
+        ValueError, match="run tuned its language model, and vLLM reads one from a folder; draw from an"
+    ):
+        begin(find_engine("vllm"), tmp_path / "run", config, made)
+
+
 def test_vllm_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ValueError, match=r"^image tokens: --ar vllm imports vllm, which is not there .*--ar-server$"):
@@ -300,7 +318,7 @@ def test_engines_that_cannot_act(server: Server, tmp_path: Path, monkeypatch: py
     assert not out.exists()
 
 
-def test_generate_draws_by_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_and_evaluate_draw_by_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("diffusers")
     from exported import write_start
     from image_files import small_autoencoder
@@ -319,10 +337,18 @@ def test_generate_draws_by_a_server(tmp_path: Path, capsys: pytest.CaptureFixtur
     out = tmp_path / "out"
     with served(QWEN, tokenizer) as server:
         server.answer = answer
-        how: dict[str, Any] = dict(flow_matching=True, vae=tmp_path / "vae", n=2, batch=1)
-        generate(("a cat",), start, out, **how, ar_server=server.url)
+        how: dict[str, Any] = dict(flow_matching=True, vae=tmp_path / "vae")
+        generate(("a cat",), start, out, **how, n=2, batch=1, ar_server=server.url)
+        drawing = Drawing(checkpoint=start, steps=(1,), batch=1, **how)
+        pictures = [Item("0.png", "a cat", 0)], {}, tmp_path / "drawn"
+        draw_pictures(*pictures, replace(drawing, ar_server=server.url), "cpu")
     rows = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
     assert [row["image_tokens"] for row in rows] == ["vllm server, model tiny"] * 2
-    assert Image.open(out / rows[1]["file"]).info["image_tokens"] == "vllm server, model tiny"
+    first = Image.open(out / rows[0]["file"])
+    assert first.info["image_tokens"] == "vllm server, model tiny"
+    again = Image.open(tmp_path / "drawn" / "1" / "images" / "0.png")
+    assert np.array_equal(np.asarray(first)[::8, ::8], np.asarray(again))  # generate enlarges what is small
     assert {body["max_tokens"] for body in server.asked} == {729} and len({body["seed"] for body in server.asked}) == 2
     assert " ms in all" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="image_tokens"):  # images that an engine drew are not mixed with others
+        draw_pictures(*pictures, drawing, "cpu")

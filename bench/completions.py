@@ -1,5 +1,5 @@
 """A small server of OpenAI's completions protocol with token ids, as vLLM and SGLang serve it, around a language model
-of transformers; for tests. What it answers can be replaced, and what it was asked is kept."""
+of transformers; for tests and for bench.overlap. What it answers can be replaced, and what it was asked is kept."""
 
 from __future__ import annotations
 
