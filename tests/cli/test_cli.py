@@ -234,7 +234,7 @@ def test_a_config_file_is_its_config(recipe: str, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     changed = replace(
         config,
-        init=None if config.init else Path("other.safetensors"),
+        init=None if config.init and not config.match.weight else Path("other.safetensors"),
         freeze_encoder=not config.freeze_encoder,
         embedder_init="duplicate" if config.embedder_init == "preserve" else "preserve",
         optim=replace(config.optim, betas=(0.5, 0.75), lr=1.25e-7),

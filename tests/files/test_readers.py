@@ -6,6 +6,7 @@ import codecs
 import io
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +19,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from emf.files import (
+    BrokenImage,
     decode_text,
     files_in,
     filled,
+    image_size,
     open_image,
     parse_json,
     read_csv,
@@ -60,6 +63,19 @@ def test_any_bytes_give_a_value_or_one_line(
     file = tmp_path_factory.getbasetemp() / "any.bin"
     file.write_bytes(data)
     holds(lambda: read(file), "any.bin")
+
+
+@given(damaged(IMAGES))
+def test_a_size_that_a_header_tells_is_that_of_the_picture(data: bytes) -> None:
+    """What has no size cannot be opened; what can be opened has the size that was told."""
+    try:
+        size = image_size(data)
+    except BrokenImage:
+        with pytest.raises(BrokenImage):
+            open_image(data)
+        return
+    with suppress(BrokenImage):
+        assert open_image(data).size == size
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), max_size=40))
