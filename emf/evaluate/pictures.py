@@ -29,6 +29,7 @@ from emf.files import check_writable, claim, files_in, numbered_jsonl, read_text
 from emf.sample.image_batches import Batch, batches_of
 from emf.sample.sampler import Sampler, to_uint8
 from emf.sample.sampling_settings import Settings
+from emf.sample.token_engine import find_engine
 from emf.show.progress import bars, say
 from emf.weights.folders import weights_folder
 from emf.weights.hub import named
@@ -227,6 +228,8 @@ def draw_and_score(
     weights_folder(drawing.checkpoint)
     find_device(device)
     check_writable(out)
+    if drawing.engine is not None:
+        find_engine(drawing.engine)
     counted = f"{len(items)} files of images in steps of {', '.join(map(str, drawing.counts))}"
     benchmark = None
     if scores:

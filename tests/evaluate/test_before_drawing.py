@@ -195,3 +195,13 @@ def test_a_folder_that_may_not_be_written(run: Path, metadata: Path, detections:
     with pytest.raises(ValueError, match="may not be written to"):
         drawing = Drawing(checkpoint=run, steps=(1,))
         commands.geneval(tmp_path / "locked" / "out", prompts=metadata, draw=drawing, detections=detections)
+
+
+@pytest.mark.usefixtures("nothing_is_drawn")
+def test_an_engine_is_there(run: Path, tmp_path: Path) -> None:
+    """Before what scores the images is loaded, which takes minutes."""
+    drawing = Drawing(checkpoint=run, ar_server="http://127.0.0.1:9")
+    load = lambda: pytest.fail("loaded")  # noqa: E731
+    item = pictures.Item("0.png", PROMPTS[0], 0)
+    with pytest.raises(ValueError, match="^image tokens: no server answers at http://127.0.0.1:9"):
+        pictures.draw_and_score([item], {}, tmp_path / "out", drawing, device="cpu", load=load, name="x")
