@@ -104,6 +104,9 @@ class LoraConfig:
             raise ValueError("config: lora.targets names no layer; expected ends of names, as to_q")
 
 
+Scale = Literal[1, 2, 3]
+
+
 @dataclass(frozen=True)
 class ConditionConfig:
     """A pretrained text encoder from a folder on disk; frozen, unless `trained` names weights of it."""
@@ -113,7 +116,7 @@ class ConditionConfig:
     folder: Path | None = None
     """blip3o: a folder from emf convert or emf export; for the others an encoder's or a diffusers pipeline's; or the
     OWNER/NAME of one on the Hugging Face Hub. By default that of `init`, where it has one."""
-    scale: Literal[1, 2, 3] = 1
+    scale: Scale = 1
     """BLIP3o-NEXT: image tokens pooled s x s into one; 729, 169 or 81 of them."""
     window: Literal["inference", "released"] = "inference"
     """BLIP3o-NEXT: the 730 positions that condition the transformer are those of inference, or the last 730 of the

@@ -28,6 +28,7 @@ def generate(
     text: Path | None = None,
     ar: Ar = None,
     ar_server: str | None = None,
+    scale: Literal[1, 2, 3] | None = None,
     batch: AtOnce = 4,
     dtype: Literal["float32", "bfloat16"] | None = None,
     device: str = "auto",
@@ -56,6 +57,8 @@ def generate(
             random numbers are its own, so a seed gives another picture
         ar_server: the same by a server's completions endpoint, as vLLM and SGLang have one, for example
             http://127.0.0.1:8000; it serves the language_model folder of the export
+        scale: BLIP3o-NEXT: image tokens pooled s x s into one, so 729, 169 or 81 of them are drawn; default: the
+            run's condition.scale
         batch: how many images are computed at once
         dtype: number format that the transformer computes in; default: float32 on a CPU, bfloat16 on a GPU
         device: where to compute: cpu, cuda, cuda:1; auto: the GPU where there is one
@@ -82,7 +85,7 @@ def generate(
             else f"generate: {prompts} holds no caption; expected one a line"
         )
     check_pictures_folder(out)
-    sampler = Sampler.load(run, vae, dtype, device, flow_matching, text=text, ar=engine)
+    sampler = Sampler.load(run, vae, dtype, device, flow_matching, text=text, ar=engine, scale=scale)
     _, rows, columns = sampler.shape_of(pixels)
     sampler.check_captions(every)
     guidance = sampler.guidance if guidance is None else guidance
@@ -101,6 +104,9 @@ def generate(
 
     for _ in sampler.draw(batches_of(every, how), written):
         pass
-    stages = ", ".join(f"{stage} {took / len(every) * 1e3:.0f} ms" for stage, took in sampler.seconds.items())
+    each = {stage: took / len(every) * 1e3 for stage, took in sampler.seconds.items()}
+    tokens = getattr(sampler.network.encoder, "image_tokens", None)
+    per = {"text": f" ({tokens} image tokens, {each['text'] / tokens:.3g} ms a token)"} if tokens else {}
+    stages = ", ".join(f"{stage} {took:.0f} ms{per.get(stage, '')}" for stage, took in each.items())
     whole = f"; {(time.perf_counter() - start) / len(every) * 1e3:.0f} ms in all" * sampler.overlaps
     print(f"{len(every)} images; each: {stages}{whole}", file=sys.stderr)  # stdout is the files' names alone

@@ -104,8 +104,6 @@ class Blip3oNext(Encoder):
         super().__init__()
         if window not in ("inference", "released"):
             raise ValueError(f"conditioning: window is {window!r}; expected inference or released")
-        if not 1 <= scale <= min(3, tokens.num_scale_tokens):
-            raise ValueError(f"conditioning: scale {scale}; expected 1 to {min(3, tokens.num_scale_tokens)}")
         if window == "released":
             warnings.warn(
                 "conditioning: window 'released' shifts the states by 3 tokens against those that BLIP3o-NEXT samples "
@@ -113,15 +111,22 @@ class Blip3oNext(Encoder):
                 stacklevel=2,
             )
         self.language_model, self.connector, self.tokenizer = language_model, connector, tokenizer
-        self.tokens, self.window, self.scale, self.released_padding = tokens, window, scale, released_padding
-        self.image_tokens = (27 // scale) ** 2 if image_tokens is None else image_tokens
+        self.tokens, self.window, self.released_padding = tokens, window, released_padding
         self.channels: int = connector.norm.weight.shape[0]
         end = tokenizer.convert_tokens_to_ids("<|im_end|>")
         newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
-        self.head = [tokens.image_start_tag_id, tokens.scale_start_token_id + scale - 1]
+        self.pool(scale, image_tokens)
         self.tail = [tokens.image_end_tag_id, *([] if end is None else [end]), *newline]
         if freeze:
             set_frozen(language_model)
+
+    def pool(self, scale: int, image_tokens: int | None = None) -> None:
+        """Read and draw images at one of TA-Tok's scales. Raises ValueError where the vocabulary has none such."""
+        if not 1 <= scale <= min(3, self.tokens.num_scale_tokens):
+            raise ValueError(f"conditioning: scale {scale}; expected 1 to {min(3, self.tokens.num_scale_tokens)}")
+        self.scale = scale
+        self.image_tokens = (27 // scale) ** 2 if image_tokens is None else image_tokens
+        self.head = [self.tokens.image_start_tag_id, self.tokens.scale_start_token_id + scale - 1]
 
     def train(self, mode: bool = True) -> Blip3oNext:
         super().train(mode)

@@ -16,19 +16,16 @@ from torch.nn import functional as F
 
 
 def is_plain(decoder: Any) -> bool:
-    """Whether a language model's layers are Qwen3's own, whole and untouched: Linear without biases, attention over all
-    that came before, nothing hooked in (as sharding and offloading do, whose weights are not there between calls)."""
+    """Whether a language model's layers are Qwen3's own: Linear without biases, attention over all that came before,
+    and weights that are there, on one device: of a sharded or offloaded model they are not, between its calls."""
     from transformers import Qwen3Model
 
     return (
         type(decoder) is Qwen3Model
         and not (decoder.config.attention_bias or decoder.has_sliding_layers)
-        and not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in decoder.modules())
-        and all(
-            type(m) is nn.Linear and m.weight.numel() == m.in_features * m.out_features
-            for name, m in decoder.named_modules()
-            if name.endswith("_proj")
-        )
+        and all(type(m) is nn.Linear for name, m in decoder.named_modules() if name.endswith("_proj"))
+        and all(p.numel() and not p.is_meta for p in decoder.parameters())
+        and len({p.device for p in decoder.parameters()}) == 1
     )
 
 

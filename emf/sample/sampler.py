@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from emf.config import Config
+from emf.config import Config, Scale
 from emf.device import device as find_device
 from emf.errors import NotFinite
 from emf.flow import guided, sample
@@ -143,6 +143,8 @@ class Sampler:
         share the cores, unless the text stage waits for an engine most of the time."""
         self.note = ""
         """Whose instantaneous velocity is sampled, where that is not plainly the run's."""
+        self.pooled: int | None = None
+        """The scale of the image tokens, where another one than the run's was asked for."""
         self.step: int | None = None
         """Of training, after which the weights were saved; None where they do not say it."""
         self.seconds: dict[str, float] = {}
@@ -160,6 +162,7 @@ class Sampler:
         *,
         text: Path | None = None,
         ar: str | None = None,
+        scale: Scale | None = None,
         beside: Sampler | None = None,
     ) -> Sampler:
         """run: a run, one of its checkpoints, an export, or a folder from emf convert. vae: a diffusers folder with
@@ -168,7 +171,8 @@ class Sampler:
         run's start where it is there; `note` says whose it is; None: where the run was trained for that alone. text:
         the folder of the text encoder; None: where the run has it from. vae and text may be names on the Hugging Face
         Hub (emf.weights.hub.named). ar: who draws BLIP3o-NEXT's image tokens instead of its language model here:
-        `vllm`, in this process, or a server of OpenAI's protocol by its address. beside: a sampler of the same run,
+        `vllm`, in this process, or a server of OpenAI's protocol by its address. scale: of BLIP3o-NEXT's image tokens,
+        as condition.scale of the config; None: the run's. beside: a sampler of the same run,
         whose network, autoencoder and engine are taken where they are the same. Raises ValueError on what does not
         fit, and NotFinite on weights that hold NaN or inf."""
         place = find_device(device)
@@ -189,6 +193,11 @@ class Sampler:
         refuse_idle("generate", small, f"{run} has the digits' own text encoder")
         pixels = {"vae": vae if config.transformer.in_channels == 3 else None}
         refuse_idle("generate", pixels, f"{run} draws pixels, without an autoencoder")
+        idle = {"scale": scale if config.condition.kind != "blip3o" else None}
+        refuse_idle("generate", idle, f"{run} is not conditioned on BLIP3o-NEXT's image tokens")
+        if scale is not None:
+            network.encoder.pool(scale)
+            config = replace(config, condition=replace(config.condition, scale=scale))
         if engine is not None and beside is None:
             begin(engine, run, config, network)
         network = network.to(place, getattr(torch, dtype or ("float32" if place.type == "cpu" else "bfloat16")))
@@ -204,7 +213,7 @@ class Sampler:
         source = place_of / WEIGHTS if (place_of / WEIGHTS).is_file() else place_of
         how = Settings(average=not flow_matching and config.objective != "flow_matching")
         sampler = cls(config, network, autoencoder, how, weights_stamp(place_of), source=source, engine=engine)
-        sampler.note, sampler.step = note, step_of(place_of)
+        sampler.note, sampler.pooled, sampler.step = note, scale, step_of(place_of)
         if fault := sampler.fault():
             raise NotFinite([], fault)
         return sampler
@@ -228,9 +237,11 @@ class Sampler:
         return {"weights": self.stamp, "text": text, "vae": None if vae is None else module_stamp(vae)}
 
     @property
-    def told(self) -> dict[str, str]:
-        """What a picture's manifest says of the engine that drew its image tokens; nothing where the encoder did."""
-        return {} if self.engine is None else {"image_tokens": self.engine.said}
+    def told(self) -> dict[str, Any]:
+        """What a picture's manifest says of its image tokens: the engine that drew them, where the encoder did not, and
+        their scale, where it is not the run's."""
+        told = {"image_tokens": self.engine and self.engine.said, "scale": self.pooled}
+        return {name: value for name, value in told.items() if value is not None}
 
     @property
     def guidance(self) -> float:

@@ -29,8 +29,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_generate(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    for name, why in (("text", "has the digits' own text encoder"), ("vae", "draws pixels, without an autoencoder")):
-        given: dict[str, Any] = {name: tmp_path}
+    idle = [
+        ("text", tmp_path, "has the digits' own text encoder"),
+        ("vae", tmp_path, "draws pixels, without an autoencoder"),
+        ("scale", 2, "is not conditioned on BLIP3o-NEXT's image tokens"),
+    ]
+    for name, value, why in idle:
+        given: dict[str, Any] = {name: value}
         with pytest.raises(ValueError, match=f"^generate: --{name} has no effect: .*run {why}; leave it out$"):
             generate(("a red seven",), run, out, **given)
     assert not out.exists()

@@ -44,6 +44,15 @@ def test_blip3o_equals_a_plain_forward_of_each_caption(scale: int) -> None:
         torch.testing.assert_close(row, plain_connector(released, plain[-IMAGE_TOKENS - 4 : -3]), **CLOSE)
 
 
+def test_another_scale_of_an_encoder_that_is_there() -> None:
+    encoder, made = blip3o(), blip3o(scale=3, image_tokens=None)
+    encoder.pool(3)
+    assert (encoder.scale, encoder.image_tokens, encoder.head) == (3, 81, made.head) and made.image_tokens == 81
+    assert torch.equal(encoder.tokenize(CAPTIONS)[0], made.tokenize(CAPTIONS)[0])
+    with pytest.raises(ValueError, match="scale 4; expected 1 to 3"):
+        encoder.pool(4)
+
+
 @torch.no_grad()
 def test_released_window_is_the_end_of_the_row() -> None:
     codes, ids = image_ids()

@@ -10,6 +10,7 @@ import torch
 from text_models import CAPTIONS, CLOSE, QWEN, blip3o
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Qwen3Config, Qwen3Model
 
 from emf.conditioning import token_drawing
 from emf.conditioning.blip3o import Blip3oNext
@@ -92,7 +93,7 @@ def test_bfloat16_steps_are_as_close_as_transformers_own(monkeypatch: pytest.Mon
 
 
 def test_a_model_that_is_not_plain_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = blip3o(image_tokens=N)
+    encoder, calls = blip3o(image_tokens=N), list[Any]()
     want = encoder.generate(CAPTIONS, seeds(3, 4, 5), FEW)
 
     class Other(nn.Linear):
@@ -101,15 +102,25 @@ def test_a_model_that_is_not_plain_draws_the_same(monkeypatch: pytest.MonkeyPatc
     layer = QWEN.model.layers[1].mlp.up_proj
     other = Other(layer.in_features, layer.out_features, bias=False)
     other.weight = layer.weight
-    monkeypatch.setattr(Qwen3Step, "__call__", None)  # which is not taken
+    hook = QWEN.model.norm.register_forward_hook(lambda *a: calls.append(a))
     with monkeypatch.context() as patch:
         patch.setitem(QWEN.model.layers[1].mlp._modules, "up_proj", other)
         assert torch.equal(encoder.generate(CAPTIONS, seeds(3, 4, 5), FEW), want)
-    calls: list[Any] = []
-    hook = QWEN.model.norm.register_forward_hook(lambda *a: calls.append(a))
-    assert torch.equal(encoder.generate(CAPTIONS, seeds(3, 4, 5), FEW), want)
     hook.remove()
     assert len(calls) == N  # the rows, and every token but the last
+
+
+def test_models_that_are_not_plain() -> None:
+    def changed(**sizes: Any) -> Any:
+        return Qwen3Model(Qwen3Config(**{**QWEN.config.to_dict(), **sizes}))
+
+    assert is_plain(changed())
+    assert not is_plain(changed(attention_bias=True)) and not is_plain(QWEN)
+    assert not is_plain(changed(use_sliding_window=True, max_window_layers=1, sliding_window=8, layer_types=None))
+    assert not is_plain(changed().to("meta"))
+    sharded = changed()
+    sharded.layers[1].post_attention_layernorm.weight.data = torch.empty(0)
+    assert not is_plain(sharded)
 
 
 @pytest.mark.parametrize(
