@@ -19,6 +19,7 @@ from emf.analyze.choices import (
     Sampling,
     Shortening,
 )
+from emf.idle import refuse_idle, unless
 from emf.limits import Within
 
 Encoders = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[NAME=][KIND:]FOLDER")]
@@ -59,9 +60,15 @@ def compare(
     from emf.analyze.comparison import compare_encoders
     from emf.analyze.names import parse_encoders
 
+    _check_dino(data, dino)
     how: Any = dict(dino=dino, seed=seed, embedding=embedding, compute=compute)
     compare_encoders(parse_encoders(encoders), out, data, prompts, **how)
     print(f"open {out / 'results.md'}")
+
+
+def _check_dino(data: Path | None, dino: str) -> None:
+    if data is None:
+        refuse_idle("analyze", {"dino": unless(dino, DINO)}, "the digits' scenes are compared by their pixels")
 
 
 def discriminability(
@@ -87,6 +94,7 @@ def discriminability(
     from emf.analyze.discriminability import run_discriminability
     from emf.analyze.names import parse_encoders
 
+    _check_dino(data, dino)
     for row in run_discriminability(parse_encoders(encoders), data, out, protocol, embedding, dino, compute=compute):
         print(f"{row.name}: discriminability {row.plain}, centred {row.centred}")
     print(f"open {out / 'results.md'}")

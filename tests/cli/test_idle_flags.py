@@ -13,7 +13,7 @@ from digits_run import small_run
 from emf.analyze.choices import Sampling
 from emf.analyze.pairs import read_pairs
 from emf.analyze.steps import run_steps
-from emf.cli import data, evaluate
+from emf.cli import analyze, data, evaluate
 from emf.cli.generate import generate
 from emf.config import ZeroConfig
 from emf.evaluate.drawing import Drawing
@@ -61,6 +61,10 @@ def test_evaluate(run: Path, tmp_path: Path) -> None:
 
 
 def test_cache_and_analyze(tmp_path: Path) -> None:
+    for command in (analyze.compare, analyze.discriminability):
+        with pytest.raises(ValueError, match="^analyze: --dino has no effect: the digits' scenes are compared by "):
+            command(("digits:random",), tmp_path / "out", dino="x")
+    assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="^cache: --scale has no effect: it pools image tokens, which need --ta-tok"):
         data.cache((str(tmp_path),), tmp_path / "vae", tmp_path / "out", scale=2)
     with pytest.raises(ValueError, match="^analyze: --split has no effect: it is of COCO"):

@@ -244,3 +244,16 @@ def test_a_configuration_is_a_constant_to_the_compiler(monkeypatch: pytest.Monke
     assert torch.equal(y, torch.full((5,), 6.0))
     launch.chips.cache_clear()
     launch._looked_up.cache_clear()
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="about the interpreter")
+def test_a_comparison_that_is_spread_over_a_block_is_a_truth() -> None:
+    """Triton's interpreter gives it the type of what was compared; as integers it is no mask from 3.9 on."""
+    from triton import language
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    compared = TensorHandle(numpy.array([True]), language.int64)
+    spread = InterpreterBuilder().create_splat(language.block_type(language.int1, [8]), compared)
+    assert spread.data.dtype == bool and spread.data.tolist() == [True] * 8 and spread.dtype == language.int1
+    number = TensorHandle(numpy.array([3], numpy.int64), language.int64)
+    assert InterpreterBuilder().create_splat(language.block_type(language.int64, [8]), number).dtype == language.int64
