@@ -29,7 +29,10 @@ class Batch:
 
 
 def batches_of(captions: Sequence[str], how: Settings, numbers: Sequence[int] | None = None) -> list[Batch]:
-    """The batches of captions, of at most how.batch images each. numbers: None: 0, 1, ..."""
+    """The batches of captions, of at most how.batch images each. numbers: None: 0, 1, ... Raises ValueError where there
+    are not as many numbers as captions."""
     every = range(len(captions)) if numbers is None else numbers
+    if len(every) != len(captions):
+        raise ValueError(f"sample: {len(every)} numbers of {len(captions)} images; expected one of each caption")
     parts = [slice(i, i + how.batch) for i in range(0, len(captions), how.batch)]
     return [Batch(captions[part], every[part], how) for part in parts]

@@ -33,7 +33,7 @@ MANIFEST = "manifest.jsonl"
 LONGEST = 80
 """Bytes of a prompt in a file's name; a file system takes 255 for all of it."""
 SMALL = 64
-"""Pixels along a side below which a picture is enlarged for the eye."""
+"""Pixels along the longer side below which a picture is enlarged for the eye."""
 
 
 def words_of(prompt: str) -> str:
@@ -75,7 +75,7 @@ def write_images(
         first = max(taken, default=-1) + 1
         for place, (image, prompt, number) in enumerate(zip(to_uint8(images), prompts, numbers, strict=True), first):
             picture = Image.fromarray(image)
-            zoom = 8 if picture.width < SMALL else 1
+            zoom = 8 if max(picture.size) < SMALL else 1
             picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
             said = {"prompt": prompt, "number": number, **told}
             note = PngInfo()

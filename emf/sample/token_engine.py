@@ -86,8 +86,9 @@ def begin(engine: Engine, run: Path, config: Config, network: TextToImage) -> No
         why_idle = f"the text encoder of {run} draws no image tokens"
         refuse_idle("generate", {"ar": here, "ar_server": not here}, why_idle)
         return
-    if here and any(name.startswith("encoder.language_model.") for name in network.own_encoder):
+    if any(name.startswith("encoder.language_model.") for name in network.own_encoder):
         raise ValueError(
-            f"generate: {run} tuned its language model, and vLLM reads one from a folder; draw from an export"
+            f"generate: {run} tuned its language model, and an engine reads one from a folder: emf export the run, "
+            "and draw from the export" + ", whose language_model the server then serves" * (not here)
         )
     engine.begin(encoder, Path(config.condition.folder or config.init or run) / "language_model")

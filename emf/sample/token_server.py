@@ -46,7 +46,8 @@ class TokenServer:
 
     def __init__(self, url: str) -> None:
         self.url = base_of(url)
-        self._opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if _is_here(self.url) else []))
+        proxies = [urllib.request.ProxyHandler({})] if _is_here(self.url) else []
+        self._opener = urllib.request.build_opener(_NoRedirects, *proxies)
         self._reached = False
         listed = self._ask("v1/models", None, REACHED)
         self._reached = True
@@ -164,6 +165,10 @@ class TokenServer:
             if error.code >= 500 or error.code == 429:
                 raise _Again(said, answered=True) from None
             hint = f"; put its key into the environment variable {KEY}" if error.code in (401, 403) else ""
+            if error.code < 400:
+                place = _short(error.headers.get("Location", "another address").encode())
+                said = f"image tokens: {self.url}/{path} answers {error.code}, a redirect to {place}"
+                hint = "; give --ar-server the address itself where tokens are drawn"
             raise ValueError(said + hint) from None
         except TimeoutError:
             raise ValueError(f"image tokens: {self.url} gives no answer for {seconds:.0f} s") from None
@@ -179,6 +184,13 @@ class TokenServer:
             raise ValueError(
                 f"image tokens: {self.url}/{path} answers no JSON, but {_short(text)!r}; is it the completions server?"
             ) from None
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Makes a redirect an error: urllib would send the key along to any host, and would make a GET of a POST."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
 
 
 class _Again(Exception):

@@ -121,6 +121,12 @@ def test_where_pictures_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mo
         check_pictures_folder(tmp_path / "new")
 
 
+def test_a_picture_is_enlarged_by_its_longer_side(tmp_path: Path) -> None:
+    written = [write_images(torch.zeros(1, 3, h, w), ["a"], tmp_path, {}, [0])[0] for w, h in ((72, 18), (18, 72))]
+    written += write_images(torch.zeros(1, 3, 18, 60), ["a"], tmp_path, {}, [0])
+    assert [Image.open(path).size for path in written] == [(72, 18), (18, 72), (480, 144)]
+
+
 def test_without_locks_it_still_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(*_: object) -> None:
         raise OSError(38, "Function not implemented")

@@ -158,6 +158,9 @@ def test_settings_that_cannot_be_are_one_line(sampler: Sampler, wrong: dict[str,
 
 def test_the_largest_seed(sampler: Sampler) -> None:
     assert sampler.images(CAPTIONS[:2], seed=2**43 - 1, numbers=[0, 1_000_002]).isfinite().all()
+    for wrong in (1, 3):
+        with pytest.raises(ValueError, match=f"^sample: {wrong} numbers of 2 images; expected one of each caption$"):
+            sampler.images(CAPTIONS[:2], batch=1, numbers=range(wrong))
 
 
 def test_captions_that_cannot_be_are_one_line(sampler: Sampler) -> None:

@@ -234,6 +234,23 @@ def test_the_key_and_no_proxy_of_this_machine(server: Server, monkeypatch: pytes
     assert seen == ["Bearer word"]
 
 
+def test_a_redirect_is_refused_and_takes_no_key_along(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMF_AR_KEY", "word")
+    engine, handler, asked = TokenServer(server.url), server.RequestHandlerClass, list[str]()
+
+    def redirected(self: Any, body: Any) -> None:
+        asked.append(self.path)
+        self.send_response(302)
+        self.send_header("Location", f"http://localhost:{server.server_address[1]}/elsewhere")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    monkeypatch.setattr(handler, "_answered", redirected)
+    with pytest.raises(ValueError, match=r"^image tokens: \S+completions answers 302, a redirect to http://localhost:"):
+        drawn_by(engine, blip3o(), CAPTIONS[:1], [0])
+    assert asked == ["/v1/completions"]
+
+
 class FakeVllm(ModuleType):
     """The names of vLLM's offline interface that are used, around the tiny model."""
 
@@ -279,7 +296,7 @@ def test_vllm_in_this_process(server: Server, tmp_path: Path, monkeypatch: pytes
     assert torch.equal(drawn, drawn_by(TokenServer(server.url), encoder, CAPTIONS, [1, 2, 3]))
 
 
-def test_vllm_reads_the_folder_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engines_read_the_folder_of_the_run(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake, made = FakeVllm(), network()
     monkeypatch.setitem(sys.modules, "vllm", fake)
     (tmp_path / "language_model").mkdir()
@@ -288,10 +305,11 @@ def test_vllm_reads_the_folder_of_the_run(tmp_path: Path, monkeypatch: pytest.Mo
     begin(find_engine("vllm"), tmp_path / "run", config, made)
     assert fake.loaded[0]["model"] == str(tmp_path / "language_model")
     made.own_encoder = {"encoder.language_model.lm_head.weight"}
-    with pytest.raises(
-        ValueError, match="run tuned its language model, and vLLM reads one from a folder; draw from an"
-    ):
+    tuned = "run tuned its language model, and an engine reads one from a folder: emf export the run, and draw from the"
+    with pytest.raises(ValueError, match=f"{tuned} export$"):
         begin(find_engine("vllm"), tmp_path / "run", config, made)
+    with pytest.raises(ValueError, match=f"{tuned} export, whose language_model the server then serves$"):
+        begin(TokenServer(server.url), tmp_path / "run", config, made)
 
 
 def test_vllm_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
