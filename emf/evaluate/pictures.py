@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from emf.device import device as find_device
 from emf.device import launched
@@ -142,15 +143,24 @@ def draw_pictures(
         for name, text in texts.items():
             write_text(folder / name, text, rank)
     parts = [group_batches(group, replace(how, steps=steps)) for steps, group in todo]
-    images = sampler.draw([b for batches in parts for b in batches], lambda _, images: to_uint8(images))
+    left_over: list[Image.Image] = []
+    files = iter([(steps, item) for steps, group in todo for item in group])
+
+    def write(batch: Batch, images: Tensor) -> int:
+        """Save the files that are whole with these images, without a wait for the next text stage; how many."""
+        left_over.extend(Image.fromarray(x) for x in to_uint8(images))
+        each = 4 if items[0].grid else 1
+        whole = len(left_over) // each
+        for _ in range(whole):
+            steps, item = next(files)
+            pictures = [left_over.pop(0) for _ in range(each)]
+            save(out / str(steps) / IMAGES / item.file, grid(pictures) if item.grid else pictures[0], rank)
+        return whole
+
     with bars() as progress:
         task = progress.add_task("drawing", total=sum(len(group) for _, group in todo))
-        for (steps, group), batches in zip(todo, parts, strict=True):
-            pictures = [Image.fromarray(x) for _ in batches for x in next(images)]
-            for i, item in enumerate(group):
-                picture = grid(pictures[4 * i : 4 * i + 4]) if item.grid else pictures[i]
-                save(out / str(steps) / IMAGES / item.file, picture, rank)
-                progress.advance(task)
+        for written in sampler.draw([b for batches in parts for b in batches], write):
+            progress.advance(task, written)
     if rank == 0:
         wait_for([out / str(steps) / IMAGES / item.file for steps in drawing.counts for item in items])
 
@@ -226,10 +236,10 @@ def draw_and_score(
     prompts = digest_of(items)
     items, texts = limited(items, texts, drawing.limit)
     weights_folder(drawing.checkpoint)
-    find_device(device)
+    place = find_device(device)
     check_writable(out)
     if drawing.engine is not None:
-        find_engine(drawing.engine)
+        find_engine(drawing.engine, place)
     counted = f"{len(items)} files of images in steps of {', '.join(map(str, drawing.counts))}"
     benchmark = None
     if scores:

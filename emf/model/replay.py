@@ -32,8 +32,12 @@ def folded(halves: Sequence[Tensor | None]) -> list[Any]:
 def record(run: Callable[[], Any], pool: Any) -> tuple[Any, Callable[[], None]]:
     """(what run() returned, which lies at fixed addresses; what computes it there again)."""
     graph = torch.cuda.CUDAGraph()
-    # other threads, which make batches, may allocate meanwhile
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    # Other threads, which make batches, may allocate meanwhile. The outer block gives the stream back where the
+    # recording fails: torch.cuda.graph then leaves the thread on its own.
+    with (
+        torch.cuda.stream(torch.cuda.current_stream()),
+        torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+    ):
         made = run()
     return made, graph.replay
 

@@ -59,12 +59,15 @@ def work_aside(items: Iterable[Item], work: Callable[[Item, GoOn], Result], devi
                 except Exception as error:  # comes after the result that is waited for
                     fault = error
                     break
-                if waiting is not None:
-                    yield waiting.result()
+                last = waiting
+                if last is not None:
+                    last.result()  # its error comes before more is begun
                 made = None if aside is None else torch.cuda.current_stream(device).record_event()
                 # a thread begins without what is in force here, such as a backend
                 waiting = pool.submit(copy_context().run, begin, item, made)
                 del item
+                if last is not None:  # handed out once the next is under way, for the caller may take its time with it
+                    yield last.result()
             if waiting is not None:
                 yield waiting.result()
             if fault is not None:

@@ -180,7 +180,7 @@ class Sampler:
         vae = named(vae, AUTOENCODER, "generate") if vae else None
         text = named(text, ENCODER, "generate") if text else None
         note, place_of = "", run
-        engine = (None if ar is None else find_engine(ar)) if beside is None else beside.engine
+        engine = (None if ar is None else find_engine(ar, place)) if beside is None else beside.engine
         if flow_matching:
             own = None if beside is None else (beside.config, beside.network, Path(beside.source))
             found = load_velocity(run, text, own)

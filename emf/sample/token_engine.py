@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
+from os import environ
 from pathlib import Path
 from typing import Any, Protocol
+
+import torch
 
 from emf.conditioning.blip3o import LONGEST, Blip3oNext
 from emf.conditioning.sampling import Sampling
 from emf.config import Config
+from emf.device import launched
 from emf.files import why
 from emf.idle import refuse_idle
 from emf.model.text_to_image import TextToImage
@@ -44,6 +48,7 @@ class Vllm:
     imported."""
 
     def __init__(self) -> None:
+        environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # its own is stdout, where files are named
         try:
             self.vllm: Any = import_module("vllm")
         except ImportError as error:
@@ -73,9 +78,17 @@ class Vllm:
         return [list(request.outputs[0].token_ids) for request in done]
 
 
-def find_engine(ar: str) -> Engine:
-    """`vllm`, or a server by its address. Raises ValueError where it is not there."""
-    return Vllm() if ar == "vllm" else TokenServer(ar)
+def find_engine(ar: str, place: torch.device | None = None) -> Engine:
+    """`vllm`, or a server by its address. place: where the transformer computes. Raises ValueError where the engine is
+    not there, and where vLLM, which takes the first GPU that it sees, would meet others on it."""
+    if ar != "vllm":
+        return TokenServer(ar)
+    if (place is not None and place.index) or launched()[1] > 1:
+        raise ValueError(
+            "image tokens: --ar vllm draws on the first GPU, for one process; choose the GPU by CUDA_VISIBLE_DEVICES, "
+            "or let a server draw for all processes: --ar-server"
+        )
+    return Vllm()
 
 
 def begin(engine: Engine, run: Path, config: Config, network: TextToImage) -> None:

@@ -3,7 +3,9 @@ GPU makes of it, `python -m bench.graphs` holds to the eager step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,6 +45,31 @@ def nets(monkeypatch: pytest.MonkeyPatch) -> tuple[Transformer, Transformer]:
     graphed.load_state_dict(eager.state_dict())
     graphed.graphs = Graphs(graphed.through, graphed.transformer_blocks)
     return eager, graphed
+
+
+def test_a_recording_that_fails_gives_the_stream_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = ["own"]
+
+    @contextmanager
+    def stream(other: str) -> Iterator[None]:
+        before, streams[0] = streams[0], other
+        try:
+            yield
+        finally:
+            streams[0] = before
+
+    @contextmanager
+    def graph(*_: Any, **__: Any) -> Iterator[None]:  # as torch's, whose exit ends the capture first, which raises
+        streams[0] = "capture"
+        yield
+        raise RuntimeError("capture_end")
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[0])
+    for name, value in (("stream", stream), ("graph", graph), ("CUDAGraph", SimpleNamespace)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    with pytest.raises(RuntimeError, match="^capture_end$"):
+        replay.record(lambda: None, None)
+    assert streams == ["own"]
 
 
 def loss(net: Transformer, seed: int, n: int, b: int, masked: bool = True) -> Tensor:

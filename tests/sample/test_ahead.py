@@ -60,6 +60,12 @@ def test_the_next_is_made_while_one_is_worked_on() -> None:
     assert list(work_aside([], work, CPU)) == []
 
 
+def test_the_next_is_worked_on_while_the_caller_has_a_result() -> None:
+    began = [threading.Event() for _ in range(3)]
+    for i in work_aside(range(3), lambda i, _: began[i].set() or i, CPU):
+        assert began[min(i + 1, 2)].wait(20)  # waits in vain where it begins when the caller comes back
+
+
 def test_an_error_comes_as_it_is_after_what_was_drawn() -> None:
     def items() -> Iterator[int]:
         yield from (0, 1)

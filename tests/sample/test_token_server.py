@@ -4,6 +4,7 @@ vLLM's offline interface, which a module of the same names stands for. Neither v
 from __future__ import annotations
 
 import json
+import os
 import socket
 import sys
 import threading
@@ -27,6 +28,7 @@ from bench.completions import Answer, Server, served
 from emf.cli.generate import generate
 from emf.conditioning.blip3o import Blip3oNext, prompt_ids
 from emf.config import ConditionConfig, Config
+from emf.evaluate import pictures as evaluated
 from emf.evaluate.drawing import Drawing
 from emf.evaluate.pictures import Item, draw_pictures
 from emf.model.text_to_image import TextToImage
@@ -312,6 +314,19 @@ def test_engines_read_the_folder_of_the_run(server: Server, tmp_path: Path, monk
         begin(TokenServer(server.url), tmp_path / "run", config, made)
 
 
+def test_vllm_draws_on_the_first_gpu_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", FakeVllm())
+    monkeypatch.delenv("VLLM_LOGGING_STREAM", raising=False)
+    find_engine("vllm", torch.device("cuda", 0))
+    assert os.environ["VLLM_LOGGING_STREAM"] == "ext://sys.stderr"  # stdout is for the files' names
+    with pytest.raises(ValueError, match="^image tokens: --ar vllm draws on the first GPU, for one process; choose"):
+        find_engine("vllm", torch.device("cuda", 1))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="^image tokens: --ar vllm draws on the first GPU, for one process; choose"):
+        find_engine("vllm", torch.device("cpu"))
+
+
 def test_vllm_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ValueError, match=r"^image tokens: --ar vllm imports vllm, which is not there .*--ar-server$"):
@@ -336,7 +351,9 @@ def test_engines_that_cannot_act(server: Server, tmp_path: Path, monkeypatch: py
     assert not out.exists()
 
 
-def test_generate_and_evaluate_draw_by_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_and_evaluate_draw_by_a_server(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("diffusers")
     from exported import write_start
     from image_files import small_autoencoder
@@ -358,8 +375,12 @@ def test_generate_and_evaluate_draw_by_a_server(tmp_path: Path, capsys: pytest.C
         how: dict[str, Any] = dict(flow_matching=True, vae=tmp_path / "vae")
         generate(("a cat",), start, out, **how, n=2, batch=1, ar_server=server.url)
         drawing = Drawing(checkpoint=start, steps=(1,), batch=1, **how)
-        pictures = [Item("0.png", "a cat", 0)], {}, tmp_path / "drawn"
+        pictures = [Item(f"{i}.png", "a cat", i) for i in range(2)], {}, tmp_path / "drawn"
+        threads, save = list[threading.Thread](), evaluated.save
+        monkeypatch.setattr(evaluated, "save", lambda *how: threads.append(threading.current_thread()) or save(*how))
         draw_pictures(*pictures, replace(drawing, ar_server=server.url), "cpu")
+    # saved where they are drawn, without a wait for the next text stage
+    assert len(threads) == 2 and threading.main_thread() not in threads
     rows = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
     assert [row["image_tokens"] for row in rows] == ["vllm server, model tiny"] * 2
     first = Image.open(out / rows[0]["file"])
