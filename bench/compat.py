@@ -74,8 +74,9 @@ def installed(python: str, torch: str) -> Path:
     if mark.is_file() and mark.read_text() == digest:
         return own
     mark.unlink(missing_ok=True)
-    if not own.exists():
-        subprocess.run([interpreter(python), "-m", "venv", str(place)], check=True)
+    if not own.exists() and subprocess.run([interpreter(python), "-m", "venv", str(place)]).returncode:
+        shutil.rmtree(place, ignore_errors=True)  # a half of one would be taken for whole
+        raise ValueError(f"compat: python{python} made no environment in {place}; its message is above")
     (place / "constraints.txt").write_text(wanted)
     print(f"compat: installing into {place.relative_to(ROOT)}; a torch is several GB", flush=True)
     command = [str(own), "-m", "pip", "install", "-c", str(place / "constraints.txt"), "-e", ".[test]"]
@@ -86,12 +87,17 @@ def installed(python: str, torch: str) -> Path:
 
 
 def versions(own: Path) -> dict[str, str]:
+    """Of Python, torch, Triton and numpy in an environment. Raises ValueError where one of them is missing."""
     code = (
         "import json, platform, importlib.metadata as m;"
         "print(json.dumps(dict(Python=platform.python_version(), **{n: m.version(n) for n in "
         "('torch', 'triton', 'numpy')})))"
     )
-    return dict(json.loads(subprocess.run([own, "-c", code], capture_output=True, text=True, check=True).stdout))
+    said = subprocess.run([own, "-c", code], capture_output=True, text=True)
+    if said.returncode:
+        lines = said.stderr.strip().splitlines() or [f"exit status {said.returncode}"]
+        raise ValueError(f"compat: {own} does not tell its versions ({lines[-1]}); remove {own.parent.parent}")
+    return dict(json.loads(said.stdout))
 
 
 def counts(file: Path) -> dict[str, int]:
@@ -105,19 +111,21 @@ def counts(file: Path) -> dict[str, int]:
 
 
 def commit() -> str:
-    """The commit of this tree, with a + where files were changed since; "" outside git."""
+    """The commit of this tree, with a + where files were changed since, but for the page, which this writes; "" outside
+    git."""
+    others = ["--", ".", f":(exclude){PAGE.relative_to(ROOT)}"]
     said = [
         subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-        for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no", *others])
     ]
     return said[0] + "+" * bool(said[1])
 
 
-def tried(pair: str) -> dict[str, Any]:
-    """The pair's row, run where it was not at this commit."""
+def tried(pair: str, now: str) -> dict[str, Any]:
+    """The pair's row, run where it was not at the commit `now`. Raises ValueError where there is none to be had."""
     python, torch = pair.split(":")
     own = installed(python, torch)
-    place, now = own.parent.parent, commit()
+    place = own.parent.parent
     record = place / "result.json"
     if record.is_file() and now and not now.endswith("+"):
         known = dict(json.loads(record.read_text()))
@@ -151,12 +159,12 @@ def renewed(page: str, row: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.compat", description=__doc__)
     parser.add_argument("pairs", nargs="*", default=PAIRS, help="PYTHON:TORCH, as in 3.12:2.13.0")
-    bad = 0
-    for pair in parser.parse_args().pairs:
+    pairs, now, bad = parser.parse_args().pairs, commit(), 0
+    for pair in pairs:
         try:
             if not re.fullmatch(r"\d+\.\d+:\d+\.\d+\.\d+", pair):
                 raise ValueError(f"compat: {pair!r} is no pair; expected PYTHON:TORCH, as in 3.12:2.13.0")
-            row = tried(pair)
+            row = tried(pair, now)
         except ValueError as error:  # the other pairs are run all the same
             print(f"error: {error}", file=sys.stderr)
             bad = 2

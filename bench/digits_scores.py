@@ -11,7 +11,9 @@ from typing import Any
 
 from bench.ops import OUT
 from emf.evaluate.recorded import RECORD, entry, table
+from emf.evaluate.small_world import changed
 from emf.files import read_json, read_object, write_json, write_text
+from emf.recipes import from_file
 from emf.sample.sampling_settings import GUIDANCE
 
 PAGES = (OUT.parent / "README.md", OUT.parent / "docs" / "training.md")
@@ -20,15 +22,19 @@ CAPTIONS = 300
 
 def add(record: dict[str, list[dict[str, Any]]], run: Path, machine: str) -> None:
     """A run's entry, in the place of one of the same recipe, seed and machine. Raises ValueError where the run was
-    scored otherwise than the others."""
-    config, scores = (read_object(run / name, "recorded") for name in ("config.json", "scores.json"))
-    made = entry(scores, config["seed"], machine)
+    scored otherwise than the others, or trained otherwise than its recipe says."""
+    config, scores = from_file(run / "config.json"), read_object(run / "scores.json", "recorded")
+    if changed(config):
+        raise ValueError(
+            f"recorded: {run} has other settings than its recipe {config.recipe}; a run without is recorded"
+        )
+    made = entry(scores, config.seed, machine)
     if (made["guidance"], made["captions"]) != (GUIDANCE, CAPTIONS) or not made["emf"]:
         raise ValueError(
             f"recorded: {run} has scores of {made['captions']} captions at guidance {made['guidance']}; expected an "
             f"EMF run's of {CAPTIONS} at {GUIDANCE}, as `emf evaluate digits {run}` makes them"
         )
-    runs = record.setdefault(config["recipe"], [])
+    runs = record.setdefault(config.recipe, [])
     runs[:] = [old for old in runs if (old["seed"], old["machine"]) != (made["seed"], machine)] + [made]
 
 

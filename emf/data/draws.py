@@ -24,12 +24,14 @@ class Draws:
         self._edges, self._shares = np.cumsum(weights) / np.sum(weights), shares
         self._before: list[np.ndarray] = [np.zeros(len(self._edges), np.int64)]  # of each number, by block
         self._lock = threading.Lock()
-        self._block = lru_cache(maxsize=4)(self._draw)
+        self._block = lru_cache(maxsize=2)(self._draw)  # what is read goes on from one block into the next
 
     def _draw(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """(number of each position of the block, how many of that number came before it in the block)."""
-        drawn = np.searchsorted(self._edges[:-1], self._shares(block), side="right")
-        rank = np.empty(BLOCK, np.int64)
+        """(number of each position of the block, how many of that number came before it in the block), in the
+        narrowest dtypes: an order by buckets keeps such blocks of each."""
+        found = np.searchsorted(self._edges[:-1], self._shares(block), side="right")
+        drawn = found.astype(np.min_scalar_type(len(self._edges) - 1))
+        rank = np.empty(BLOCK, np.min_scalar_type(BLOCK - 1))
         for s in range(len(self._edges)):
             rank[drawn == s] = np.arange(np.count_nonzero(drawn == s))
         return drawn, rank

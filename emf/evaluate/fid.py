@@ -8,6 +8,8 @@ as code ask for a torchvision beside the torch, which a CPU build of torch does 
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
@@ -100,14 +102,15 @@ def features_of(network: Any, pixels: Tensor, device: torch.device) -> Tensor:
 def computed(
     work: Mapping[str, Path], out: Path, network: Any, device: torch.device, batch: int = 20
 ) -> dict[str, Tensor]:
-    """Digest -> features of each picture. What was not computed before is, and kept in out/features part by part."""
+    """Digest -> features of each picture. What was not computed before is, and kept in out/features part by part. A
+    part is named by what it holds, so that none takes another's place, whichever are there and whoever else writes."""
     made = sorted((out / FEATURES).glob("*.safetensors"))
     done = {digest: row for file in made for digest, row in read_weights(file).items()}
     missing = [digest for digest in work if digest not in done]
     shares = [missing[i : i + PART] for i in range(0, len(missing), PART)]
     with bars(disable=not missing) as progress:
         task = progress.add_task("features", total=len(missing))
-        for number, share in enumerate(shares, start=len(made)):
+        for share in shares:
             fresh: dict[str, Tensor] = {}
             for i in range(0, len(share), batch):
                 images = [(digest, as_pixels(work[digest])) for digest in share[i : i + batch]]
@@ -116,7 +119,8 @@ def computed(
                     found = features_of(network, torch.stack(pixels), device)
                     fresh |= dict(zip(digests, found, strict=True))
                     progress.advance(task, len(digests))
-            with whole_file(out / FEATURES / f"{number:05d}.safetensors") as part:
+            name = hashlib.sha256("".join(share).encode()).hexdigest()[:16]
+            with whole_file(out / FEATURES / f"{name}.safetensors", os.getpid()) as part:
                 write_file(part, items(fresh))
             done |= fresh
     return done

@@ -10,7 +10,7 @@ from emf.evaluate.benchmark import check_images
 from emf.files import files_in, numbered_jsonl
 from emf.sample.picture_files import MANIFEST
 
-WAY = ("run", "steps", "guidance", "flow_matching")
+WAY = ("run", "steps", "guidance", "flow_matching", "size", "image_tokens", "scale")
 """What manifest.jsonl says of how a picture was drawn: a score is of one way."""
 KINDS = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -38,10 +38,12 @@ def _listed(root: Path, who: str, steps: int | None) -> dict[str, Any]:
     if outside := [number for number, row in rows if Path(row["file"]).name != row["file"]]:
         raise ValueError(f"{who}: {root / MANIFEST}:{outside[0]} names a file that is not in its folder")
     every = [row for _, row in rows if steps is None or row.get("steps", steps) == steps]
-    ways = {json.dumps([row.get(key) for key in WAY]) for row in every}
+    said = [[json.dumps(row.get(key)) for key in WAY] for row in every]
+    ways = {*map(tuple, said)}
     if len(ways) > 1:
+        differ = [key for key, values in zip(WAY, zip(*said, strict=True), strict=True) if len({*values}) > 1]
         raise ValueError(
-            f"{who}: {root} holds pictures drawn in {len(ways)} ways ({', '.join(WAY)}): say --steps, or draw each "
+            f"{who}: {root} holds pictures drawn in {len(ways)} ways ({', '.join(differ)}): say --steps, or draw each "
             "into a folder of its own"
         )
     prompts = {row["file"]: row.get("prompt") for row in every}

@@ -16,6 +16,7 @@ from emf.evaluate.digits_scorer import Scorer, calibrate
 from emf.evaluate.recorded import about, recorded, spreads
 from emf.files import check_writable, write_json
 from emf.idle import chosen
+from emf.recipes import RECIPES
 from emf.sample.cores import on_every_core
 from emf.sample.sampler import Sampler, to_uint8
 from emf.sample.sampling_settings import SMALL_AT_ONCE, Settings
@@ -95,8 +96,10 @@ def draw(rows: Sequence[tuple[Sampler, Settings]], captions: Sequence[str]) -> I
 
 def changed(config: Config) -> bool:
     """Whether a run has settings other than its recipe's, which another recipe's scores say nothing of."""
-    own = ("init", "seed", "run.", "zero.")  # which change nothing, or are told with a score
-    return any(not name.startswith(own) for name in chosen(config))
+    own = ["init", "seed", "run.", "zero."]  # which change nothing, or are told with a score
+    if config.warmup == RECIPES[config.recipe]().warmup:
+        own.append("optim.warmup")  # runs of earlier versions name steps where a recipe names a share of them
+    return any(not name.startswith(tuple(own)) for name in chosen(config))
 
 
 def closed(scores: dict[str, Any]) -> dict[int, float]:

@@ -19,7 +19,7 @@ from emf.data.batches import Batches, DataConfig
 from emf.data.buckets import LIST, UNREAD, nearest, sizes
 from emf.data.cache import Cache, parts_of, read_settings, write_cache
 from emf.data.caches import Caches
-from emf.data.draws import Draws, even_shares
+from emf.data.draws import BLOCK, Draws, even_shares
 from emf.data.feed import check_sources, feed
 from emf.data.images import Images, centre_crop, part_of
 from emf.data.inspect import inspect
@@ -154,6 +154,19 @@ def test_a_share_of_the_steps_is_kept_to_a_few() -> None:
         counts[number] += 1
         assert abs(counts - np.array(weights) * (position + 1)).max() < 4, position
     assert Draws(weights, even_shares(3))[69_999] == (number, before)  # asked for alone
+
+
+def test_the_memory_of_an_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every one of 40 buckets may keep its blocks, on every rank: 16 MiB in all."""
+    kept: list[np.ndarray] = []
+    draw = Draws._draw
+    monkeypatch.setattr(Draws, "_draw", lambda self, block: (kept.extend(drawn := draw(self, block)), drawn)[1])
+    draws = Draws([0.5, 0.5], even_shares(3))
+    assert draws[0][1] == 0
+    blocks = draws._block.cache_info().maxsize
+    assert blocks and 40 * blocks * sum(array.nbytes for array in kept) <= 16 << 20
+    # the last rank of a block is the largest that there can be
+    assert Draws([1.0], even_shares(3))[BLOCK - 1] == (0, BLOCK - 1)
 
 
 def test_another_of_its_bucket_takes_the_place_of_what_cannot_be_used(tmp_path: Path) -> None:

@@ -145,6 +145,14 @@ def test_what_is_computed_stays_and_a_new_picture_is_computed(
     assert run_fid(drawn, real, tmp_path / "out", weights, device="cpu").overall == 8 + 500 and seen == [1]
     with pytest.raises(ValueError, match=r"made by other settings \(real\)"):
         run_fid(drawn, draw(tmp_path / "other", 3, 4), tmp_path / "out", weights)
+    # of four parts one is lost: what it held is computed anew, and no other part is overwritten by it
+    parts = sorted((tmp_path / "out" / "features").iterdir())
+    assert len(parts) == 4
+    parts[0].unlink()
+    for computed in (True, False):
+        seen.clear()
+        run_fid(drawn, real, tmp_path / "out", weights, device="cpu")
+        assert bool(seen) == computed and len(list((tmp_path / "out" / "features").iterdir())) == 4
 
 
 def test_what_is_missing_is_one_line(

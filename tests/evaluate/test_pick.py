@@ -91,6 +91,14 @@ def test_a_score_is_of_one_way_of_drawing(pictures: Path) -> None:
     assert read_prompts(pictures, 1) == PROMPTS and read_prompts(pictures, 8) == {"00000_a.png": "a dog"}
 
 
+@pytest.mark.parametrize("told", [{"size": "1152x896"}, {"image_tokens": "vllm"}, {"scale": 3}])
+def test_sizes_engines_and_scales_are_not_scored_together(pictures: Path, told: dict[str, Any]) -> None:
+    with (pictures / "manifest.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"file": "00000_a.png", "prompt": "a dog", "steps": 1, **told}))
+    with pytest.raises(ValueError, match=rf"drawn in 2 ways \({[*told][0]}\): say --steps, or draw each into a folder"):
+        read_prompts(pictures, 1)
+
+
 def test_a_network_that_cannot_score_is_one_line(clip: str, pictures: Path, tmp_path: Path) -> None:
     from transformers import CLIPModel
 

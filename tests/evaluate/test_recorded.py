@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from places import ROOT
 from bench import digits_scores as renewing
 from emf.evaluate.digits_scorer import TAGS
 from emf.evaluate.recorded import RECORD, entry, recorded, spreads, table
-from emf.evaluate.small_world import print_scores
+from emf.evaluate.small_world import changed, print_scores
+from emf.recipes import from_file
 
 
 def scores(few: float, captions: int = 300, guidance: float = 1.25) -> dict[str, Any]:
@@ -43,7 +45,9 @@ def test_the_pages_hold_the_record() -> None:
         assert renewing.renewed(text, record) == text and "\n".join(table(record)) in text
     for recipe, runs in record.items():
         own = json.loads((ROOT / "profiles" / recipe / "scores.json").read_text())
-        seed = json.loads((ROOT / "profiles" / recipe / "config.json").read_text())["seed"]
+        config = from_file(ROOT / "profiles" / recipe / "config.json")
+        assert not changed(config) and changed(replace(config, optim=replace(config.optim, warmup=7)))
+        seed = config.seed
         assert entry(own, seed, runs[0]["machine"]) == runs[0]
         places = [(run["seed"], run["machine"]) for run in runs]
         assert len({*places}) == len(places)
@@ -77,6 +81,15 @@ def test_runs_are_added_to_the_record(tmp_path: Path, monkeypatch: pytest.Monkey
         renewing.main([str(run), "--machine", "here"])
     assert [run["emf"]["1"] for run in json.loads(record.read_text())["digits"]] == [0.5, 0.7]
     assert "0.600 (0.500–0.700)" in page.read_text() and page.read_text().startswith("a\n<!--")
+    kept = record.read_text()
+    for own in ({"steps": 7}, {"optim": {"lr": 0.5}}):
+        (run / "config.json").write_text(json.dumps({"recipe": "digits", "seed": 1, **own}))
+        with pytest.raises(ValueError, match=r"recorded: .* has other settings than its recipe digits"):
+            renewing.main([str(run), "--machine", "here"])
+    assert record.read_text() == kept
+    own = {"recipe": "digits", "seed": 1, "init": "base", "run": {"save_every": 7}}
+    (run / "config.json").write_text(json.dumps(own))
+    renewing.main([str(run), "--machine", "here"])  # these change nothing, or are told with a score
     (run / "scores.json").write_text(json.dumps(scores(0.5, captions=6)))
     with pytest.raises(ValueError, match="scores of 6 captions at guidance 1.25; expected an EMF run's of 300"):
         renewing.main([str(run), "--machine", "here"])
