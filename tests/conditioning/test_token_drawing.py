@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from emf.conditioning import token_drawing
 from emf.conditioning.blip3o import Blip3oNext
 from emf.conditioning.qwen3_step import Qwen3Step, is_plain
 from emf.conditioning.sampling import Sampling, pick, uniforms
-from emf.conditioning.token_drawing import WARM, ModuleStep, begin, common, positions, replayed
+from emf.conditioning.token_drawing import WARM, ModuleStep, begin, common, draw, positions, replayed
 
 N = 20
 FEW = Sampling(top_k=4)
@@ -178,6 +180,19 @@ def test_a_recorded_step_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None
         run()
     assert torch.equal(drawing.drawn, plainly(encoder, CAPTIONS, uniform, FEW))
     assert len(tapes[0].calls) < 45 * len(QWEN.model.layers) + 60  # what the host has to do for a token
+
+
+@pytest.mark.gpu
+def test_a_graphs_tokens_are_those_of_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, uniform = deepcopy(QWEN).cuda(), uniforms(seeds(3, 4, 5), 3, N).cuda()
+    encoded = blip3o(image_tokens=N).tokenize(CAPTIONS)
+    rows = [ids[kept].tolist() for ids, kept in zip(*encoded, strict=True)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="conditioning: image tokens")  # where no graph could be recorded
+        drawn = draw(model.model, model.lm_head, rows, uniform, FEW)
+    monkeypatch.setattr(token_drawing, "is_plain", lambda decoder: False)
+    assert torch.equal(drawn, draw(model.model, model.lm_head, rows, uniform, FEW))
+    assert len(drawn.unique()) > 10
 
 
 def test_the_tape_refuses_a_wait() -> None:

@@ -42,6 +42,15 @@ def test_the_same_pictures_bit_for_bit(sampler: Sampler) -> None:
     assert list(sampler.seconds) == ["text", "transformer"]
 
 
+@pytest.mark.gpu
+def test_the_same_pictures_in_a_stream_of_its_own() -> None:
+    sampler, how = Sampler(small_config(), small_network(small_config()).cuda()), Settings(steps=2, batch=1)
+    assert sampler.overlaps
+    drawn = sampler.images(CAPTIONS, how)
+    sampler.overlaps = False
+    torch.testing.assert_close(drawn, sampler.images(CAPTIONS, how))
+
+
 def test_the_next_is_made_while_one_is_worked_on() -> None:
     made = [threading.Event() for _ in range(4)]
 
