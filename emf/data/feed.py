@@ -27,6 +27,8 @@ class Feed(Protocol):
 
     samples: int | None
     """How many there are, the unusable among them; None: there is no end."""
+    stamps: list[tuple[str, str]]
+    """Of each source its name and a digest of what its order hangs on (emf.data.images.stamps)."""
 
     def __call__(self, step: int, part: int, parts: int) -> tuple[Tensor, Tensor, Tensor]: ...
 
@@ -38,6 +40,7 @@ class Digits:
 
     def __init__(self, batches: Batches) -> None:
         self.batches = batches
+        self.stamps: list[tuple[str, str]] = []
 
     def __call__(self, step: int, part: int, parts: int) -> tuple[Tensor, Tensor, Tensor]:
         b = self.batches
@@ -50,7 +53,7 @@ class Pictures:
     """Images with captions, from their files or from a cache; encoded here where no cache has done it."""
 
     def __init__(self, batches: Batches, encoder: Any, device: torch.device) -> None:
-        from emf.data.images import Images, count_buckets
+        from emf.data.images import Images, count_buckets, stamps
         from emf.data.mixture import Dataset
 
         b, d = batches, batches.data
@@ -73,6 +76,7 @@ class Pictures:
             store = Images(sources, d.size, small, d.listings, buckets=d.buckets, workers=d.workers)
         self.dataset = Dataset(store, b.seed, d.workers)
         self.samples: int | None = len(self.dataset)
+        self.stamps = list(zip(store.names, stamps(store), strict=True))
         self.check(self.dataset.batch(0, b.size, 0, b.size)[0].mean)
         if os.environ.get("RANK", "0") == "0":  # every rank has the same to say
             dropped = self.dataset.drops.news()

@@ -88,6 +88,18 @@ def count_buckets(buckets: Sequence[np.ndarray]) -> list[int]:
     return counts
 
 
+def stamps(store: Store) -> list[str]:
+    """Of each source a digest of all that its order hangs on besides weights and seed: how many samples it has, which
+    are read together, and the bucket of each. Who has another one trains on other samples at the same step."""
+    found = []
+    for source, (count, runs) in enumerate(zip(store.counts, store.runs, strict=True)):
+        digest = hashlib.sha256(f"{count} {None if runs is None else list(runs)} ".encode())
+        if store.buckets is not None:
+            digest.update(store.buckets[source].astype("<i2").tobytes())
+        found.append(digest.hexdigest()[:16])
+    return found
+
+
 def turned(captions: Sequence[str], index: int, turn: int) -> str:
     """Which of a sample's captions it has at the turn'th time: one after the other, and not the first of all samples in
     the same turn."""

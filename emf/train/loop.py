@@ -24,6 +24,7 @@ from emf.model.text_to_image import TextToImage
 from emf.network.build import build
 from emf.network.flows import with_flows
 from emf.sample.sampling_settings import GUIDANCE
+from emf.train.agreement import changed_samples, same_feed
 from emf.train.batch import Batch, batches, matched_samples
 from emf.train.faster import check_quick, quicken
 from emf.train.launcher import launcher_left
@@ -73,13 +74,16 @@ def train(config: Config, out: Path | str, resume: bool = False) -> None:
         )
         if config.run.prompts:  # what cannot be read of them is said before the first step
             network.encoder.tokenize(list(config.run.prompts))
-        source = feed(config.batches, network.encoder, own_device())
+        source = same_feed(lambda: feed(config.batches, network.encoder, own_device()))
         config = in_steps(config, source.samples)
         mark_network(network)
         engine = Engine(network, config, out)
+        engine.samples = [stamp for _, stamp in source.stamps]
         quicken(network.transformer, config)
         if config.match.weight:
             matched_samples(config, world * config.zero.accumulation)
+        if rank == 0 and saved and (changed := changed_samples(source, saved[-1])):
+            print(changed, flush=True)
         if rank == 0 and (said := overruled(config)):
             print(f"{config.zero.json} overrules the config: {', '.join(said)}", flush=True)
         start = engine.load(saved[-1]) if saved else 0

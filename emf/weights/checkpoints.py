@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -45,6 +45,8 @@ class Made:
     """What the run computed in, as torch names it; checkpoints of before do not say it."""
     base: str = ""
     """A digest of the base that the run's distribution-matching term asks; it is read from the run's start again."""
+    samples: list[str] = field(default_factory=list)
+    """Of each source of the data a digest of what its order hangs on (emf.data.images.stamps)."""
 
     def __post_init__(self) -> None:
         if self.step < 0 or self.world < 1 or not 0 <= self.stage <= 3:

@@ -94,6 +94,8 @@ class Engine:
         self.order = [names[id(p)] for params, _ in groups for p in params]
         """The names of the trained weights, in the order in which the optimizer has them."""
         self.base = getattr(network, "base_stamp", "")  # benchmarks train a bare transformer
+        self.samples: list[str] = []
+        """What a checkpoint says of the samples that the run is trained on (Made)."""
         self.saved = saved_names(network, config)
         with refusals():
             parameters = [{"params": params} for params, _ in groups]
@@ -301,9 +303,8 @@ class Engine:
             for script in part.glob("*.py"):  # DeepSpeed's, to gather what is whole here already
                 script.unlink()
             with written(part):
-                checkpoints.write_checkpoint(
-                    part, weights, config, Made(step, self.world, self.stage, str(self.dtype), self.base)
-                )
+                made = Made(step, self.world, self.stage, str(self.dtype), self.base, self.samples)
+                checkpoints.write_checkpoint(part, weights, config, made)
         self.barrier()
         if self.rank == 0:
             checkpoints.finish(part, keep)
