@@ -35,7 +35,7 @@ def _plan() -> None:
 
 
 def _evaluate() -> None:
-    """Score: digits (a run of the small world), geneval, dpg, hps or pick (a folder of images)."""
+    """Score: digits (a run of the small world), geneval, dpg, hps, pick or fid (a folder of images)."""
 
 
 def _analyze() -> None:

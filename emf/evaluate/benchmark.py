@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -99,7 +100,7 @@ def score_images(
     they come (a kill loses one batch at most); at the end it holds just these images, sorted.
     Raises ValueError where `out` holds something else, or scores by other settings.
     """
-    claim(out, settings, OWN, advice=ELSEWHERE)
+    claim(out, settings, OWN, advice=ELSEWHERE, writer=os.getpid())
     path = out / SCORED
     done = {row["filename"]: row for row in mend_rows(path, ["filename"])}
     names = sorted(work)
@@ -110,14 +111,16 @@ def score_images(
         append_rows(path, new)
         done |= {row["filename"]: row for row in new}
     rows = [done[n] for n in names]
-    write_rows(path, rows)
+    write_rows(path, rows, os.getpid())
     return rows
 
 
 def write_results(out: Path, result: Result) -> None:
-    """results.json and results.md in `out`; a later run over more images renews them."""
-    write_json(out / RESULTS, asdict(result) | {"paper": BENCHMARKS.get(result.benchmark, ())})
-    write_text(out / TABLE, page([result]))
+    """results.json and results.md in `out`; a later run over more images renews them. Two commands may write there at
+    the same time: each writes parts of its own, and the later one's results stay."""
+    tree = asdict(result) | {"paper": BENCHMARKS.get(result.benchmark, ())}
+    write_json(out / RESULTS, tree, writer=os.getpid())
+    write_text(out / TABLE, page([result]), os.getpid())
 
 
 def compared(benchmark: str, label: str, name: str) -> dict[str, Any]:

@@ -71,8 +71,11 @@ def frechet(drawn: Tensor, real: Tensor) -> float:
 
 
 def load_inception(file: Path, device: str = AUTO) -> Any:
-    """The network of a TorchScript file. Raises ValueError, saying what to put where."""
+    """The network of a TorchScript file, tried on one picture, so that a wrong file is found before any work. Raises
+    ValueError, saying what to put where."""
     place = find_device(device)
+    if file.is_dir():
+        raise ValueError(f"FID: {file} is a folder; give the file in it: {FILE}")
     if not file.is_file():
         raise ValueError(f"FID: {file} does not exist; put {FILE} there")
     try:
@@ -81,6 +84,7 @@ def load_inception(file: Path, device: str = AUTO) -> Any:
         raise ValueError(f"FID: {file} is no TorchScript file ({why(error)}); expected {FILE}") from None
     if bad := bad_weight(network):
         raise ValueError(f"FID: {bad} of {file} holds NaN or inf; download it again")
+    features_of(network, torch.zeros(1, 3, 299, 299, dtype=torch.uint8), place)
     return network
 
 
@@ -105,7 +109,12 @@ def computed(
     """Digest -> features of each picture. What was not computed before is, and kept in out/features part by part. A
     part is named by what it holds, so that none takes another's place, whichever are there and whoever else writes."""
     made = sorted((out / FEATURES).glob("*.safetensors"))
-    done = {digest: row for file in made for digest, row in read_weights(file).items()}
+    done: dict[str, Tensor] = {}
+    for file in made:
+        try:
+            done |= read_weights(file)
+        except ValueError as error:
+            raise ValueError(f"FID: {error}; remove it, and it is computed again") from None
     missing = [digest for digest in work if digest not in done]
     shares = [missing[i : i + PART] for i in range(0, len(missing), PART)]
     with bars(disable=not missing) as progress:
@@ -155,7 +164,7 @@ def run_fid(
     network = load_inception(weights, device)
     settings: dict[str, Any] = {"benchmark": "FID", "weights": stamp(weights), "steps": steps}
     settings |= {"images": str(whole_path(root)), "real": str(whole_path(real))}
-    claim(out, settings, (*OWN, FEATURES), advice=ELSEWHERE)
+    claim(out, settings, (*OWN, FEATURES), advice=ELSEWHERE, writer=os.getpid())
     digests = {side: [*stamps({str(f): (f, None) for f in some}).values()] for side, some in files.items()}
     work = {d: file for side, some in files.items() for d, file in zip(digests[side], some, strict=True)}
     features = computed(work, out, network, find_device(device))

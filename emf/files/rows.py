@@ -60,7 +60,7 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         raise ValueError(f"{path} cannot be written: {why(error)}") from None
 
 
-def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], writer: int | None = None) -> None:
     """A log of these rows in place of what there is; see emf.files.whole_file."""
-    with whole_file(path) as part:
+    with whole_file(path, writer) as part:
         part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -16,7 +16,7 @@ from emf.recipes import RECIPES
 
 HEAVY = ("torch", "triton", "numpy", "transformers", "diffusers", "deepspeed", "sklearn", "matplotlib", "PIL")
 COMMANDS = {
-    "": ["train", "generate", "evaluate", "report", "release", "plan", "Score: digits"],
+    "": ["train", "generate", "evaluate", "report", "release", "plan", "Score: digits", "fid"],
     "train": ["usage: emf train", *RECIPES, "--out", "--resume"],
     "train digits": ["--optim.lr", "--zero.stage {0,1,2,3}", "--transformer.time-scale", "Largest norm", "--out"],
     "train sana-1.5-1.6b": ["--condition.kind", "--data.sources", "--lora.rank", "default: blip3o"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -121,30 +122,34 @@ def test_what_is_computed_stays_and_a_new_picture_is_computed(
     drawn, real = folders
     monkeypatch.setattr(fid, "PART", 4)
     monkeypatch.setattr(fid, "frechet", lambda drawn, real: float(len(drawn) + 100 * len(real)))
-    seen: list[int] = []
-    features_of = fid.features_of
+    seen: list[Path] = []
+    as_pixels = fid.as_pixels
 
-    def counted(network: Any, pixels: Tensor, device: torch.device) -> Tensor:
-        if sum(seen) + len(pixels) > limit:
+    def counted(file: Path) -> Tensor:
+        if len(seen) == limit:
             raise KeyboardInterrupt
-        seen.append(len(pixels))
-        return features_of(network, pixels, device)
+        seen.append(file)
+        return as_pixels(file)
 
-    monkeypatch.setattr(fid, "features_of", counted)
+    monkeypatch.setattr(fid, "as_pixels", counted)
     limit = 6
     with pytest.raises(KeyboardInterrupt):
         run_fid(drawn, real, tmp_path / "out", weights, device="cpu")
-    assert sum(seen) > 4 and len(list((tmp_path / "out" / "features").iterdir())) == 1
+    assert len(seen) > 4 and len(list((tmp_path / "out" / "features").iterdir())) == 1
     seen.clear()
     limit = 99
     run_fid(drawn, real, tmp_path / "out", weights, device="cpu")
-    assert sum(seen) == 11 - 4
+    assert len(seen) == 11 - 4
     (drawn / "again.png").write_bytes((drawn / "0.png").read_bytes())
     (drawn / "new.png").write_bytes((draw(tmp_path / "more", 1, 9) / "0.png").read_bytes())
     seen.clear()
-    assert run_fid(drawn, real, tmp_path / "out", weights, device="cpu").overall == 8 + 500 and seen == [1]
+    assert run_fid(drawn, real, tmp_path / "out", weights, device="cpu").overall == 8 + 500
+    assert seen == [drawn / "new.png"]
     with pytest.raises(ValueError, match=r"made by other settings \(real\)"):
         run_fid(drawn, draw(tmp_path / "other", 3, 4), tmp_path / "out", weights)
+    torch.jit.save(torch.jit.script(Inception()), str(tmp_path / "other.pt"))
+    with pytest.raises(ValueError, match=r"made by other settings \(weights\)"):
+        run_fid(drawn, real, tmp_path / "out", tmp_path / "other.pt", device="cpu")
     # of four parts one is lost: what it held is computed anew, and no other part is overwritten by it
     parts = sorted((tmp_path / "out" / "features").iterdir())
     assert len(parts) == 4
@@ -153,6 +158,43 @@ def test_what_is_computed_stays_and_a_new_picture_is_computed(
         seen.clear()
         run_fid(drawn, real, tmp_path / "out", weights, device="cpu")
         assert bool(seen) == computed and len(list((tmp_path / "out" / "features").iterdir())) == 4
+    parts[1].write_bytes(parts[1].read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"^FID: .*{parts[1].name}.*; remove it, and it is computed again$"):
+        run_fid(drawn, real, tmp_path / "out", weights, device="cpu")
+
+
+@pytest.mark.parametrize("file", ["settings.json", "results.json", "results.md"])
+def test_two_commands_write_into_one_folder(
+    weights: Path, folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    """While one command has written `file` and not yet put it in its place, another runs from beginning to end."""
+    monkeypatch.setattr(fid, "frechet", lambda drawn, real: 1.5)
+    replace, others = os.replace, []
+
+    def replaced(part: Path, path: Path) -> None:
+        if path.name == file and not others:
+            others.append(os.getpid() + 1)
+            with monkeypatch.context() as other:
+                other.setattr(os, "getpid", lambda: others[0])
+                assert run_fid(*folders, tmp_path / "out", weights, device="cpu").overall == 1.5
+        replace(part, path)
+
+    monkeypatch.setattr(os, "replace", replaced)
+    assert run_fid(*folders, tmp_path / "out", weights, device="cpu").overall == 1.5 and others
+    made = ["features", "results.json", "results.md", "settings.json"]
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == made
+
+
+def test_the_score_of_few_pictures_of_either_side_is_said_to_be_too_high(
+    weights: Path, folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn, real = folders
+    monkeypatch.setattr(fid, "frechet", lambda drawn, real: 1.5)
+    for enough, warned in ((6, True), (5, False)):
+        monkeypatch.setattr(fid, "ENOUGH", enough)
+        for i, (one, other) in enumerate(((drawn, real), (real, drawn))):
+            told = run_fid(one, other, tmp_path / f"out{i}", weights, device="cpu").deviations[0]
+            assert (f"with fewer than {enough} of either the score is too high" in told) == warned
 
 
 def test_what_is_missing_is_one_line(
@@ -173,6 +215,7 @@ def test_what_is_missing_is_one_line(
         ([drawn], "give a folder of pictures, as emf generate writes one, and --real another"),
         ([drawn, "--real", real], "it is scored by --weights, inception-2015-12-05.pt"),
         ([drawn, "--real", real, "--weights", "no.pt"], "FID: no.pt does not exist; put inception-2015-12-05.pt"),
+        ([drawn, "--real", real, "--weights", real], "real is a folder; give the file in it: inception-2015-12-05.pt"),
         ([drawn, "--real", real, "--weights", str(tmp_path / "text.pt")], "text.pt is no TorchScript file"),
         ([drawn, "--real", real, "--weights", str(tmp_path / "nan.pt")], "fc.weight of"),
         ([drawn, "--real", drawn, *given], "would be compared with itself"),
@@ -185,3 +228,4 @@ def test_what_is_missing_is_one_line(
             main()
         (line,) = capsys.readouterr().err.splitlines()
         assert end.value.code == 2 and line.startswith("error: ") and said in line, line
+        assert not (tmp_path / "out").exists()
