@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 FORMATS = ("JPEG", "PNG", "WEBP")
 ORIENTATION = 0x0112
 """EXIF's tag of it."""
-ORIENTED = b"eXIf", b"exif", b"tiff:Orientation"
-"""One of these is in a PNG file that says how it is turned."""
+ORIENTED = b"eXIf", b"exif", b"tiff:Orientation", b"XML:com.adobe.xmp"
+"""One of these is in a PNG file that says how it is turned, the last where it says so compressed."""
 
 
 class BrokenImage(ValueError):

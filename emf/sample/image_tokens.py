@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,7 +52,7 @@ def drawn_by(engine: Engine, encoder: Any, captions: Sequence[str], seeds: Seque
             )
         if wrong := [i for i in ids if not 0 <= i < words]:
             raise ValueError(
-                f"image tokens: the {engine.said} gives the token {wrong[0]} for {caption!r}; the run's language model "
-                f"has {words}, so it is another one's"
+                f"image tokens: the {engine.said} gives the token {reprlib.repr(wrong[0])} for {caption!r}; the run's "
+                f"language model has {words}, so it is another one's"
             )
     return torch.tensor(drawn)

@@ -26,6 +26,7 @@ AtOnce = Annotated[int, Within(1, 65_535)]
 """Images that are computed at once: a kernel takes no larger batch."""
 Pixels = tuple[int, int]
 """(width, height) of a picture."""
+LONGEST_SIDE = 65_536
 Ar = Literal["vllm"] | None
 """What draws image tokens in this process, instead of the language model here."""
 PerTag = Annotated[int, Within(1, 10_000)]
@@ -41,7 +42,9 @@ def read_size(text: str) -> Pixels:
     """The size that WIDTHxHEIGHT says, as 1152x896. Raises ValueError on another text."""
     if not (found := re.fullmatch(r"([1-9]\d{0,4})[xX\u00d7]([1-9]\d{0,4})", text.strip())):
         raise ValueError(f"sample: size {text!r}; expected WIDTHxHEIGHT in pixels, as 1152x896")
-    return int(found[1]), int(found[2])
+    if max(size := (int(found[1]), int(found[2]))) > LONGEST_SIDE:
+        raise ValueError(f"sample: size {text!r}; expected sides of at most {LONGEST_SIDE} pixels")
+    return size
 
 
 def latent_shape(
@@ -82,7 +85,7 @@ class Settings:
     is the flow-matching baseline."""
     batch: AtOnce = 4
     """Images computed at once."""
-    size: Annotated[Pixels | None, Within(1, 65_536)] = None
+    size: Annotated[Pixels | None, Within(1, LONGEST_SIDE)] = None
     """(width, height) in pixels; None: the square that the transformer was made for."""
 
     def __post_init__(self) -> None:

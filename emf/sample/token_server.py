@@ -14,6 +14,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import sys
 import threading
 import time
 import urllib.error
@@ -21,18 +22,20 @@ import urllib.request
 from collections.abc import Sequence
 from ipaddress import ip_address
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 from urllib.parse import urlsplit
 
 from emf.conditioning.blip3o import Blip3oNext
 from emf.conditioning.sampling import Sampling
-from emf.files import why
+from emf.files import parse_json, why
 
 KEY = "EMF_AR_KEY"
 """The environment variable with the server's key, where it asks for one."""
 REACHED, ANSWERED = 10.0, 600.0
-"""Seconds that a server may take to say which model it has, and to draw the tokens of a picture."""
+"""Seconds that a server may take to say which model it has, and to draw the tokens of a picture, to the last byte."""
+LARGEST = 2**24
+"""Bytes of an answer, at most: the tokens of a picture are some thousands."""
 PAUSES = (1.0, 2.0, 4.0)
 """Seconds before a request is made again that failed on the server's side."""
 AT_ONCE = 64
@@ -52,27 +55,36 @@ class TokenServer:
         listed = self._ask("v1/models", None, REACHED)
         self._reached = True
         try:
-            first = listed["data"][0]
-            self.model, kind = str(first["id"]), str(first.get("owned_by") or "unknown")
+            names = [str(one["id"]) for one in listed["data"]]
+            self.model, kind = names[0], str(listed["data"][0].get("owned_by") or "unknown")
         except (KeyError, IndexError, TypeError, AttributeError):
             raise ValueError(f"image tokens: {self.url}/v1/models lists no model; {START}") from None
-        self.said = f"{kind} server, model {self.model}"
+        if len(names) > 1:  # which of them is the run's cannot be known
+            raise ValueError(
+                f"image tokens: {self.url} serves {len(names)} models ({_short(', '.join(names))}); expected the run's "
+                f"language model alone. {START[0].upper()}{START[1:]}"
+            )
+        self.said = _short(f"{kind} server, model {self.model}")
 
     def begin(self, encoder: Blip3oNext, folder: Path) -> None:
-        """Raises ValueError where the server reads the row before the image tokens otherwise than the encoder does."""
+        """Raises ValueError where the server reads the row before the image tokens otherwise than the encoder does. A
+        line on stderr says where that cannot be asked."""
         named = encoder.tokenizer.convert_ids_to_tokens([*encoder.head, encoder.tokens.image_start_token_id])
         text = encoder.prompt("a") + "".join(named)
         own = encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
         asked = {"model": self.model, "prompt": text, "add_special_tokens": False}
         try:
             read = self._ask("tokenize", asked, REACHED)
-            tokens = read["tokens"]
-        except (ValueError, KeyError, TypeError):  # a server without that endpoint
+            tokens = read.get("tokens") if isinstance(read, dict) else None
+            if not _are_ids(tokens):
+                raise ValueError(f"image tokens: {self.url}/tokenize gives no token ids")
+        except ValueError as error:  # a server without that endpoint
+            print(f"{error}; so whether the server has the run's vocabulary is not checked", file=sys.stderr)
             return
         if tokens != own:
             raise ValueError(
-                f"image tokens: the model {self.model} of {self.url} has another vocabulary than the run; expected its "
-                f"language model. {START[0].upper()}{START[1:]}"
+                f"image tokens: the model {_short(self.model)} of {self.url} has another vocabulary than the run; "
+                f"expected its language model. {START[0].upper()}{START[1:]}"
             )
 
     def draw(self, rows: list[list[int]], n: int, seeds: Sequence[int], sampling: Sampling) -> list[list[int]]:
@@ -125,7 +137,7 @@ class TokenServer:
         answer = self._ask("v1/completions", asked, ANSWERED, given_up)
         try:
             ids = answer["choices"][0]["token_ids"]
-            if not all(type(i) is int for i in ids):
+            if not _are_ids(ids):
                 raise TypeError
         except (KeyError, IndexError, TypeError):
             raise ValueError(
@@ -152,38 +164,74 @@ class TokenServer:
         raise ValueError(f"image tokens: {self.url}: given up")
 
     def _once(self, path: str, body: dict[str, Any] | None, seconds: float) -> Any:
+        """In a thread of its own, for a socket's timeout starts anew with every byte that comes."""
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if key := os.environ.get(KEY):
+            if not (key.isascii() and key.isprintable()) or " " in key:  # what http.client says then shows the key
+                raise ValueError(
+                    f"image tokens: {KEY} holds a space, a line end or a letter outside ASCII; set it to the key alone"
+                )
             headers["Authorization"] = f"Bearer {key}"
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url}/{path}", data, headers)
+        done = SimpleQueue[tuple[Any, Exception | None]]()
+
+        def asked() -> None:
+            try:
+                done.put((self._answer(request, seconds), None))
+            except Exception as error:
+                done.put((None, error))
+
+        threading.Thread(target=asked, daemon=True).start()
+        try:
+            answer, error = done.get(timeout=seconds)
+        except Empty:
+            answer, error = None, self._late(seconds)
+        if error is not None:
+            raise error
+        return answer
+
+    def _late(self, seconds: float) -> ValueError:
+        return ValueError(f"image tokens: {self.url} gives no whole answer within {seconds:g} s")
+
+    def _answer(self, request: urllib.request.Request, seconds: float) -> Any:
+        """The JSON that a request is answered with. Raises _Again, and ValueError in one line."""
+        where = request.full_url
         try:
             with self._opener.open(request, timeout=seconds) as response:
-                text = response.read()
+                text = response.read(LARGEST + 1)
+                if response.length and len(text) <= LARGEST:  # a read of so many bytes takes a torn answer for a whole
+                    raise http.client.IncompleteRead(text, response.length)
         except urllib.error.HTTPError as error:
-            said = f"image tokens: {self.url}/{path} answers {error.code}: {_message(error)}"
+            said = f"image tokens: {where} answers {error.code}: {_message(error)}"
             if error.code >= 500 or error.code == 429:
                 raise _Again(said, answered=True) from None
             hint = f"; put its key into the environment variable {KEY}" if error.code in (401, 403) else ""
             if error.code < 400:
-                place = _short(error.headers.get("Location", "another address").encode())
-                said = f"image tokens: {self.url}/{path} answers {error.code}, a redirect to {place}"
+                place = _short(error.headers.get("Location", "another address"))
+                said = f"image tokens: {where} answers {error.code}, a redirect to {place}"
                 hint = "; give --ar-server the address itself where tokens are drawn"
             raise ValueError(said + hint) from None
         except TimeoutError:
-            raise ValueError(f"image tokens: {self.url} gives no answer for {seconds:.0f} s") from None
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
-            if isinstance(reason, TimeoutError):
-                raise ValueError(f"image tokens: {self.url} gives no answer for {seconds:.0f} s") from None
-            said = why(reason) if isinstance(reason, BaseException) else str(reason)
-            raise _Again(f"image tokens: no server answers at {self.url} ({said}); {START}") from None
+            raise self._late(seconds) from None
+        except urllib.error.URLError as error:  # before the request was sent
+            if isinstance(error.reason, TimeoutError):
+                raise self._late(seconds) from None
+            said = why(error.reason) if isinstance(error.reason, BaseException) else str(error.reason)
+            raise _Again(f"image tokens: no server answers at {self.url} ({_short(said)}); {START}") from None
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            said = f"image tokens: {where} gives no answer that can be read ({_short(why(error))})"
+            raise _Again(f"{said}; is it the completions server?") from None
+        if len(text) > LARGEST:
+            raise ValueError(f"image tokens: {where} answers more than {LARGEST} bytes; is it the completions server?")
         try:
-            return json.loads(text)
-        except ValueError:
-            raise ValueError(
-                f"image tokens: {self.url}/{path} answers no JSON, but {_short(text)!r}; is it the completions server?"
-            ) from None
+            answer = parse_json(text.decode(errors="replace"), f"what {where} answers")
+        except ValueError as error:
+            begun = f": {_decoded(text)!r}" * bool(text)
+            raise ValueError(f"image tokens: {error}{begun}; is it the completions server?") from None
+        if isinstance(answer, dict) and answer.get("error"):
+            raise ValueError(f"image tokens: {where} answers an error: {_told(answer)}")
+        return answer
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -209,13 +257,22 @@ def base_of(url: str) -> str:
     except ValueError:  # a port that is no number, a bracket without its other
         parts, port = urlsplit(""), None
     path = parts.path.rstrip("/").removesuffix("/completions").removesuffix("/v1")
-    whole = parts.scheme in ("http", "https") and parts.hostname and url.isprintable() and " " not in url
+    whole = parts.scheme in ("http", "https") and _is_host(parts.hostname or "") and path.isascii()
+    whole = whole and url.isprintable() and " " not in url
     if not whole or port == 0 or parts.username is not None or parts.query or parts.fragment:
         raise ValueError(
             f"image tokens: {url!r} is no server's address; expected one as http://127.0.0.1:8000"
             + f", and a key in the environment variable {KEY}" * (parts.username is not None)
         )
     return f"{parts.scheme}://{parts.netloc}{path}"
+
+
+def _is_host(name: str) -> bool:
+    """Whether a name can be looked up: its parts between dots have 1 to 63 letters each."""
+    try:
+        return bool(name.encode("idna"))
+    except UnicodeError:
+        return False
 
 
 def _is_here(url: str) -> bool:
@@ -227,22 +284,37 @@ def _is_here(url: str) -> bool:
         return host == "localhost"
 
 
+def _are_ids(found: Any) -> bool:
+    return isinstance(found, list) and all(type(i) is int for i in found)
+
+
 def _message(error: urllib.error.HTTPError) -> str:
-    """What a server says of an error: in vLLM's and SGLang's JSON, FastAPI's, or whatever there is."""
+    """What a server says of an error, or whatever there is."""
     try:
-        text = error.read()
+        text = error.read(LARGEST)
     except (OSError, http.client.HTTPException):
         text = b""
     try:
-        told = json.loads(text)
-        told = told.get("error", told)
-        found = told if isinstance(told, str) else told.get("message") or told.get("detail") or told
-        return _short(str(found).encode())
-    except (ValueError, AttributeError):
-        return _short(text) or str(error.reason)
+        return _told(parse_json(text.decode(), "an error"))
+    except ValueError:
+        return _decoded(text) or _short(str(error.reason))
 
 
-def _short(text: bytes) -> str:
-    """The beginning of a text, in one line that a terminal can show."""
-    line = " ".join(text[:2000].decode(errors="replace").split())
+def _told(tree: Any) -> str:
+    """The message in the JSON of an error: vLLM's and SGLang's, or FastAPI's."""
+    told = tree.get("error", tree) if isinstance(tree, dict) else tree
+    found = told.get("message") or told.get("detail") or told if isinstance(told, dict) else told
+    try:
+        return _short(str(found))
+    except RecursionError:
+        return "JSON nested too deeply"
+
+
+def _decoded(text: bytes) -> str:
+    return _short(text[:2000].decode(errors="replace"))
+
+
+def _short(text: str) -> str:
+    """The beginning of a text, in one line that a terminal can show: what a server says may hold anything."""
+    line = " ".join(text[:2000].split())
     return "".join(c if c.isprintable() else "?" for c in line)[:300]

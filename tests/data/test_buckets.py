@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from image_files import encoded, noise, write_folder, write_tar
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from emf.data.batches import Batches, DataConfig
@@ -26,6 +28,7 @@ from emf.data.inspect import inspect
 from emf.data.mixture import BucketOrder, Dataset, Mixture
 from emf.data.sources import Source
 from emf.files import image_size, open_image
+from emf.recipes import sana_1600m
 
 SHAPES = {"square": (40, 40), "wide": (60, 30), "tall": (24, 60)}
 PICTURES = ["square"] * 6 + ["wide"] * 5 + ["tall"] * 3
@@ -94,6 +97,23 @@ def test_the_crop_is_the_largest_of_its_ratio() -> None:
     assert torch.equal(centre_crop(picture, (16, 16)), centre_crop(picture, 16))
 
 
+def test_code_that_is_made_for_one_size_is_refused() -> None:
+    config = sana_1600m()
+    data, sizes = DataConfig(("x",), 512, buckets=True), replace(config.transformer, sample_size=16)
+    for name in ("compile", "graphs"):
+        with pytest.raises(ValueError, match=f"config: {name} True makes its code for one size of picture"):
+            replace(config, data=data, transformer=sizes, **{name: True})
+
+
+def test_a_size_is_known_where_a_png_says_compressed_how_it_is_turned() -> None:
+    xmp = '<x xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+    for how in (False, True):
+        text = PngInfo()
+        text.add_itxt("XML:com.adobe.xmp", xmp, zip=how)
+        data = encoded(noise(0, 300, 200), "png", pnginfo=text)
+        assert image_size(data) == open_image(data).size == (200, 300)
+
+
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
 @pytest.mark.parametrize("orientation", [1, 3, 6])
 def test_a_size_is_that_of_the_upright_picture(kind: str, orientation: int, tmp_path: Path) -> None:
@@ -142,6 +162,8 @@ def test_nothing_is_left_over_when_a_bucket_has_been_gone_through(tmp_path: Path
             often = [counts[f"{i:04d}"] for i, other in enumerate(PICTURES) if other == name]
             assert max(often) - min(often) <= 1
     assert 18 <= min(counts.values()) <= max(counts.values()) <= 22  # 280 of 14
+    orders = [dataset.order.permutation(0, int(dataset.order.present[0]), epoch).tolist() for epoch in range(4)]
+    assert len({*map(tuple, orders)}) > 1 == len({*map(frozenset, orders)})  # in another order each time
 
 
 def test_a_share_of_the_steps_is_kept_to_a_few() -> None:
@@ -154,6 +176,8 @@ def test_a_share_of_the_steps_is_kept_to_a_few() -> None:
         counts[number] += 1
         assert abs(counts - np.array(weights) * (position + 1)).max() < 4, position
     assert Draws(weights, even_shares(3))[69_999] == (number, before)  # asked for alone
+    numbers = [[Draws(weights, even_shares(seed))[i][0] for i in range(20)] for seed in (3, 4)]
+    assert numbers[0] != numbers[1]
 
 
 def test_the_memory_of_an_order(monkeypatch: pytest.MonkeyPatch) -> None:

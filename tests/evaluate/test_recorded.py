@@ -32,9 +32,13 @@ def test_a_spread_is_the_mean_and_the_range_of_the_runs() -> None:
     assert f"{spreads(runs, 'gap')[1]:.0%}" == "50% (20%–80%)" and f"{spreads(runs, 'fm')[30]:.2f}" == "0.75"
     runs[0]["emf"]["2"] = 0.6
     lines = table({"digits": runs})
-    assert "| EMF, digits | 3 runs | 0.500 (0.350–0.650) | 0.600 of 1 | | | |" in lines
+    assert "| digits | 3 runs | 0.500 (0.350–0.650) | 0.600 of 1 | | | |" in lines
     assert "| gap closed, the paper's 3B | | 62% | 87% | 98% | | |" in lines
     assert lines[-1] == "Of `digits`: 3 runs, 3 seeds, 1 machine."
+    assert table({"digits": runs, "short": runs[:2]}) == [
+        *lines[:-1],
+        "Of `digits`: 3 runs, 3 seeds, 1 machine; too few seeds to be shown: `short`.",
+    ]
 
 
 def test_the_pages_hold_the_record() -> None:
@@ -73,13 +77,13 @@ def test_runs_are_added_to_the_record(tmp_path: Path, monkeypatch: pytest.Monkey
     record.write_text("{}")
     monkeypatch.setattr(renewing, "PAGES", (page,))
     monkeypatch.setattr(renewing, "RECORD", record)
-    for seed, few in ((0, 0.5), (1, 0.6), (1, 0.7)):
+    for seed, few in ((0, 0.5), (1, 0.6), (2, 0.6), (1, 0.7)):
         run = tmp_path / f"{seed}"
         run.mkdir(exist_ok=True)
         (run / "config.json").write_text(json.dumps({"recipe": "digits", "seed": seed}))
         (run / "scores.json").write_text(json.dumps(scores(few)))
         renewing.main([str(run), "--machine", "here"])
-    assert [run["emf"]["1"] for run in json.loads(record.read_text())["digits"]] == [0.5, 0.7]
+    assert [run["emf"]["1"] for run in json.loads(record.read_text())["digits"]] == [0.5, 0.6, 0.7]
     assert "0.600 (0.500–0.700)" in page.read_text() and page.read_text().startswith("a\n<!--")
     kept = record.read_text()
     for own in ({"steps": 7}, {"optim": {"lr": 0.5}}):

@@ -17,6 +17,7 @@ from emf.sample.ahead import GoOn, Unwanted, work_aside
 from emf.sample.image_batches import batches_of
 from emf.sample.sampler import Sampler
 from emf.sample.sampling_settings import Settings
+from emf_kernels import backend, rmsnorm
 
 CAPTIONS = ["a red seven", "two blue threes", "a four above a one", "a red seven", "three green twos"]
 CPU = torch.device("cpu")
@@ -66,6 +67,8 @@ def test_the_next_is_made_while_one_is_worked_on() -> None:
         return i
 
     assert list(work_aside(items(), work, CPU)) == [0, 1, 2, 3]
+    with backend("triton"):  # what is in force here is in force there
+        assert list(work_aside([1], lambda *_: rmsnorm.backend_for(torch.zeros(1)), CPU)) == ["triton"]
     assert list(work_aside([], work, CPU)) == []
 
 

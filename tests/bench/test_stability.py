@@ -1,0 +1,41 @@
+"""The bench of long runs measures the ratio that it says, and shows a run that ended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench.stability import plot, ratios, shown
+from emf_kernels import Dual
+
+
+class Known(nn.Module):
+    """u = 2 z + t, whose derivative along (v, 0, 1) is 2 v + 1."""
+
+    def forward(self, z: Dual, t: Dual, r: Tensor, *_: Tensor) -> Dual:
+        self.seen = t.primal, r
+        u = 2 * z.primal + t.primal.reshape(-1, 1, 1, 1)
+        return Dual(u, 2 * z.tangent + t.tangent.reshape(-1, 1, 1, 1))
+
+
+def test_the_ratio_is_of_the_tangent_to_the_value() -> None:
+    network = Known()
+    got = ratios(network)
+    t, r = network.seen
+    assert (r < t).all() and got.shape == t.shape and got.isfinite().all()
+    # pictures have a mean near -1 or 1 and noise has none: 2 v + 1 is a few times as large as 2 z + t at most
+    assert 0.2 < got.median() < 5
+    assert torch.equal(got, ratios(network))  # the same pictures, noise and times for every checkpoint
+
+
+def test_a_run_that_ended_is_shown_with_its_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = dict(step=1000, median=0.5, most=2.0, error=0.1, gradient=3.0)
+    runs: list[dict[str, Any]] = [dict(embedder_init="duplicate", time_scale=1000.0, fault="not finite", rows=[row])]
+    plot(runs, tmp_path / "stability.png")
+    shown(runs)
+    assert "not finite" in capsys.readouterr().out
+    assert (tmp_path / "stability.png").stat().st_size > 5000
