@@ -30,9 +30,9 @@ import torch
 from rich.filesize import decimal
 from torch import Tensor
 
-from emf.data.buckets import LIST, UNREAD
+from emf.data.buckets import LIST, UNREAD, sizes
 from emf.data.drops import Dropped, Drops
-from emf.data.images import Images, Sample, count_buckets, fetch, marks, turned
+from emf.data.images import Images, Sample, check_sizes, count_buckets, fetch, marks, turned
 from emf.data.shards import Shard, is_whole, shard_file, write_shard
 from emf.files import SETTINGS, check_claim, claim, filled, read_object
 from emf.show.progress import bars, track
@@ -182,6 +182,26 @@ def check_same_encoder(out: Path, shards: Iterable[int], probe: Sample) -> None:
         return
 
 
+def check_same_sizes(out: Path, settings: dict[str, Any]) -> None:
+    """Raises ValueError where the folder holds a cache of as many samples of other sizes by ratio."""
+    if not (out / SETTINGS).is_file():
+        return
+    old = read_settings(out)
+    there, now = old.get("buckets"), settings["buckets"]
+    same = all(old[name] == settings[name] for name in ("names", "counts", "size"))
+    if there is None or not same or there == now:
+        return
+    told = [
+        f"{width}x{height} ({a} then, {b} now)"
+        for (width, height), a, b in zip(sizes(old["size"]), there, now, strict=True)
+        if a != b
+    ]
+    raise ValueError(
+        f"cache: the sizes of samples changed since {out} was made: {', '.join(told[:5])}{', ...' * (len(told) > 5)}; "
+        "choose another --out"
+    )
+
+
 def check_unchanged(
     out: Path, images: Images, whole: Sequence[int], parts: Sequence[Sequence[int]], workers: int
 ) -> None:
@@ -237,7 +257,9 @@ def write_cache(
     if any(images.runs):
         settings["runs"] = images.runs
     if images.buckets is not None:
+        check_sizes(images)
         settings["buckets"] = count_buckets(images.buckets)
+        check_same_sizes(out, settings)
     how: Any = dict(own=None, who="cache: ", advice="choose another --out")
     check_claim(out, settings, **how)
     probe = encode_samples([first_usable(images, workers)], encode, tokenize, DTYPES[dtype])[0]

@@ -88,6 +88,16 @@ def count_buckets(buckets: Sequence[np.ndarray]) -> list[int]:
     return counts
 
 
+def check_sizes(store: Store) -> None:
+    """Raises ValueError on a source of which no sample has a bucket."""
+    for name, buckets in zip(store.names, store.buckets or [], strict=False):
+        if not (buckets != UNREAD).any():
+            raise ValueError(
+                f"data: {name}: none of {len(buckets)} samples has a size that can be read; emf data inspect names "
+                "them; leave that source out"
+            )
+
+
 def stamps(store: Store) -> list[str]:
     """Of each source a digest of all that its order hangs on besides weights and seed: how many samples it has, which
     are read together, and the bucket of each. Who has another one trains on other samples at the same step."""

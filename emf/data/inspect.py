@@ -126,6 +126,8 @@ def show(figures: dict[str, Any], out: Console) -> None:
         total = sum(figures["buckets"].values())
         rows = [[name, f"{n:,}", f"{n / total:.1%}"] for name, n in figures["buckets"].items()]
         out.print(terminal(("width x height", "usable", "share"), rows, "with --data.buckets True", words=(0,)))
+    elif figures["crop"] % PARTS:
+        out.print(f"no sizes by ratio: --data.buckets True needs a --size that is a multiple of {PARTS}")
     rows = [[name, *(f"{v:g}" for v in values.values())] for name, values in figures["quantiles"].items()]
     out.print(terminal(("", *(f"{q} %" for q in QUANTILES)), rows, "what is usable", words=(0,)))
 

@@ -19,7 +19,7 @@ import numpy as np
 from emf.data.buckets import LIST
 from emf.data.draws import Draws, even_shares, random_numbers, random_shares
 from emf.data.drops import Dropped
-from emf.data.images import Sample, Store
+from emf.data.images import Sample, Store, check_sizes
 from emf.data.tables import MIXED
 
 Place = tuple[int, int, int]
@@ -101,17 +101,12 @@ class BucketOrder:
     permutation every time they are gone through. A batch goes on into the next: nothing is left over at an end.
     """
 
-    def __init__(
-        self, mixture: Mixture, buckets: Sequence[np.ndarray], weights: Sequence[float], names: Sequence[str]
-    ) -> None:
-        """buckets: of the samples of each source; see Store. Raises ValueError on a source without any size."""
+    def __init__(self, mixture: Mixture, buckets: Sequence[np.ndarray], weights: Sequence[float]) -> None:
+        """buckets: of the samples of each source, each of which has some with a size; see Store."""
         self.mixture, self.buckets, seed = mixture, buckets, mixture.seed
         self.counts = np.stack([np.bincount(b[b >= 0], minlength=len(LIST)) for b in buckets])
         """[sources, buckets]: how many samples there are."""
         of_source = self.counts.sum(1)
-        for name, known, count in zip(names, of_source, mixture.counts, strict=True):
-            if not known:
-                raise ValueError(f"data: {name}: none of {count} samples has a size that can be read")
         shares = self.counts / of_source[:, None] * (np.asarray(weights) / np.sum(weights))[:, None]
         self.present = np.flatnonzero(of_bucket := shares.sum(0))
         self._steps = Draws(of_bucket[self.present], even_shares(seed))
@@ -170,7 +165,8 @@ class Dataset:
         mixture = Mixture(store.counts, store.weights, seed, store.runs)
         self.order: Mixture | BucketOrder = mixture
         if store.buckets is not None:
-            self.order = BucketOrder(mixture, store.buckets, store.weights, store.names)
+            check_sizes(store)
+            self.order = BucketOrder(mixture, store.buckets, store.weights)
         self._bad = [np.zeros(n, bool) for n in store.counts]
         self._pool = ThreadPoolExecutor(workers)
 

@@ -105,19 +105,25 @@ def check_same_run(config: Config, checkpoint: Path) -> None:
     if isinstance(condition, dict) and condition.get("kind") == "blip3o" and condition.get("folder") is None:
         condition["folder"] = made.get("init")  # where the encoder lay
     # a field that the checkpoint does not know was added since, with a default that changes nothing
-    differ = [key for key in now if key in made and not _agree(made[key], now[key], key)]
+    differ = [name for key in now if key in made for name in _differing(made[key], now[key], key)]
     if differ:
-        other = "another model" if {"objective", "transformer", "encoder"} & set(differ) else "another run"
+        of_model = {"objective", "transformer", "encoder"} & {name.partition(".")[0] for name in differ}
+        other = "another model" if of_model else "another run"
         raise ValueError(f"resume: {checkpoint} is of {other} ({', '.join(differ)} differ); choose another --out")
 
 
+def _differing(made: Any, now: Any, name: str) -> list[str]:
+    """The names of the fields in which two values of a config do not agree."""
+    if name not in MAY_CHANGE and isinstance(made, dict) and isinstance(now, dict):
+        both = [key for key in now if key in made]
+        return [inner for key in both for inner in _differing(made[key], now[key], f"{name}.{key}")]
+    return [] if _agree(made, now, name) else [name]
+
+
 def _agree(made: Any, now: Any, name: str) -> bool:
-    """Whether two values of a config, the first read from its file, are the same in every field that both have and that
-    may not change."""
+    """Whether two values of a config, the first read from its file, are the same, or may be others."""
     if name in MAY_CHANGE:
         return True
-    if isinstance(made, dict) and isinstance(now, dict):
-        return all(_agree(made[k], now[k], f"{name}.{k}") for k in made.keys() & now.keys())
     if isinstance(made, str) and isinstance(now, Path):
         return same_place(made, now)
     if isinstance(now, tuple):

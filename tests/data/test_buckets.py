@@ -205,8 +205,12 @@ def test_another_of_its_bucket_takes_the_place_of_what_cannot_be_used(tmp_path: 
     ranks = [Dataset(bucketed([Source(str(first))]), 0) for _ in range(2)]
     assert all(seen(d, step, part, 2) for step in range(9) for part, d in enumerate(ranks))
     nothing = write_folder(tmp_path / "c", members(["tall"]) | {"0000.png": b"no"})
-    with pytest.raises(ValueError, match="none of 1 samples has a size that can be read"):
-        Dataset(bucketed([Source(str(nothing))]), 0)
+    beside = bucketed([Source(str(second)), Source(str(nothing))])
+    told = f"{nothing}: none of 1 samples has a size that can be read; emf data inspect names them; leave that source"
+    with pytest.raises(ValueError, match=told):
+        Dataset(beside, 0)
+    with pytest.raises(ValueError, match=told):
+        write_cache(beside, encode, tmp_path / "cache", encoder="s")
     broken = write_folder(tmp_path / "d", members(["tall"]) | {"0000.png": cut})
     with pytest.raises(ValueError, match="none of 1 samples can be used"):
         Dataset(bucketed([Source(str(broken))]), 0).batch(0, 2)
@@ -215,7 +219,7 @@ def test_another_of_its_bucket_takes_the_place_of_what_cannot_be_used(tmp_path: 
 def test_rows_that_are_read_together_come_together() -> None:
     mixture = Mixture([4000], [1.0], 0, [[1000] * 4])
     bucket = (np.arange(4000) % 4 == 0).astype(np.int16)
-    order = BucketOrder(mixture, [bucket], [1.0], ["x"])
+    order = BucketOrder(mixture, [bucket], [1.0])
     places = [order.place(1, position) for position in range(1000)]
     assert sorted(index for _, index, _ in places) == list(range(0, 4000, 4))
     groups = [index // 1000 for _, index, _ in places]
@@ -242,6 +246,18 @@ def test_a_cache_gives_the_batches_of_its_images(sources: list[Source], tmp_path
     assert read_settings(tmp_path / "c")["buckets"][nearest(60, 30)] == 7
     with pytest.raises(ValueError, match="choose another --out"):
         write_cache(Images(sources, 32), encode, tmp_path / "c", encoder="s", shard=2)
+
+
+def test_a_cache_of_pictures_that_changed_their_ratio_says_which_sizes(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "x", members(["square", "wide", "wide"]))
+    write_cache(bucketed([Source(str(folder))], 32), encode, tmp_path / "c", encoder="s")
+    (folder / "0001.png").write_bytes(encoded(noise(1, *SHAPES["square"])))
+    with pytest.raises(ValueError) as refused:
+        write_cache(bucketed([Source(str(folder))], 32), encode, tmp_path / "c", encoder="s")
+    assert str(refused.value) == (
+        f"cache: the sizes of samples changed since {tmp_path / 'c'} was made: 44x22 (2 then, 1 now), 32x32 (1 then, 2 "
+        "now); choose another --out"
+    )
 
 
 def test_shards_are_of_one_bucket() -> None:
@@ -302,7 +318,10 @@ def test_rows_of_a_parquet_file_have_buckets(tmp_path: Path) -> None:
     assert len(often) == 14 and max(often.values()) - min(often.values()) <= 2
 
 
-def test_inspect_counts_them(sources: list[Source], tmp_path: Path) -> None:
+def test_inspect_counts_them(sources: list[Source], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures = inspect(sources, 32, tmp_path / "out")
     assert figures["buckets"] == {"44x22": 7, "32x32": 4, "20x50": 4}
+    assert "no sizes by ratio" not in capsys.readouterr().out
     assert inspect(sources[1:], 30, tmp_path / "other")["buckets"] == {}
+    said = " ".join(capsys.readouterr().out.split())
+    assert "no sizes by ratio: --data.buckets True needs a --size that is a multiple of 16" in said

@@ -142,6 +142,9 @@ def test_what_no_checkpoint_tells_of_is_kept(tmp_path: Path) -> None:
     check_folder_of_run(tmp_path, [], digits(), resume=True)
     with pytest.raises(ValueError, match=r"^resume: .* is of another run \(seed differ\)"):
         check_folder_of_run(tmp_path, [], replace(digits(), seed=1), resume=True)
+    other = replace(digits(), data=replace(digits().data, size=64, workers=3))
+    with pytest.raises(ValueError, match=r"^resume: .* is of another run \(data.size differ\)"):
+        check_folder_of_run(tmp_path, [], other, resume=True)
 
 
 def _interrupt(step: int) -> None:
