@@ -169,7 +169,8 @@ def test_two_commands_write_into_one_folder(
 ) -> None:
     """While one command has written `file` and not yet put it in its place, another runs from beginning to end."""
     monkeypatch.setattr(fid, "frechet", lambda drawn, real: 1.5)
-    replace, others = os.replace, []
+    replace = os.replace
+    others: list[int] = []
 
     def replaced(part: Path, path: Path) -> None:
         if path.name == file and not others:
