@@ -91,5 +91,7 @@ def table(record: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     share = {n: f"{(score - fm[1]) / (fm[30] - fm[1]):.0%}" for n, score in paper.items()}
     rows.append(["gap closed, the paper's 3B", "", *(share.get(n, "") for n in COUNTS)])
     told = "; ".join(f"`{recipe}`: {about(runs)}" for recipe, runs in record.items())
-    told += "; too few seeds to be shown: " * bool(few) + ", ".join(f"`{recipe}`" for recipe in few)
-    return [*markdown(("overall score, mean (range)", "of", *(f"{n}" for n in COUNTS)), rows), "", f"Of {told}."]
+    last = [f"Of {told}."] + ["Too few seeds to be shown: " + ", ".join(f"`{recipe}`" for recipe in few) + "."] * bool(
+        few
+    )
+    return [*markdown(("overall score, mean (range)", "of", *(f"{n}" for n in COUNTS)), rows), "", *last]

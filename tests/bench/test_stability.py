@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.stability import plot, ratios, shown
+from bench.stability import CASES, RECORD, plot, ratios, shown
+from emf.files import read_json
 from emf_kernels import Dual
 
 
@@ -30,6 +32,14 @@ def test_the_ratio_is_of_the_tangent_to_the_value() -> None:
     # pictures have a mean near -1 or 1 and noise has none: 2 v + 1 is a few times as large as 2 z + t at most
     assert 0.2 < got.median() < 5
     assert torch.equal(got, ratios(network))  # the same pictures, noise and times for every checkpoint
+
+
+def test_the_record_has_every_run_to_its_end_or_its_fault() -> None:
+    record = read_json(RECORD)
+    assert [(run["embedder_init"], run["time_scale"]) for run in record["runs"]] == list(CASES)
+    for run in record["runs"]:
+        assert run["fault"] or run["rows"][-1]["step"] == record["steps"]
+        assert all(math.isfinite(row[name]) for row in run["rows"] for name in ("median", "most", "error", "gradient"))
 
 
 def test_a_run_that_ended_is_shown_with_its_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

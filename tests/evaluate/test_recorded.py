@@ -37,7 +37,8 @@ def test_a_spread_is_the_mean_and_the_range_of_the_runs() -> None:
     assert lines[-1] == "Of `digits`: 3 runs, 3 seeds, 1 machine."
     assert table({"digits": runs, "short": runs[:2]}) == [
         *lines[:-1],
-        "Of `digits`: 3 runs, 3 seeds, 1 machine; too few seeds to be shown: `short`.",
+        "Of `digits`: 3 runs, 3 seeds, 1 machine.",
+        "Too few seeds to be shown: `short`.",
     ]
 
 
