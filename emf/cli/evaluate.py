@@ -216,8 +216,8 @@ def fid(
 
     Args:
         out: folder for the features, results.json and results.md
-        images: pictures, with manifest.jsonl or without
-        real: folder of real pictures
+        images: pictures, with manifest.jsonl or without; .png, .jpg, .jpeg and .webp are read, subfolders are not
+        real: folder of real pictures, read as files alone, whatever a manifest.jsonl in it lists
         weights: inception-2015-12-05.pt, the network
         device: where to compute: cpu, cuda, cuda:1; auto: the GPU where there is one
         name: what the table calls the model that is scored

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from emf.device import AUTO
 from emf.device import device as find_device
 from emf.evaluate.benchmark import ELSEWHERE, OWN, Result, stamp, stamps, write_results
-from emf.evaluate.generated import pictures_in
-from emf.files import claim, open_image, whole_file, whole_path, why
+from emf.evaluate.generated import pictures_beside, pictures_in, unchecked
+from emf.files import BrokenImage, claim, image_size, open_image, read_bytes, whole_file, whole_path, why
 from emf.sample.sampler import bad_weight
-from emf.show.progress import bars, say
+from emf.show.progress import bars, say, track
 from emf.weights.tensors import items, read_weights, write_file
 
 LABEL = "FID (TorchScript Inception 2015-12-05, torchmetrics)"
@@ -116,6 +116,7 @@ def computed(
         except ValueError as error:
             raise ValueError(f"FID: {error}; remove it, and it is computed again") from None
     missing = [digest for digest in work if digest not in done]
+    check_pictures([work[digest] for digest in missing])
     shares = [missing[i : i + PART] for i in range(0, len(missing), PART)]
     with bars(disable=not missing) as progress:
         task = progress.add_task("features", total=len(missing))
@@ -136,8 +137,20 @@ def computed(
 
 
 def as_pixels(file: Path) -> Tensor:
-    """A picture as uint8 [3, H, W]."""
-    return torch.from_numpy(np.array(open_image(file))).permute(2, 0, 1)
+    """A picture as uint8 [3, H, W]. Raises ValueError where it cannot be read."""
+    try:
+        return torch.from_numpy(np.array(open_image(file))).permute(2, 0, 1)
+    except BrokenImage as error:
+        raise ValueError(f"FID: {error}; replace or remove it") from None
+
+
+def check_pictures(files: Sequence[Path]) -> None:
+    """Raises ValueError where a picture's header shows that it cannot be read, before hours of features."""
+    for file in track(files, "looking", disable=not files):
+        try:
+            image_size(read_bytes(file), str(file))
+        except BrokenImage as error:
+            raise ValueError(f"FID: {error}; replace or remove it") from None
 
 
 def run_fid(
@@ -153,7 +166,7 @@ def run_fid(
     """The distance of a folder of pictures to one of real ones; features, results.json and results.md in `out`. A
     killed run goes on where it was. Raises ValueError on what is missing, before the network is read."""
     files = {"drawn": [root / file for file in pictures_in(root, "FID", steps)]}
-    files |= {"real": [real / file for file in pictures_in(real, "FID")]}
+    files |= {"real": [real / file for file in pictures_beside(real, "FID")]}
     if whole_path(root) == whole_path(real):
         raise ValueError(f"FID: {root} would be compared with itself; give --real the folder of real pictures")
     if whole_path(out) in (whole_path(root), whole_path(real)):
@@ -172,7 +185,7 @@ def run_fid(
     told = f"{len(drawn)} pictures against {len(others)} real ones"
     if min(len(drawn), len(others)) < ENOUGH:
         told += f": with fewer than {ENOUGH} of either the score is too high, by more with fewer"
-    deviations = [f"{told}; compare scores of equal numbers alone", *DEVIATIONS]
+    deviations = [f"{told}; compare scores of equal numbers alone", *unchecked(root, steps), *DEVIATIONS]
     say("the distance, which takes half a minute")
     called = name or root.resolve().name
     result = Result("FID", LABEL, called, steps, frechet(drawn, others), {}, len(drawn), settings, deviations)

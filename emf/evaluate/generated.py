@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from mimetypes import guess_type
 from pathlib import Path
 from typing import Any
 
 from emf.evaluate.benchmark import check_images
 from emf.files import files_in, numbered_jsonl
 from emf.sample.picture_files import MANIFEST
+from emf.show.progress import say
 
 WAY = ("run", "steps", "guidance", "flow_matching", "size", "image_tokens", "scale")
 """What manifest.jsonl says of how a picture was drawn: a score is of one way."""
 KINDS = (".png", ".jpg", ".jpeg", ".webp")
+READ = f"{', '.join(KINDS)} in the folder itself are read, no subfolders"
 
 
 def pictures_in(root: Path, who: str, steps: int | None = None) -> dict[str, Any]:
@@ -23,12 +26,32 @@ def pictures_in(root: Path, who: str, steps: int | None = None) -> dict[str, Any
     """
     check_images(root)
     if not (root / MANIFEST).is_file():
-        prompts = dict.fromkeys(sorted(file.name for file in files_in(root, "*") if file.suffix.lower() in KINDS))
-    else:
-        prompts = _listed(root, who, steps)
-    if not prompts:
+        return dict.fromkeys(pictures_beside(root, who))
+    if not (prompts := _listed(root, who, steps)):
         raise ValueError(f"{who}: {root} holds no pictures{'' if steps is None else f' drawn in {steps} steps'}")
     return prompts
+
+
+def pictures_beside(root: Path, who: str) -> list[str]:
+    """The names of all pictures of a folder, whatever a manifest lists; what is left out is said in one line. Raises
+    ValueError where there is none."""
+    check_images(root)
+    every = files_in(root, "*")
+    names = sorted(file.name for file in every if file.suffix.lower() in KINDS)
+    if not names:
+        raise ValueError(f"{who}: {root} holds no pictures; {READ}")
+    folders = sum(file.is_dir() for file in every)
+    others = sum((guess_type(file.name)[0] or "").startswith("image/") for file in every) - len(names)
+    if folders or others > 0:
+        say(f"{who}: of {root} {folders} subfolders and {max(others, 0)} pictures of other kinds are left out; {READ}")
+    return names
+
+
+def unchecked(root: Path, steps: int | None) -> list[str]:
+    """What a table has to say of a number of steps that no manifest tells."""
+    if steps is None or (root / MANIFEST).is_file():
+        return []
+    return [f"that the pictures were drawn in {steps} steps is what --steps says; no {MANIFEST} tells it"]
 
 
 def _listed(root: Path, who: str, steps: int | None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from emf.device import AUTO
 from emf.device import device as find_device
 from emf.evaluate.benchmark import Result, Row, mean, score_images, stamps, write_results
 from emf.evaluate.clip import Clip, center_square, normalized, pretrained
-from emf.evaluate.generated import pictures_in
+from emf.evaluate.generated import pictures_in, unchecked
 from emf.evaluate.network_names import PICK, PICK_TOKENIZER
 from emf.files import open_image, place_or_name, read_text, whole_path
 from emf.sample.picture_files import MANIFEST
@@ -92,6 +92,8 @@ def run_pick(
     rows = score_images(out, settings, digests, score, batch)
     overall = mean(row["score"] for row in rows)
     called = name or root.resolve().name
-    result = Result("PickScore", LABEL, called, steps, overall, {}, len(rows), settings, list(DEVIATIONS))
+    result = Result(
+        "PickScore", LABEL, called, steps, overall, {}, len(rows), settings, [*DEVIATIONS, *unchecked(root, steps)]
+    )
     write_results(out, result)
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from emf.cli.main import main
 from emf.evaluate import fid
 from emf.evaluate.fid import frechet, run_fid
+from emf.evaluate.generated import unchecked
 
 pytest.importorskip("torchmetrics")
 
@@ -163,6 +165,46 @@ def test_what_is_computed_stays_and_a_new_picture_is_computed(
         run_fid(drawn, real, tmp_path / "out", weights, device="cpu")
 
 
+def test_pictures_are_read_as_files_and_what_is_left_out_is_said(
+    weights: Path,
+    folders: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A manifest among the real pictures neither chooses nor refuses; steps that no manifest tells are noted."""
+    drawn, real = folders
+    rows = [{"file": f"{i}.png", "steps": steps} for i, steps in enumerate((1, 4))]
+    (real / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for file in (drawn / "a.bmp", drawn / "0.txt"):
+        file.touch()
+    (drawn / "more").mkdir()
+    monkeypatch.setattr(fid, "frechet", lambda drawn, real: float(len(drawn) + 100 * len(real)))
+    result = run_fid(drawn, real, tmp_path / "out", weights, device="cpu", steps=4)
+    assert result.overall == 6 + 500
+    assert result.deviations[1] == (
+        "that the pictures were drawn in 4 steps is what --steps says; no manifest.jsonl tells it"
+    )
+    said = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert len(said) == 1 and f"of {drawn} 1 subfolders and 1 pictures of other kinds are left out" in said[0]
+    assert unchecked(real, 1) == [] and unchecked(drawn, None) == []
+
+
+def test_a_broken_picture_is_found_before_any_feature(
+    weights: Path, folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its header; one that is cut short is found when it is its turn."""
+    drawn, real = folders
+    (real / "9.png").write_text("no picture")
+    with monkeypatch.context() as patch:
+        patch.setattr(fid, "as_pixels", lambda file: pytest.fail("a picture was decoded"))
+        with pytest.raises(ValueError, match=r"^FID: .*9\.png cannot be read as an image: .*; replace or remove it$"):
+            run_fid(drawn, real, tmp_path / "out", weights, device="cpu")
+    (real / "9.png").write_bytes((real / "0.png").read_bytes()[:-60])
+    with pytest.raises(ValueError, match=r"^FID: .*9\.png cannot be read as an image: .*; replace or remove it$"):
+        run_fid(drawn, real, tmp_path / "out", weights, device="cpu")
+
+
 @pytest.mark.parametrize("file", ["settings.json", "results.json", "results.md"])
 def test_two_commands_write_into_one_folder(
     weights: Path, folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
@@ -221,7 +263,10 @@ def test_what_is_missing_is_one_line(
         ([drawn, "--real", real, "--weights", str(tmp_path / "nan.pt")], "fc.weight of"),
         ([drawn, "--real", drawn, *given], "would be compared with itself"),
         ([drawn, "--real", str(one), *given], "one real picture alone has no covariance"),
-        ([drawn, "--real", str(tmp_path), *given], "holds no pictures"),
+        (
+            [drawn, "--real", str(tmp_path), *given],
+            "pictures; .png, .jpg, .jpeg, .webp in the folder itself are read, no sub",
+        ),
         ([drawn, "--real", real, "--weights", str(tmp_path / "narrow.pt")], "gives no 64 features a picture"),
     ):
         monkeypatch.setattr("sys.argv", ["emf", "evaluate", "fid", *words, "--out", str(tmp_path / "out")])
