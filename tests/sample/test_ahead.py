@@ -103,15 +103,18 @@ def test_an_error_comes_as_it_is_after_what_was_drawn() -> None:
 
 @pytest.mark.parametrize("where", ["made", "waited"])
 def test_an_interrupt_ends_what_is_under_way(where: str) -> None:
+    # a shell that puts the tests into the background has SIGINT ignored in them
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     ended: list[Any] = []
     began = threading.Event()
 
     def work(i: int, go_on: GoOn) -> int:
         began.set()
         try:
-            while True:
+            for _ in range(4000):
                 go_on()
                 time.sleep(0.005)
+            return i
         except Unwanted as error:
             ended.append(error)
             raise
@@ -128,8 +131,11 @@ def test_an_interrupt_ends_what_is_under_way(where: str) -> None:
         assert main is not None
         stop = threading.Timer(0.2, signal.pthread_kill, (main, signal.SIGINT))
         stop.start()
-    with pytest.raises(KeyboardInterrupt):
-        list(work_aside(source, work, CPU))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(work_aside(source, work, CPU))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(ended) == 1
     if stop is not None:
         stop.join()
