@@ -113,7 +113,7 @@ def test_settings_come_from_the_sampler_where_a_call_says_nothing(network: TextT
         ("24", "size '24'; expected WIDTHxHEIGHT in pixels, as 1152x896"),
         ("0x18", "expected WIDTHxHEIGHT"),
         ("18x-6", "expected WIDTHxHEIGHT"),
-        ("99999x6", "must be at least 1 and at most 65536"),
+        ("99999x6", "expected sides of at most 65536 pixels"),
     ],
 )
 def test_a_size_that_cannot_be_drawn_is_refused(sampler: Sampler, size: str, told: str) -> None:
