@@ -18,11 +18,11 @@ from bench.precision import OUT
 from emf.config import Config
 from emf.evaluate.recorded import Spread
 from emf.files import read_json, write_json
-from emf.flow_config import FlowConfig, MatchConfig
+from emf.flow_config import FlowConfig
 from emf.paper.parts import Budget, Part
 from emf.paper.runs import SCORES, run_parts, train_whole
 from emf.paper.scoring import score
-from emf.recipes import digits
+from emf.recipes import digits, digits_one_step
 from emf.sample.sampling_settings import GUIDANCE
 
 RECORD = OUT / "one-step.json"
@@ -36,7 +36,7 @@ def flow(**settings: Any) -> Callable[[Config], Config]:
 
 
 def matched(config: Config) -> Config:
-    return replace(flow()(config), match=MatchConfig(weight=1.0, share=0.375, begin=0.6))
+    return replace(flow()(config), match=digits_one_step().match)
 
 
 MEANS: dict[str, Callable[[Config], Config]] = {

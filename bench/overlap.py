@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,24 +87,25 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=4, help="batches of a measurement")
     asked = parser.parse_args()
     torch.manual_seed(0)
-    network = TextToImage(encoder(), Transformer(SIZES)).eval()
+    text = encoder()
+    network = TextToImage(text, Transformer(SIZES)).eval()
     config = Config(
         "converted", "meanflow", transformer=SIZES, condition=ConditionConfig("blip3o", Path("language_model"))
     )
 
-    def answer(path: str, body: dict[str, Any], own: Any) -> Answer:
+    def answer(path: str, body: dict[str, Any], own: Callable[[], Answer]) -> Answer:
         if path != "/v1/completions":
-            return own()  # type: ignore[no-any-return]
+            return own()
         time.sleep(asked.latency)
         generator = torch.Generator().manual_seed(body["seed"])
         ids = len(SPECIAL) + torch.randint(CODES, (body["max_tokens"],), generator=generator)
         return 200, {"choices": [{"token_ids": ids.tolist()}]}
 
     rows = []
-    with served(None, network.encoder.tokenizer) as server:  # type: ignore[union-attr]
+    with served(None, text.tokenizer) as server:
         server.answer = answer
         engine = TokenServer(server.url)
-        engine.begin(network.encoder, Path())  # type: ignore[arg-type]
+        engine.begin(text, Path())
         sampler = Sampler(config, network, engine=engine)
         for batch in (1, 2, 4):
             how = Settings(steps=asked.steps, guidance=2.0, batch=batch)

@@ -18,6 +18,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,8 +94,8 @@ def measure(size: str, batch: int, tokens: int, rounds: int) -> dict[str, Any]:
     made: dict[str, Tensor] = {}
     for i in range(rounds + 1):  # the first warms up
         for way, run in ways.items():
-            prompt, _ = timed(lambda run=run: run(uniform[:, :1]))  # type: ignore[misc]
-            whole, made[way] = timed(lambda run=run: run(uniform))  # type: ignore[misc]
+            prompt, _ = timed(partial(run, uniform[:, :1]))
+            whole, made[way] = timed(partial(run, uniform))
             if i:
                 begun[way].append(1e3 * prompt)
                 took[way].append(1e3 * (whole - prompt) / (tokens - 1))

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from emf.config import Scale
 from emf.limits import Within
 
 Pixels = Annotated[int, Within(1, 65_536)]
@@ -42,7 +43,7 @@ def cache(
     vae: Path,
     out: Path,
     ta_tok: Path | None = None,
-    scale: Literal[1, 2, 3] = 1,
+    scale: Scale = 1,
     size: Pixels = 1024,
     *,
     buckets: bool = False,

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from emf.config import Scale
 from emf.limits import Within
 from emf.sample.sampling_settings import Ar, AtOnce, Guidance, Seed, Steps, one_engine
 
@@ -28,7 +29,7 @@ def generate(
     text: Path | None = None,
     ar: Ar = None,
     ar_server: str | None = None,
-    scale: Literal[1, 2, 3] | None = None,
+    scale: Scale | None = None,
     batch: AtOnce = 4,
     dtype: Literal["float32", "bfloat16"] | None = None,
     device: str = "auto",

@@ -142,7 +142,7 @@ def draw_pictures(
         claim(folder, {**told, "steps": steps}, own, name=SETTINGS, advice=ELSEWHERE, writer=rank)
         for name, text in texts.items():
             write_text(folder / name, text, rank)
-    parts = [group_batches(group, replace(how, steps=steps)) for steps, group in todo]
+    batches = [b for steps, group in todo for b in group_batches(group, replace(how, steps=steps))]
     left_over: list[Image.Image] = []
     files = iter([(steps, item) for steps, group in todo for item in group])
 
@@ -159,7 +159,7 @@ def draw_pictures(
 
     with bars() as progress:
         task = progress.add_task("drawing", total=sum(len(group) for _, group in todo))
-        for written in sampler.draw([b for batches in parts for b in batches], write):
+        for written in sampler.draw(batches, write):
             progress.advance(task, written)
     if rank == 0:
         wait_for([out / str(steps) / IMAGES / item.file for steps in drawing.counts for item in items])
