@@ -16,7 +16,7 @@ from emf.analyze.digit_pairs import DIGITS
 from emf.analyze.discriminability import run_discriminability
 from emf.analyze.disentanglement import run_disentanglement
 from emf.analyze.names import EncoderName
-from emf.analyze.outcome import HOW, RESULTS, TABLE, Row, check_out, claim
+from emf.analyze.outcome import HOW, RESULTS, TABLE, Row, alone, check_out
 from emf.analyze.ranking import Ranking, rank
 from emf.show.table import Markdown, bold, console, markdown, terminal
 
@@ -57,18 +57,19 @@ def compare_encoders(
     check_out(out, ())
     files.check_claim(out, settings, (RESULTS, TABLE), growing="encoders", **HOW)
     folders = [out / score for score in SCORES]
-    found = run_discriminability(encoders, data, folders[0], Protocol(seed=seed), embedding, dino, compute=compute)
-    apart = run_disentanglement(encoders, prompts, folders[1], Shortening(seed=seed), embedding, compute=compute)
-    rows = dict(zip(SCORES, (found, apart), strict=True))
-    claim(out, settings, "encoders", ())
-    rankings = {
-        name: rank({row.name: row.each[i] for row in scored}, seed=seed)
-        for score, scored in rows.items()
-        for i, name in ((0, score), (1, f"{score}, centred"))
-        if all(np.isfinite(row.each[i]).all() for row in scored)
-    }
-    _write(out, rows, rankings, settings)
-    return rankings
+    with alone(out):
+        found = run_discriminability(encoders, data, folders[0], Protocol(seed=seed), embedding, dino, compute=compute)
+        apart = run_disentanglement(encoders, prompts, folders[1], Shortening(seed=seed), embedding, compute=compute)
+        rows = dict(zip(SCORES, (found, apart), strict=True))
+        files.claim(out, settings, (RESULTS, TABLE), growing="encoders", **HOW)
+        rankings = {
+            name: rank({row.name: row.each[i] for row in scored}, seed=seed)
+            for score, scored in rows.items()
+            for i, name in ((0, score), (1, f"{score}, centred"))
+            if all(np.isfinite(row.each[i]).all() for row in scored)
+        }
+        _write(out, rows, rankings, settings)
+        return rankings
 
 
 def _write(out: Path, rows: dict[str, list[Row]], rankings: dict[str, Ranking], settings: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from emf.analyze.dino import Dino
 from emf.analyze.encoders import CUT, TextVectors
 from emf.analyze.figures import plot_scores
 from emf.analyze.names import EncoderName, folder_stamp
-from emf.analyze.outcome import Outcome, Row, check_out, claim
+from emf.analyze.outcome import Outcome, Row, check_out, claimed
 from emf.analyze.pairs import Pairs, choose_captions, choose_queries, read_pairs, readable
 from emf.analyze.retrieval import BLOCK, cosine, mean_vector, nearest
 from emf.analyze.vectors import Gathered, VectorCache
@@ -161,43 +161,43 @@ def run_discriminability(
     settings: dict[str, Any] = {"analysis": "discriminability", "data": source}
     settings |= {"dino": place_or_name(dino), "dtype": compute.dtype} | asdict(protocol) | {"text": asdict(how)}
     named = {e.name: e.place for e in encoders}
-    claim(out, settings | {"encoders": named}, "encoders", (PLOT, SHEET))
-    pairs = readable(pairs, str(data or DIGITS))
-    chosen = choose_captions(pairs.image, protocol.captions, protocol.seed)
-    captions, image = [pairs.captions[i] for i in chosen], pairs.image[chosen]
-    queries = choose_queries(image, protocol.queries or None, protocol.seed)
-    found = Retrieved(pairs, chosen, image, queries, {})
-    for encoder in encoders:
-        vectors = TextVectors(encoder, how, out, compute.dtype, device)(captions, compute.batch)
-        found.hits[encoder.name] = tuple(  # type: ignore[assignment]
-            nearest(vectors, image, queries, protocol.k, mean=mean, device=device, progress=True)[0]
-            for mean in (None, mean_vector(vectors))
-        )
-    features = _features(found, network, dino, out, compute.batch)
-    rows, further = [], {}
-    for name, hits in found.hits.items():
-        each = [image_similarity(features, image[queries], image[index]) for index in hits]
-        plain, centred = (bootstrap(x, resamples=protocol.resamples, seed=protocol.seed) for x in each)
-        rows.append(Row(name, plain, centred, (each[0], each[1])))
-        further[name] = [
-            {"query": int(chosen[q]), "plain": chosen[a].tolist(), "centred": chosen[b].tolist()}
-            for q, a, b in zip(queries[:1000], *hits, strict=False)
+    with claimed(out, settings | {"encoders": named}, "encoders", (PLOT, SHEET)):
+        pairs = readable(pairs, str(data or DIGITS))
+        chosen = choose_captions(pairs.image, protocol.captions, protocol.seed)
+        captions, image = [pairs.captions[i] for i in chosen], pairs.image[chosen]
+        queries = choose_queries(image, protocol.queries or None, protocol.seed)
+        found = Retrieved(pairs, chosen, image, queries, {})
+        for encoder in encoders:
+            vectors = TextVectors(encoder, how, out, compute.dtype, device)(captions, compute.batch)
+            found.hits[encoder.name] = tuple(  # type: ignore[assignment]
+                nearest(vectors, image, queries, protocol.k, mean=mean, device=device, progress=True)[0]
+                for mean in (None, mean_vector(vectors))
+            )
+        features = _features(found, network, dino, out, compute.batch)
+        rows, further = [], {}
+        for name, hits in found.hits.items():
+            each = [image_similarity(features, image[queries], image[index]) for index in hits]
+            plain, centred = (bootstrap(x, resamples=protocol.resamples, seed=protocol.seed) for x in each)
+            rows.append(Row(name, plain, centred, (each[0], each[1])))
+            further[name] = [
+                {"query": int(chosen[q]), "plain": chosen[a].tolist(), "centred": chosen[b].tolist()}
+                for q, a, b in zip(queries[:1000], *hits, strict=False)
+            ]
+        random = chance(features, image[queries], protocol.seed)
+        notes = [
+            *pairs.notes,
+            f"a random image instead of the retrieved one's gives {random:.3f}",
+            "an interval holds the chance of the queries alone, not of the encoders' training",
+            f"{SHEET}: the image of the nearest caption by encoder, of embeddings as they are",
+            CUT,
         ]
-    random = chance(features, image[queries], protocol.seed)
-    notes = [
-        *pairs.notes,
-        f"a random image instead of the retrieved one's gives {random:.3f}",
-        "an interval holds the chance of the queries alone, not of the encoders' training",
-        f"{SHEET}: the image of the nearest caption by encoder, of embeddings as they are",
-        CUT,
-    ]
-    shared = {"queries": len(queries), "captions": len(captions), "chance": random, "retrieved": further}
-    told, settings = assumed(protocol, how, dino, found), settings | {"encoders": named}
-    Outcome("discriminability", rows, settings, told, notes, shared).write(out)
-    label = f"mean cosine of {'smoothed pixels' if data is None else 'DINO features'}, query and retrieved"
-    plot_scores(out / PLOT, rows, ENCODERS["discriminability"], label, random)
-    _write_sheet(out / SHEET, found, features, "pixels" if data is None else "DINO")
-    return rows
+        shared = {"queries": len(queries), "captions": len(captions), "chance": random, "retrieved": further}
+        told, settings = assumed(protocol, how, dino, found), settings | {"encoders": named}
+        Outcome("discriminability", rows, settings, told, notes, shared).write(out)
+        label = f"mean cosine of {'smoothed pixels' if data is None else 'DINO features'}, query and retrieved"
+        plot_scores(out / PLOT, rows, ENCODERS["discriminability"], label, random)
+        _write_sheet(out / SHEET, found, features, "pixels" if data is None else "DINO")
+        return rows
 
 
 class _ByImage:

@@ -20,7 +20,7 @@ from emf.analyze.digit_pairs import DIGITS, SCENES, scenes
 from emf.analyze.encoders import CUT, TextVectors, embed_texts
 from emf.analyze.figures import plot_scores
 from emf.analyze.names import EncoderName
-from emf.analyze.outcome import Outcome, Row, check_out, claim
+from emf.analyze.outcome import Outcome, Row, check_out, claimed
 from emf.analyze.prompts import read_prompts, shortened
 from emf.analyze.retrieval import cosine, mean_vector
 from emf.conditioning.encoder import Encoder
@@ -138,47 +138,50 @@ def run_disentanglement(
     settings: dict[str, Any] = {"analysis": "disentanglement", "prompts": source, "limit": limit}
     settings |= asdict(how) | {"resamples": resamples, "dtype": compute.dtype, "text": asdict(embedding)}
     named = {e.name: e.place for e in encoders}
-    claim(out, settings | {"encoders": named}, "encoders", (PLOT, SHEET))
-    every = _texts(texts, used, versions)
-    results = {}
-    for encoder in encoders:
-        vectors = TextVectors(encoder, embedding, out, compute.dtype, device)(every, compute.batch)
-        results[encoder.name] = summarize(vectors[:], used, versions, resamples, how.seed)
-    rows = [
-        Row(name, result.plain, result.centred, (result.each.mean(1), result.each_centred.mean(1)))
-        for name, result in results.items()
-    ]
-    assumed = [
-        f"what is removed: {how.fraction:g} of the {how.unit}s, at random, the others in order (seed {how.seed})",
-        f"{how.repeats} removals of each prompt; the interval is over prompts",
-        f"text embedding: {embedding.pooling} over the last hidden states, `{embedding.states}`",
-        "the encoders' sizes: the paper names families alone",
-    ]
-    notes = [
-        f"{len(used)} of {len(texts)} prompts" + (f"; the others have a single {how.unit}" * (len(used) < len(texts))),
-        "centred: less the mean embedding of the full prompts. An encoder that gives every prompt nearly the same "
-        "vector has a plain score near 1",
-    ]
-    if embedding.states == "prompt":
-        notes.append("the tokens of an encoder's own prompt, where it has one, are in the mean: they are never removed")
-    notes.append(CUT)
-    each = {
-        name: [
-            {"prompt": names[i], "plain": float(a), "centred": float(b)}
-            for i, a, b in zip(used, result.each.mean(1), result.each_centred.mean(1), strict=True)
+    with claimed(out, settings | {"encoders": named}, "encoders", (PLOT, SHEET)):
+        every = _texts(texts, used, versions)
+        results = {}
+        for encoder in encoders:
+            vectors = TextVectors(encoder, embedding, out, compute.dtype, device)(every, compute.batch)
+            results[encoder.name] = summarize(vectors[:], used, versions, resamples, how.seed)
+        rows = [
+            Row(name, result.plain, result.centred, (result.each.mean(1), result.each_centred.mean(1)))
+            for name, result in results.items()
         ]
-        for name, result in results.items()
-    }
-    places = np.unique(np.linspace(0, len(used) - 1, SHOWN).round().astype(int)).tolist()
-    examples = [
-        [texts[used[p]], versions[p][0], *(f"{result.each[p, 0]:.3f}" for result in results.values())] for p in places
-    ]
-    tail, settings = markdown(["prompt", "shortened", *results], examples), settings | {"encoders": named}
-    Outcome("disentanglement", rows, settings, assumed, notes, {"each": each}, tail).write(out)
-    plot_scores(out / PLOT, rows, ENCODERS["disentanglement"], "cosine of the prompt and the shortened prompt")
-    sheet = []
-    for p in places:
-        scored = [Cell(f"{r.each[p, 0]:.3f}\ncentred {r.each_centred[p, 0]:.3f}") for r in results.values()]
-        sheet.append([Cell(texts[used[p]]), Cell(versions[p][0]), *scored])
-    write_sheet(out / SHEET, sheet, ["prompt", "shortened", *results], lines=9)
-    return rows
+        assumed = [
+            f"what is removed: {how.fraction:g} of the {how.unit}s, at random, the others in order (seed {how.seed})",
+            f"{how.repeats} removals of each prompt; the interval is over prompts",
+            f"text embedding: {embedding.pooling} over the last hidden states, `{embedding.states}`",
+            "the encoders' sizes: the paper names families alone",
+        ]
+        notes = [
+            f"{len(used)} of {len(texts)} prompts"
+            + f"; the others have a single {how.unit}" * (len(used) < len(texts)),
+            "centred: less the mean embedding of the full prompts. An encoder that gives every prompt nearly the same "
+            "vector has a plain score near 1",
+        ]
+        if embedding.states == "prompt":
+            own = "the tokens of an encoder's own prompt, where it has one, are in the mean: they are never removed"
+            notes.append(own)
+        notes.append(CUT)
+        each = {
+            name: [
+                {"prompt": names[i], "plain": float(a), "centred": float(b)}
+                for i, a, b in zip(used, result.each.mean(1), result.each_centred.mean(1), strict=True)
+            ]
+            for name, result in results.items()
+        }
+        places = np.unique(np.linspace(0, len(used) - 1, SHOWN).round().astype(int)).tolist()
+        examples = [
+            [texts[used[p]], versions[p][0], *(f"{result.each[p, 0]:.3f}" for result in results.values())]
+            for p in places
+        ]
+        tail, settings = markdown(["prompt", "shortened", *results], examples), settings | {"encoders": named}
+        Outcome("disentanglement", rows, settings, assumed, notes, {"each": each}, tail).write(out)
+        plot_scores(out / PLOT, rows, ENCODERS["disentanglement"], "cosine of the prompt and the shortened prompt")
+        sheet = []
+        for p in places:
+            scored = [Cell(f"{r.each[p, 0]:.3f}\ncentred {r.each_centred[p, 0]:.3f}") for r in results.values()]
+            sheet.append([Cell(texts[used[p]]), Cell(versions[p][0]), *scored])
+        write_sheet(out / SHEET, sheet, ["prompt", "shortened", *results], lines=9)
+        return rows

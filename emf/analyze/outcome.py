@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,19 @@ def check_out(out: Path, own: Sequence[str]) -> None:
     files.check_writable(out / RESULTS, HOW["who"])
 
 
-def claim(out: Path, settings: dict[str, Any], growing: str, own: Sequence[str]) -> None:
-    """Make `out` ours: results of other settings are not overwritten. settings[growing], a dict by name, may get more
-    names, and lose none; new ones are written down with the results. Raises ValueError."""
-    files.claim(out, settings, (*own, RESULTS, TABLE), growing=growing, **HOW)
+@contextmanager
+def claimed(out: Path, settings: dict[str, Any], growing: str, own: Sequence[str]) -> Iterator[None]:
+    """Make `out` ours, and no other process's while the block runs: results of other settings are not overwritten,
+    and two analyses do not append to the same vectors. settings[growing], a dict by name, may get more names, and lose
+    none; new ones are written down with the results. Raises ValueError."""
+    with alone(out):
+        files.claim(out, settings, (*own, RESULTS, TABLE), growing=growing, **HOW)
+        yield
+
+
+def alone(out: Path) -> AbstractContextManager[None]:
+    """No other analysis works in `out` while the block runs. Raises ValueError where one does."""
+    return files.alone(out, f"analyze: another process is at work in {out}; wait for it, or give another --out")
 
 
 @dataclass(frozen=True)

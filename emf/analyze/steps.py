@@ -22,7 +22,7 @@ from emf.analyze.choices import DType, Sampling
 from emf.analyze.dino import Dino
 from emf.analyze.figures import plot_steps
 from emf.analyze.names import EncoderName, folder_stamp
-from emf.analyze.outcome import RESULTS, TABLE, check_out, claim
+from emf.analyze.outcome import RESULTS, TABLE, check_out, claimed
 from emf.analyze.prompts import read_prompts
 from emf.analyze.retrieval import cosine
 from emf.data.digits import prompts as digits_prompts
@@ -120,19 +120,19 @@ def run_steps(
     settings |= {k: f and f"{whole_path(f)} {folder_stamp(f)}" for k, f in (("vae", vae), ("text", text))}
     settings |= asdict(sampling) | {"steps": sorted({*sampling.steps}), "prompts": texts, "runs": stamps}
     del settings["batch"]
-    claim(out, settings, "runs", (PLOT, SHEET))
-    backbones, panels = Backbones(runs, stamps, sampling, texts, out), Panels()
-    if digits:
-        picture, panels["score"] = backbones.draw_digits(specs)
-    else:
-        picture = backbones.draw(vae, text, dtype, device)
-    for name in runs:
-        for measure, line in similarity_to_last(picture, name, sampling.steps, len(texts), network).items():
-            panels.setdefault(measure, {})[name] = line
-    _write(out, settings, panels, len(texts))
-    plot_steps(out / PLOT, _titled(panels, max(sampling.steps)))
-    _write_sheet(out / SHEET, backbones, picture, sampling.per_tag if digits else 1)
-    return panels
+    with claimed(out, settings, "runs", (PLOT, SHEET)):
+        backbones, panels = Backbones(runs, stamps, sampling, texts, out), Panels()
+        if digits:
+            picture, panels["score"] = backbones.draw_digits(specs)
+        else:
+            picture = backbones.draw(vae, text, dtype, device)
+        for name in runs:
+            for measure, line in similarity_to_last(picture, name, sampling.steps, len(texts), network).items():
+                panels.setdefault(measure, {})[name] = line
+        _write(out, settings, panels, len(texts))
+        plot_steps(out / PLOT, _titled(panels, max(sampling.steps)))
+        _write_sheet(out / SHEET, backbones, picture, sampling.per_tag if digits else 1)
+        return panels
 
 
 def steps_of(n: int) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import sys
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -40,6 +41,17 @@ def read_fields(kind: type[T], path: Path, who: str) -> T:
     return filled(kind, read_object(path, who), f"{who}: {path}")
 
 
+def misfit(tree: Any, kinds: Mapping[str, Any]) -> str | None:
+    """What is wrong with a JSON object that needs these keys, with the kind of each one's value: words to follow its
+    name; None where nothing is. A key whose kind is `| None` may be missing; others that are there do not matter."""
+    needed = [key for key, kind in kinds.items() if kind is Any or not fits(None, kind)]
+    if not isinstance(tree, dict) or not all(key in tree for key in needed):
+        return f"is no JSON object with {', '.join(needed)}" if needed else "is no JSON object"
+    if odd := [key for key, kind in kinds.items() if key in tree and not fits(tree[key], kind)]:
+        return f"has {odd[0]} {repr(tree[odd[0]])[:40]}; expected {in_words(kinds[odd[0]])}"
+    return None
+
+
 def fits(value: Any, hint: Any) -> bool:
     """Whether a value that JSON can hold is of the kind of a field, as its type says it."""
     origin, parts = get_origin(hint), get_args(hint)
@@ -51,7 +63,9 @@ def fits(value: Any, hint: Any) -> bool:
         inner = value.values() if origin is dict and isinstance(value, dict) else value
         return isinstance(value, origin) and all(fits(item, parts[-1]) for item in inner)
     if hint is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max  # a larger whole number is no float
+    if hint is int:
+        return type(value) is int and abs(value) < 2**63  # what arrays and tensors hold
     return hint is Any or type(value) is hint
 
 
@@ -62,5 +76,6 @@ def in_words(hint: Any) -> str:
     if origin in (Union, UnionType):
         return " or ".join(map(in_words, parts))
     if origin in (list, dict):
-        return f"{'a list' if origin is list else 'an object'}, each {in_words(parts[-1])}"
+        each = "" if parts[-1] is Any else f", each {in_words(parts[-1])}"
+        return ("a list" if origin is list else "an object") + each
     return WORDS.get(hint, "another kind of value")

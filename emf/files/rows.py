@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from emf.files.fields import fits, in_words
+from emf.files.fields import misfit
 from emf.files.reading import Row, parse_json, read_bytes, why
 from emf.files.writing import whole_file
 
@@ -22,18 +22,13 @@ def read_rows(path: Path, needs: Needs = ()) -> list[Row]:
     if not path.exists():
         return []
     rows, kinds = [], dict(needs) if isinstance(needs, Mapping) else dict.fromkeys(needs, Any)
-    keys = [key for key, kind in kinds.items() if kind is Any or not fits(None, kind)]
     for number, line in enumerate(read_bytes(path).split(b"\n")[:-1], 1):
         try:
             row = parse_json(line.decode(), "")
         except ValueError:
             row = None
-        if not isinstance(row, dict) or not all(key in row for key in keys):
-            expected = f"no JSON object with {', '.join(keys)}" if keys else "no JSON object"
-            raise ValueError(f"{path}:{number} is {expected}; repair or remove the line")
-        if odd := [key for key, kind in kinds.items() if key in row and not fits(row[key], kind)]:
-            said = f"{odd[0]} {repr(row[odd[0]])[:40]}; expected {in_words(kinds[odd[0]])}"
-            raise ValueError(f"{path}:{number} has {said}; repair or remove the line")
+        if said := misfit(row, kinds):
+            raise ValueError(f"{path}:{number} {said}; repair or remove the line")
         rows.append(row)
     return rows
 

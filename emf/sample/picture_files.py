@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import re
 import sys
 import unicodedata
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from emf.files import (
+    alone,
     append_rows,
     check_folder,
     check_writable,
@@ -50,7 +48,7 @@ def check_pictures_folder(out: Path) -> None:
     check_writable(out, "generate: ")
     if (out / MANIFEST).exists():
         needs = ("file", "prompt")
-        with _alone(out):
+        with alone(out):
             # what is cut off as torn must have been ours: of a list without a whole row its beginning tells
             if not read_rows(out / MANIFEST, needs) and not read_bytes(out / MANIFEST).startswith(b'{"file"'):
                 raise ValueError(f"generate: {out / MANIFEST} lists no pictures of ours; give another --out")
@@ -70,7 +68,7 @@ def write_images(
     another process that writes in the same folder take the number."""
     make_folder(out)
     paths = []
-    with _alone(out):
+    with alone(out):
         taken = (int(found[0]) for p in files_in(out, "*.png") if (found := re.match(r"\d+", p.name)))
         first = max(taken, default=-1) + 1
         for place, (image, prompt, number) in enumerate(zip(to_uint8(images), prompts, numbers, strict=True), first):
@@ -87,15 +85,3 @@ def write_images(
             append_rows(out / MANIFEST, [{"file": f"{name}.png", **said}])
             paths.append(out / f"{name}.png")
     return paths
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """No other process takes numbers in the folder while the block runs, where the file system has locks."""
-    held = os.open(out, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(held, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(held)

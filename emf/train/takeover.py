@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from emf import config as configs
 from emf.config import Config
-from emf.files import make_folder
+from emf.files import alone
 from emf.train.paths import same_place, same_source
 from emf.train.zero import gather
 from emf.weights.checkpoints import checkpoints
@@ -30,12 +28,13 @@ def own_folder(out: Path, config: Config, resume: bool, rank: int) -> Iterator[l
     Raises ValueError, the same on every rank, where another process holds the folder, and what check_folder_of_run
     says of it.
     """
-    held, fault, saved, there = None, "", list[Path](), out.exists()
-    try:
+    fault, saved = "", list[Path]()
+    with ExitStack() as stack:
         if rank == 0:
             try:
                 check_folder_of_run(out, checkpoints(out), config, resume)
-                held = lock_folder(out)
+                taken = f"train: another process is training in {out}; wait for it, or choose another --out"
+                stack.enter_context(alone(out, taken))
                 # another process may have written its run between the look and the lock
                 saved = checkpoints(out)
                 check_folder_of_run(out, saved, config, resume)
@@ -45,41 +44,6 @@ def own_folder(out: Path, config: Config, resume: bool, rank: int) -> Iterator[l
         if fault:
             raise ValueError(fault)
         yield saved
-    finally:
-        if rank == 0 and not there:
-            with suppress(OSError):
-                out.rmdir()  # which only an empty folder can be
-        if held is not None:
-            fcntl.flock(held, fcntl.LOCK_UN)  # processes that were forked have the descriptor too
-            os.close(held)
-
-
-def lock_folder(out: Path) -> int | None:
-    """Make the folder `out` where it is missing, and lock it against other processes: the descriptor that holds the
-    lock, which the system takes back when the process ends. None on a file system that has no locks.
-
-    Raises ValueError where another process has locked it, and where it cannot be made.
-    """
-    while True:
-        make_folder(out)
-        try:
-            held = os.open(out, os.O_RDONLY)
-        except OSError:
-            return None
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(held)
-            raise ValueError(
-                f"train: another process is training in {out}; wait for it, or choose another --out"
-            ) from None
-        except OSError:
-            os.close(held)
-            return None
-        with suppress(OSError):
-            if os.path.samestat(os.fstat(held), out.stat()):
-                return held
-        os.close(held)  # it was removed, by a run that ended before it wrote anything
 
 
 def check_folder_of_run(out: Path, saved: list[Path], config: Config, resume: bool) -> None:

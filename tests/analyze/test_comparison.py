@@ -16,6 +16,7 @@ from emf.analyze.comparison import compare_encoders
 from emf.analyze.encoders import embed_texts
 from emf.analyze.names import SMALL, EncoderName, parse_encoders
 from emf.analyze.ranking import rank
+from emf.files import alone
 from emf.recipes import BASE
 from emf.weights.start import read_init
 
@@ -95,6 +96,10 @@ def test_encoders_are_compared_on_the_digits_scenes(
         own = json.loads((out / score / "results.json").read_text())
         assert {r["name"]: r["plain"] for r in own["rows"]} == {r["name"]: r[score]["plain"] for r in tree["rows"]}
     assert "smoothed pixels" in (out / "discriminability" / "results.md").read_text()
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    with alone(out), pytest.raises(ValueError, match="another process is at work in .*out; wait for it"):
+        compare_encoders(parse_encoders([*names, "digits:random"]), out)
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
     again = compare_encoders(parse_encoders([*names, "digits:random"]), out)
     assert len(again["discriminability"].order) == 4
     with pytest.raises(ValueError, match="holds results of digits:random"):

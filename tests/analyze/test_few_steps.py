@@ -16,6 +16,7 @@ from emf.analyze.names import parse_runs
 from emf.analyze.steps import psnr, run_steps
 from emf.config import ConditionConfig
 from emf.evaluate.digits_scorer import Scorer
+from emf.files import alone
 from emf.sample.sampler import Sampler
 
 
@@ -50,6 +51,8 @@ def test_steps_on_the_digits(digit_runs: list[str], tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Sampler, "images", None)
     folder = Path(digit_runs[0].partition("=")[2]).parent
     monkeypatch.chdir(folder)
+    with alone(tmp_path / "out"), pytest.raises(ValueError, match="another process is at work in .*out; wait for it"):
+        run_steps(parse_runs(digit_runs), tmp_path / "out", sampling)
     assert run_steps(parse_runs(["one=one", f"two=../{folder.name}/two"]), tmp_path / "out", sampling) == panels
     assert run_steps(parse_runs(digit_runs), tmp_path / "out", sampling) == panels
 

@@ -26,6 +26,7 @@ from emf.analyze.prompts import read_prompts
 from emf.conditioning.small import EncoderConfig, SmallEncoder
 from emf.data.digits import WORDS as DIGITS
 from emf.data.digits import make_batch
+from emf.files import alone
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +155,8 @@ def test_discriminability_of_a_folder_as_a_whole(models: Path, tmp_path: Path, m
     with monkeypatch.context() as m, pytest.raises(Stopped):
         m.setattr(on_retrieval, "image_similarity", stop)
         run(parse_encoders(names), data, out, protocol, dino=dino)
+    with alone(out), pytest.raises(ValueError, match="another process is at work in .*out; wait for it"):
+        run(parse_encoders(names), data, out, protocol, dino=dino)
     with monkeypatch.context() as m:  # every vector is there: no model runs
         m.setattr(EncoderName, "load", stop)
         m.setattr(Dino, "features", stop)
@@ -219,6 +222,9 @@ def test_disentanglement_of_a_folder_as_a_whole(models: Path, tmp_path: Path) ->
     )
     names = [f"{n}={n}:{models / n}" for n in ("clip", "t5")]
     how = Shortening("phrase", 0.4, 3)
+    with alone(tmp_path / "out"), pytest.raises(ValueError, match="another process is at work in .*out; wait for it"):
+        run_disentanglement(parse_encoders(names), prompts, tmp_path / "out", how)
+    assert not (tmp_path / "out").exists()  # it wrote nothing
     rows = run_disentanglement(parse_encoders(names), prompts, tmp_path / "out", how)
     expected = disentanglement(parse_encoders(names)[1].load(), read_prompts(prompts)[0], how)
     assert expected.each.shape == (5, 3) and expected.used == [0, 1, 2, 3, 4]

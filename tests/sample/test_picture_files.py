@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import threading
@@ -13,7 +14,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from emf.sample import picture_files
 from emf.sample.picture_files import MANIFEST, check_pictures_folder, words_of, write_images
 
 
@@ -131,5 +131,5 @@ def test_without_locks_it_still_writes(tmp_path: Path, monkeypatch: pytest.Monke
     def none(*_: object) -> None:
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(picture_files.fcntl, "flock", none)
+    monkeypatch.setattr(fcntl, "flock", none)
     assert write_images(images(1), ["a"], tmp_path, {}, [0])[0].is_file()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import shutil
@@ -21,7 +20,7 @@ pytest.importorskip("deepspeed")
 from emf.config import to_json
 from emf.recipes import digits
 from emf.train import takeover
-from emf.train.takeover import check_folder_of_run, lock_folder, own_folder
+from emf.train.takeover import check_folder_of_run, own_folder
 
 
 @contextmanager
@@ -73,14 +72,15 @@ def test_of_two_that_start_at_once_one_trains(recipe: list[str], straight: Path,
 def test_a_run_that_was_written_before_the_lock_is_seen(
     alone: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, lock = digits(), lock_folder
+    config, lock = digits(), takeover.alone
 
-    def late(out: Path) -> int | None:
-        descriptor = lock(out)
-        (out / "config.json").write_text(to_json(config))
-        return descriptor
+    @contextmanager
+    def late(out: Path, taken: str) -> Iterator[None]:
+        with lock(out, taken):
+            (out / "config.json").write_text(to_json(config))
+            yield
 
-    monkeypatch.setattr(takeover, "lock_folder", late)
+    monkeypatch.setattr(takeover, "alone", late)
     with pytest.raises(ValueError, match="holds a run already"), own_folder(tmp_path / "run", config, False, 0):
         pass
     assert (tmp_path / "run" / "config.json").is_file()
@@ -96,30 +96,6 @@ def test_a_folder_is_held_until_the_run_ends(alone: None, tmp_path: Path) -> Non
             pass
         assert run.is_dir()
     assert not run.exists()  # nothing was written there
-
-
-def test_a_file_system_without_locks_is_let_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(*_: Any) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", none)
-    assert lock_folder(tmp_path / "run") is None and (tmp_path / "run").is_dir()
-
-
-def test_a_lock_on_a_folder_that_was_removed_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, flock, calls = tmp_path / "run", fcntl.flock, list[int]()
-
-    def removed_before(descriptor: int, how: int) -> None:
-        if not calls:
-            run.rmdir()
-        calls.append(descriptor)
-        flock(descriptor, how)
-
-    monkeypatch.setattr(fcntl, "flock", removed_before)
-    descriptor = lock_folder(run)
-    assert descriptor is not None and len(calls) == 2
-    assert os.path.samestat(os.fstat(descriptor), run.stat())
-    os.close(descriptor)
 
 
 def test_resuming_where_no_run_is_says_that_it_starts(recipe: list[str], tmp_path: Path) -> None:
