@@ -302,6 +302,13 @@ class Config:
         return int(share * self.steps) if share < 1 else int(share)
 
     @property
+    def text_folder(self) -> Path | None:
+        """Where the pretrained text encoder lies: BLIP3o-NEXT's in what the run starts from, where nothing else is
+        said. None where nothing tells, and of the digits' own encoder."""
+        kind = self.condition.kind
+        return None if kind == "small" else self.condition.folder or (self.init if kind == "blip3o" else None)
+
+    @property
     def batches(self) -> Batches:
         """What the feed of a run is asked for."""
         side = self.transformer.sample_size

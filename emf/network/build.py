@@ -58,7 +58,7 @@ def encoder(config: Config, dtype: torch.dtype = torch.float32, empty: bool = Fa
         return SmallEncoder(config.encoder, WORDS).to(dtype)
     from emf.conditioning.load import load
 
-    folder = c.folder or (config.init if c.kind == "blip3o" else None)
+    folder = config.text_folder
     if folder is None:
         raise ValueError(f"config: condition.kind {c.kind} needs --condition.folder, where the encoder lies")
     if not folder.is_dir():

@@ -102,8 +102,7 @@ def sizes_of_encoder(config: Config) -> Any:
 
 def folder_of_encoder(config: Config) -> Path | None:
     """Where the pretrained text encoder's folder is; none where it is not there."""
-    c = config.condition
-    folder = c.folder or (config.init if c.kind == "blip3o" else None)
+    folder = config.text_folder
     return folder if folder and folder.is_dir() else None
 
 

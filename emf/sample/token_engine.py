@@ -104,4 +104,4 @@ def begin(engine: Engine, run: Path, config: Config, network: TextToImage) -> No
             f"generate: {run} tuned its language model, and an engine reads one from a folder: emf export the run, "
             "and draw from the export" + ", whose language_model the server then serves" * (not here)
         )
-    engine.begin(encoder, Path(config.condition.folder or config.init or run) / "language_model")
+    engine.begin(encoder, (config.text_folder or Path(run)) / "language_model")

@@ -69,7 +69,7 @@ def export(
     if trained is not None and text is not None:
         raise ValueError(f"export: {run} has a text encoder that was trained with it; leave --text out")
     if text is None and config.condition.kind == "blip3o":
-        text = config.condition.folder or config.init
+        text = config.text_folder
     whole = merged(network.transformer.state_dict(), config.lora.scale)
     state = {k: v.to(getattr(torch, dtype)) for k, v in whole.items()}
     how = {k: getattr(config.condition, k) for k in ("kind", "scale", "window")}

@@ -127,7 +127,7 @@ def with_encoder(config: Config) -> Config:
         folder = source if c.kind == "blip3o" else None
     elif not (source / "model_index.json").is_file():
         theirs = _config_at(source)
-        folder = (theirs.condition.folder or theirs.init) if theirs.condition.kind == c.kind else None
+        folder = theirs.text_folder if theirs.condition.kind == c.kind else None
     return replace(config, condition=replace(c, folder=folder))
 
 
