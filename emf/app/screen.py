@@ -17,6 +17,8 @@ from emf.app.visit import Desk, header, name_of, said
 from emf.show import page
 
 DIGITS = ("a red seven", "two blue threes", "a green four and a brown three", "a blue six to the left of a white zero")
+NAMED = ("red apple", "a picture of bicycle", "grinning face emoji")
+"""Of a world of named pictures, as its captions are (emf.data.gallery)."""
 OTHERS = ("a red cube on a blue sphere", "a cat that reads a newspaper in the rain", "a lighthouse at dusk, in oils")
 BLUE, LINE, GREY, SOFT, INK = "#0072b2", "#dde1e7", "#59616e", "#f2f4f7", "#1d2430"  # of emf.show.page
 
@@ -32,7 +34,7 @@ body {{ max-width: none; padding: 0 }}
 .drawn pre {{ white-space: pre-wrap; overflow-wrap: anywhere }} .drawn h2 {{ margin: 0 0 .6rem }}
 .drawn .plots {{ grid-template-columns: repeat(var(--columns), minmax(7.5rem, 1fr)); overflow-x: auto }}
 .drawn figure img, .drawn .waiting {{ width: 100%; max-width: none; margin: 0; border-radius: 6px }}
-.drawn.small figure img {{ image-rendering: pixelated }}
+.drawn.pixels figure img {{ image-rendering: pixelated }}
 .drawn .waiting {{ aspect-ratio: 1; background: #eef0f3; color: {GREY}; display: grid; place-items: center }}
 @media (max-width: 48rem) {{ #desk {{ flex-direction: column }} #desk > * {{ width: 100%; min-width: 0 !important }}
   .drawn .plots {{ grid-template-columns: repeat(auto-fill, minmax(7.5rem, 1fr)) }} }}
@@ -88,7 +90,8 @@ def blocks(studio: Studio, folder: Path) -> gr.Blocks:
                 told |= {gallery: gr.Gallery(every, visible=True), state: now.drawings}
             yield told
 
-    examples, made = DIGITS if studio.small else OTHERS, gr.Blocks(title=f"{name_of(studio)}: EMF-MeanFlow")
+    examples = DIGITS if studio.digits else NAMED if studio.pixels else OTHERS
+    made = gr.Blocks(title=f"{name_of(studio)}: EMF-MeanFlow")
     with made:
         gr.HTML(header(studio))
         with gr.Row(elem_id="desk"):
@@ -104,7 +107,7 @@ def blocks(studio: Studio, folder: Path) -> gr.Blocks:
                 )
                 euler = gr.CheckboxGroup(
                     [(str(n), n) for n in EULER],
-                    value=[30] if studio.small or not studio.few_step else [],
+                    value=[30] if studio.pixels or not studio.few_step else [],
                     label="Flow matching, steps",
                     info="The baseline: a step is one of Euler's method",
                     elem_id="euler",

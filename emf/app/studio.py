@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from emf.config import Scale
 from emf.files import whole_file
 from emf.sample.picture_files import words_of, write_images
 from emf.sample.sampler import Sampler
@@ -102,11 +103,13 @@ class Studio:
         *,
         text: Path | None = None,
         ar: str | None = None,
+        scale: Scale | None = None,
     ) -> None:
         """See Sampler.load. Raises ValueError and NotFinite as it does."""
         self.run = run
-        self._told: dict[str, Any] = {"vae": vae, "text": text, "dtype": dtype, "device": device}
-        self.sampler = Sampler.load(run, vae, dtype, device, None, text=text, ar=ar)
+        self._told: dict[str, Any] = {"vae": vae, "text": text, "scale": scale}
+        self._told |= {"dtype": dtype, "device": device}
+        self.sampler = Sampler.load(run, flow_matching=None, ar=ar, **self._told)
         self._engine = {"ar" if ar == "vllm" else "ar-server": ar}
         self._euler: Sampler | None = None if self.few_step else self.sampler
         self._seen: set[tuple[bool, int]] = set()
@@ -117,9 +120,14 @@ class Studio:
         return self.sampler.settings.average
 
     @property
-    def small(self) -> bool:
+    def digits(self) -> bool:
         """Of the digits' world, whose captions are of few words."""
         return self.sampler.config.condition.kind == "small"
+
+    @property
+    def pixels(self) -> bool:
+        """Of a small world, the digits' or one of named pictures, which is drawn as pixels, without an autoencoder."""
+        return self.sampler.autoencoder is None
 
     @property
     def side(self) -> int:

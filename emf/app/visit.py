@@ -130,7 +130,7 @@ def drawn(studio: Studio, asked: Asked, columns: Sequence[Column]) -> Html:
     notes = [page.note(text) for text in dict.fromkeys(column.note for column in columns if column.note)]
     commands = "\n".join(studio.command(asked, way) for way in asked.ways)
     same = page.folded("The same pictures from the command line", Html(f"<pre>{page.words(commands)}</pre>"))
-    kind = "drawn small" if studio.small else "drawn"
+    kind = "drawn pixels" if studio.pixels else "drawn"
     title = f'<h2 dir="auto">{page.words(asked.caption)}</h2>'
     grid = f'<div style="--columns:{len(asked.ways)}">{page.figures(made)}</div>'
     return Html(f'<div class="{kind}">{title}{grid}{"".join(notes)}{same}</div>')

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from emf.config import Counted
+from emf.config import Counted, Scale
 from emf.idle import refuse_idle, unless
 from emf.limits import Within
 from emf.sample.sampling_settings import Ar, one_engine
@@ -37,7 +37,7 @@ def paper(
     seeds: Seeds = 3,
 ) -> None:
     """The paper's tables and figures in miniature, on the digits: results.json and report-paper.html. Stopped, it goes
-    on.
+    on, and what stands in the folder's results.json is not made again.
 
     Args:
         out: folder for the runs and the page
@@ -115,6 +115,7 @@ def app(
     text: Path | None = None,
     ar: Ar = None,
     ar_server: str | None = None,
+    scale: Scale | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
     device: str = "auto",
 ) -> None:
@@ -130,6 +131,7 @@ def app(
         text: the folder of the text encoder, where it was moved; default: the run's
         ar: who draws BLIP3o-NEXT's image tokens, see emf generate: vllm, in this process
         ar_server: the same by a server's completions endpoint, for example http://127.0.0.1:8000
+        scale: BLIP3o-NEXT's image tokens pooled s x s into one, see emf generate; default: the run's condition.scale
         dtype: number format that the transformer computes in; default: float32 on a CPU, bfloat16 on a GPU
         device: where to compute: cpu, cuda, cuda:1; auto: the GPU where there is one
     """
@@ -140,6 +142,6 @@ def app(
     def studio() -> object:
         from emf.app.studio import Studio
 
-        return Studio(run, vae, dtype, device, text=text, ar=engine)
+        return Studio(run, vae, dtype, device, text=text, ar=engine, scale=scale)
 
     serve(studio, host, port)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
+from emf.config import Scale
 from emf.limits import Within, check_limits
 from emf.sample.sampling_settings import Ar, AtOnce, Guidance, Seed, Steps, one_engine
 
@@ -37,6 +38,8 @@ class Drawing:
     numbers are its own, so a seed gives another picture."""
     ar_server: str | None = None
     """The same by a server's completions endpoint, as vLLM and SGLang have one, for example http://127.0.0.1:8000."""
+    scale: Scale | None = None
+    """BLIP3o-NEXT's image tokens pooled s x s into one, see emf generate; default: the run's condition.scale."""
     batch: AtOnce = 4
     """How many images are computed at once."""
     dtype: Literal["float32", "bfloat16"] | None = None

@@ -126,7 +126,8 @@ def draw_pictures(
         left = [[item for item in group if not (folder / item.file).is_file()] for group in groups]
         todo += [(steps, group) for group in left if group]
     d = drawing
-    sampler = Sampler.load(drawing.checkpoint, d.vae, d.dtype, device, d.flow_matching, text=d.text, ar=d.engine)
+    further: dict[str, Any] = dict(text=d.text, ar=d.engine, scale=d.scale)
+    sampler = Sampler.load(drawing.checkpoint, d.vae, d.dtype, device, d.flow_matching, **further)
     sampler.check_captions([item.prompt for item in items])
     guidance = sampler.guidance if drawing.guidance is None else drawing.guidance
     told: dict[str, Any] = dict(checkpoint=str(whole_path(drawing.checkpoint)), prompts=prompts or digest_of(items))

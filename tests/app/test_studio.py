@@ -17,6 +17,8 @@ from emf import config as configs
 from emf.app.studio import MOST, Asked, Column, Studio, Way, zipped
 from emf.app.visit import DRAWING, KEPT, Desk, Shown, header, said
 from emf.cli.main import main
+from emf.recipes import openmoji
+from emf.sample.sampler import Sampler
 
 CAPTION = "a red seven"
 
@@ -24,6 +26,13 @@ CAPTION = "a red seven"
 @pytest.fixture(scope="module")
 def studio(tmp_path_factory: pytest.TempPathFactory) -> Studio:
     return Studio(small_run(tmp_path_factory.mktemp("small") / "run"))
+
+
+def test_worlds_of_pixels_are_told_from_those_of_an_autoencoder(studio: Studio) -> None:
+    assert studio.digits and studio.pixels
+    named = Studio.__new__(Studio)
+    named.sampler = Sampler(openmoji(), studio.sampler.network)
+    assert named.pixels and not named.digits
 
 
 def pixels(files: list[Path]) -> list[bytes]:
