@@ -11,13 +11,13 @@ from typing import Any
 
 from bench.ops import OUT
 from emf.evaluate.recorded import RECORD, entry, table
+from emf.evaluate.scores_file import CAPTIONS
 from emf.evaluate.small_world import changed
 from emf.files import read_json, read_object, write_json, write_text
 from emf.recipes import from_file
 from emf.sample.sampling_settings import GUIDANCE
 
 PAGES = (OUT.parent / "README.md", OUT.parent / "docs" / "training.md")
-CAPTIONS = 300
 
 
 def add(record: dict[str, list[dict[str, Any]]], run: Path, machine: str) -> None:

@@ -7,12 +7,25 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from emf.evaluate.published import BENCHMARKS
-from emf.files import append_rows, check_claim, claim, mend_rows, read_bytes, write_json, write_rows, write_text
+from emf.files import (
+    SETTINGS,
+    append_rows,
+    check_claim,
+    claim,
+    mend_rows,
+    read_bytes,
+    read_json,
+    whole_path,
+    write_json,
+    write_rows,
+    write_text,
+)
 from emf.show.progress import track
 from emf.show.table import Markdown, bold, cell, markdown
 
@@ -87,20 +100,40 @@ def stamps(work: Mapping[str, tuple[Path, object]]) -> dict[str, str]:
     return {n: stamp(path, asked) for n, (path, asked) in track(list(work.items()), "reading")}
 
 
+def take(out: Path, root: Path, settings: Mapping[str, Any], own: Sequence[str] = OWN) -> None:
+    """Claim `out` for the scores of the images of the folder `root`. Raises ValueError where it holds those of another
+    folder's images, or by other settings."""
+    claim(out, at(out, root, settings), own, advice=ELSEWHERE, writer=os.getpid())
+
+
+def at(out: Path, root: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the folder of the images that are scored; one in `out` moves with it. Scores of an earlier version
+    tell it otherwise or not at all, and are gone on with."""
+    place, whole = whole_path(root), whole_path(out)
+    with suppress(ValueError):  # a damaged one is refused by claim
+        told = read_json(out / SETTINGS) if (out / SETTINGS).is_file() else None
+        if isinstance(told, dict) and told.get("images") in (None, str(place)):
+            return {**settings, **({"images": str(place)} if "images" in told else {})}
+    return {**settings, "images": str(place.relative_to(whole) if place.is_relative_to(whole) else place)}
+
+
 def score_images(
     out: Path,
+    root: Path,
     settings: dict[str, Any],
     work: Mapping[str, str],
     score: Callable[[Sequence[str]], Sequence[Row]],
+    *,
     batch: int = 1,
 ) -> list[Row]:
     """Score what was not scored before; the rows of all, by file name.
 
-    work: file name -> stamp. score: up to `batch` file names -> a row each. Rows are appended to out/scored.jsonl as
-    they come (a kill loses one batch at most); at the end it holds just these images, sorted.
-    Raises ValueError where `out` holds something else, or scores by other settings.
+    root: the folder of the images. work: file name -> stamp. score: up to `batch`
+    file names -> a row each. Rows are appended to out/scored.jsonl as they come (a kill loses one batch at most); at
+    the end it holds just these images, sorted.
+    Raises ValueError where `out` holds something else, or other scores, see take.
     """
-    claim(out, settings, OWN, advice=ELSEWHERE, writer=os.getpid())
+    take(out, root, settings)
     path = out / SCORED
     done = {row["filename"]: row for row in mend_rows(path, ["filename"])}
     names = sorted(work)
@@ -128,13 +161,14 @@ def compared(benchmark: str, label: str, name: str) -> dict[str, Any]:
     return {"benchmark": benchmark, "label": label, "name": name}
 
 
-def check_outs(out: Path, benchmark: Benchmark, name: str, counts: Sequence[int]) -> None:
-    """Raises ValueError where the results of a model at these numbers of steps could not be written in `out`; asked
-    before its images are drawn."""
+def check_outs(out: Path, benchmark: Benchmark, name: str, images: Mapping[int, Path]) -> None:
+    """Raises ValueError where the results of a model could not be written in `out`; asked before its images are drawn.
+    images: by number of steps the folder that they will be in."""
     claimed = compared(benchmark.settings["benchmark"], benchmark.label, name)
     check_claim(out, claimed, OWN, advice=ELSEWHERE)
-    for steps in counts:
-        check_claim(out / str(steps), benchmark.settings, OWN, advice=ELSEWHERE)
+    for steps, root in images.items():
+        place = out / str(steps)
+        check_claim(place, at(place, root, benchmark.settings), OWN, advice=ELSEWHERE)
 
 
 def write_comparison(out: Path, results: Sequence[Result]) -> None:

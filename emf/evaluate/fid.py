@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from emf.device import AUTO
 from emf.device import device as find_device
-from emf.evaluate.benchmark import ELSEWHERE, OWN, Result, stamp, stamps, write_results
+from emf.evaluate.benchmark import OWN, Result, stamp, stamps, take, write_results
 from emf.evaluate.generated import pictures_beside, pictures_in, unchecked
-from emf.files import BrokenImage, claim, image_size, open_image, read_bytes, whole_file, whole_path, why
+from emf.files import BrokenImage, image_size, open_image, read_bytes, whole_file, whole_path, why
 from emf.sample.sampler import bad_weight
 from emf.show.progress import bars, say, track
 from emf.weights.tensors import items, read_weights, write_file
@@ -176,8 +176,8 @@ def run_fid(
     library()  # before an hour of features, not after it
     network = load_inception(weights, device)
     settings: dict[str, Any] = {"benchmark": "FID", "weights": stamp(weights), "steps": steps}
-    settings |= {"images": str(whole_path(root)), "real": str(whole_path(real))}
-    claim(out, settings, (*OWN, FEATURES), advice=ELSEWHERE, writer=os.getpid())
+    settings |= {"real": str(whole_path(real))}
+    take(out, root, settings, (*OWN, FEATURES))
     digests = {side: [*stamps({str(f): (f, None) for f in some}).values()] for side, some in files.items()}
     work = {d: file for side, some in files.items() for d, file in zip(digests[side], some, strict=True)}
     features = computed(work, out, network, find_device(device))

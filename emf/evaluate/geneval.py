@@ -119,7 +119,7 @@ def score_geneval(root: Path, out: Path, detector: Detector, *, name: str = "", 
         return [judge(work[n], root / n, detector) for n in names]
 
     settings = settings_of(detector)
-    rows = score_images(out, settings, stamps({n: (root / n, work[n]) for n in work}), score)
+    rows = score_images(out, root, settings, stamps({n: (root / n, work[n]) for n in work}), score)
     overall, by_tag = summarize(rows)
     deviations = [*detector.deviations, *incomplete(list(work), list(by_tag))]
     result = Result(

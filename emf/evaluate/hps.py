@@ -242,7 +242,7 @@ def score_hps(
         ]
 
     settings = settings_of(settings or {}, {"half": half, "antialias": antialias})
-    rows = score_images(out, settings, digests, score, batch)
+    rows = score_images(out, root, settings, digests, score, batch=batch)
     by_style = {s: summarize({r["filename"]: r["score"] for r in rows if r["style"] == s}) for s in styles}
     tables = {
         "style": {s: m for s, (m, _) in by_style.items()},

@@ -86,10 +86,10 @@ def run_pick(
         "network": place_or_name(network),
         "tokenizer": place_or_name(tokenizer),
     }
-    settings |= {"weights": module_stamp(clip.model), "images": str(whole_path(root)), "steps": steps}
+    settings |= {"weights": module_stamp(clip.model), "steps": steps}
     words = json.dumps(sorted(clip.tokenizer.get_vocab().items()))
     settings |= {"vocabulary": hashlib.sha256(words.encode()).hexdigest()[:16]}
-    rows = score_images(out, settings, digests, score, batch)
+    rows = score_images(out, root, settings, digests, score, batch=batch)
     overall = mean(row["score"] for row in rows)
     called = name or root.resolve().name
     result = Result(

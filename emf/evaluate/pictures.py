@@ -247,7 +247,7 @@ def draw_and_score(
         say("evaluate: loading what scores the images")
         benchmark = load()
         benchmark.check([item.file for item in items])
-        check_outs(out, benchmark, name, drawing.counts)
+        check_outs(out, benchmark, name, {n: out / str(n) / IMAGES for n in drawing.counts})
     say(f"evaluate: drawing {counted} with {drawing.checkpoint}")
     draw_pictures(items, texts, out, drawing, device, prompts=prompts)
     if benchmark is None:

@@ -24,10 +24,12 @@ def read_curve(run: Path) -> list[dict[str, Any]]:
     scores of other numbers of steps than the last has."""
     rows = read_rows(run / CURVE, SCORED)
     for number, row in enumerate(rows, 1):
-        if not all(n.isdecimal() for n in row["overall"]) or row["overall"].keys() != rows[-1]["overall"].keys():
-            expected = ", ".join(rows[-1]["overall"]) or "a number"
+        where, counts = f"{run / CURVE}:{number}", row["overall"]
+        if odd := [n for n in counts if not (n.isascii() and n.isdigit() and 0 < len(n) < 10)]:
+            raise ValueError(f"{where} has a score of {odd[0][:40]!r} steps; repair or remove the line")
+        if not counts or counts.keys() != rows[-1]["overall"].keys():
             raise ValueError(
-                f"{run / CURVE}:{number} has scores of {', '.join(row['overall']) or 'no'} steps, the last row of "
-                f"{expected}; repair or remove the line"
+                f"{where} has scores of {', '.join(counts) or 'no'} steps, the last row of "
+                f"{', '.join(rows[-1]['overall']) or 'none'}; repair or remove the line"
             )
     return rows

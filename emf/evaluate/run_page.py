@@ -19,8 +19,9 @@ from emf.config import read
 from emf.data.digits import TAGS
 from emf.evaluate.published import FEW_STEP, FLOW_MATCHING, by_steps
 from emf.evaluate.run_log import read_curve, read_metrics
-from emf.evaluate.small_world import EULER, closed
-from emf.files import read_json, write_text
+from emf.evaluate.scores_file import CAPTIONS, EULER, SCORES, read_scores
+from emf.evaluate.small_world import closed
+from emf.files import write_text
 from emf.recipes import from_file
 from emf.show import page
 from emf.show.page import Html
@@ -28,8 +29,8 @@ from emf.show.plot import EMF, FM, GREY, MARKERS, SHADES, label, plot, steps_axi
 from emf.weights.checkpoints import checkpoints, step_of
 
 PAPER, PAPER_FM = by_steps("GenEval", FEW_STEP), by_steps("GenEval", FLOW_MATCHING)
-FEW_CAPTIONS = 300
-"""Captions below which scores differ by chance more than models do; `emf evaluate digits` has as many by default."""
+GROUND = dict(facecolor="white", edgecolor="none", alpha=0.75, pad=0.4)
+"""Of a label that stands on the line of the real scenes, which fades behind it."""
 TRUST = {"ceiling": 0.95, "noise": 0.05, "shuffled": 0.05}
 """What the scorer must give: at least the first, at most the others."""
 
@@ -45,7 +46,7 @@ def write_report(run: Path) -> Path:
     metrics = read_metrics(run)
     if not metrics:
         raise ValueError(f"report: {run}/metrics.jsonl holds no row; give the folder of a run that has logged a step")
-    config, scores = read(run / "config.json"), _scores(run / "scores.json")
+    config, scores = read(run / "config.json"), read_scores(run / SCORES, "report")
     from_file(run / "config.json")  # by which every value in it is looked at
     curve = read_curve(run)
     name, ended = run.resolve().name, datetime.fromtimestamp((run / "metrics.jsonl").stat().st_mtime, UTC)
@@ -79,24 +80,6 @@ def own_version() -> str:
     with suppress(PackageNotFoundError):
         return version("emf-meanflow")
     return "unknown"
-
-
-def _scores(file: Path) -> dict[str, Any] | None:
-    """scores.json, None where it is missing."""
-    if not file.is_file():
-        return None
-    try:
-        scores = read_json(file)
-        numbers = [scores[key] for key in TRUST] + [r["by_tag"][tag] for r in scores["rows"] for tag in TAGS]
-        numbers += [_overall(scores, "fm")[n] for n in EULER]
-        numbers.append(scores.get("captions", FEW_CAPTIONS))
-        if not all(isinstance(x, int | float) for x in [*numbers, *closed(scores).values()]):
-            raise TypeError("a score is no number")
-        if not isinstance(scores.get("step"), int | None):
-            raise TypeError("its step is no number")
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"report: {file} is not what `emf evaluate digits` writes ({error!r}); run it again") from None
-    return scores
 
 
 def _past(run: Path, scores: dict[str, Any] | None, metrics: list[dict[str, Any]]) -> Html:
@@ -180,9 +163,9 @@ def _key_figures(scores: dict[str, Any] | None, past: Html) -> Html:
 
 
 def _caution(scores: dict[str, Any]) -> Html:
-    """A sentence where the scores are of few captions; scores.json of earlier versions does not say of how many."""
-    n = scores.get("captions", FEW_CAPTIONS)
-    return page.note(f"{n} caption{'s' * (n != 1)}: too few to compare.") if n < FEW_CAPTIONS else Html()
+    """A sentence where the scores are of so few captions that they differ by chance more than models do."""
+    n = scores.get("captions", CAPTIONS)
+    return page.note(f"{n} caption{'s' * (n != 1)}: too few to compare.") if n < CAPTIONS else Html()
 
 
 def _steps(n: int) -> str:
@@ -199,7 +182,8 @@ def _unscored(what: str, run: Path, config: dict[str, Any]) -> Html:
     if _draws_digits(config):
         return page.missing(what, f"emf evaluate digits {run}")
     how = " --flow-matching" if config.get("objective") == "flow_matching" else ""
-    if config.get("data", {}).get("vae") is None:  # a run on a cache need not know of it
+    latent = config.get("transformer", {}).get("in_channels", 0) != 3
+    if latent and config.get("data", {}).get("vae") is None:  # a run on a cache need not know of it
         how += " --vae SANA"
     command = f"emf evaluate geneval --prompts evaluation_metadata.jsonl --checkpoint {run}{how} --out DIR"
     return Html(f'<p class="missing">This run draws no digits: {page.code(command)} draws and scores it, in DIR.</p>')
@@ -223,15 +207,18 @@ def _score_section(run: Path, scores: dict[str, Any] | None, config: dict[str, A
     if not scores:
         return Html(title + _unscored("scores.json", run, config))
     fm, few = _overall(scores, "fm"), _overall(scores, "emf")
-    lines = {"EMF": (few, EMF, "o", "-", 6)} if few else {}
-    lines["flow matching"] = (fm, FM, "s", "--", -14)
+    lines = {"EMF": (few, EMF, "o", "-")} if few else {}
+    lines["flow matching"] = (fm, FM, "s", "--")
 
     def draw(axes: Axes) -> None:
         axes.axhline(scores["ceiling"], color=GREY, linestyle=":", label="real held-out scenes")
-        for name, (overall, color, marker, dash, offset) in lines.items():
+        for name, (overall, color, marker, dash) in lines.items():
+            other = next((line[0] for key, line in lines.items() if key != name), {})
             axes.plot(list(overall), list(overall.values()), color=color, marker=marker, linestyle=dash, label=name)
             for n, score in overall.items():
-                label(axes, f"{score:.2f}", (n, score), offset, ha="center", color=color)
+                above = apart(n, score, other, name == "EMF")
+                at = 6 if above else -14
+                label(axes, f"{score:.2f}", (n, score), at, ha="center", color=color, bbox=GROUND)
         steps_axis(axes, (n for overall, *_ in lines.values() for n in overall))
         axes.set(ylim=(-0.08, 1.05), ylabel="overall score")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.2), ncols=3, columnspacing=1.2, handlelength=1.8)
@@ -253,6 +240,15 @@ def _score_section(run: Path, scores: dict[str, Any] | None, config: dict[str, A
         f"six.{counted}{guidance}"
     )
     return Html(title + past + told + page.figures([drawn]) + page.table(heads, rows))
+
+
+def apart(n: int, score: float, other: dict[int, float], by_default: bool) -> bool:
+    """Whether the label of a score in n steps stands above its point: it does where the other line of the plot, whose
+    axis of steps is logarithmic, runs below. by_default: where that does not reach n, or meets the point."""
+    if not min(other, default=n + 1) <= n <= max(other, default=n - 1):
+        return by_default
+    there = float(np.interp(np.log(n), np.log(sorted(other)), [other[k] for k in sorted(other)]))
+    return by_default if there == score else there < score
 
 
 def _curve_section(

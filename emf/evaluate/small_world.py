@@ -14,6 +14,7 @@ from emf.config import Config
 from emf.data.digits import TAGS, prompts
 from emf.evaluate.digits_scorer import Scorer, calibrate
 from emf.evaluate.recorded import about, recorded, spreads
+from emf.evaluate.scores_file import EULER, FEW, SCORES, refuse_lesser
 from emf.files import check_writable, write_json
 from emf.idle import chosen
 from emf.recipes import RECIPES
@@ -26,15 +27,13 @@ from emf.show.table import console, terminal
 from emf.weights.checkpoints import at_newest, step_of
 from emf.weights.folders import load_run, load_start
 
-EULER, FEW = (1, 4, 30), (1, 2, 4, 8)
-
 
 def evaluate_run(run: Path, per_tag: int, guidance: float, seed: int) -> dict[str, Any]:
     """Write scores.json and samples.png into the run's folder; every row has the same prompts and noise.
 
     scores.json says of which step's weights they are. per_tag: prompts of each of the six tasks. guidance: of every
     sampler. seed: of the noise. Returns what scores.json holds. Raises ValueError where the folder is no run that
-    can be scored.
+    can be scored, and where it has scores that are more worth, see emf.evaluate.scores_file.
     """
     if per_tag < 1:
         raise ValueError(f"evaluate: --per-tag {per_tag} must be at least 1")
@@ -42,8 +41,10 @@ def evaluate_run(run: Path, per_tag: int, guidance: float, seed: int) -> dict[st
     if not (run / "metrics.jsonl").exists() and (run / "model.safetensors").exists():
         raise ValueError(f"evaluate: {run} is a checkpoint; give the run's folder, in which the scores are written")
     config, network, step = at_newest(run, lambda place: (*load_run(place), step_of(place)))
-    check_writable(run / "scores.json", "evaluate: ")
+    check_writable(run / SCORES, "evaluate: ")
     specs = prompts(per_tag)
+    told: dict[str, Any] = {"captions": len(specs), "guidance": guidance, "seed": seed}
+    refuse_lesser(run, told)
     meanflow = config.objective == "meanflow"
     base = Sampler(config, load_start(config).network if meanflow else network, source="the base" if meanflow else run)
     rows = [("fm", n, base) for n in EULER]
@@ -54,7 +55,7 @@ def evaluate_run(run: Path, per_tag: int, guidance: float, seed: int) -> dict[st
         [(sampler, settings) for (*_, sampler), settings in zip(rows, how, strict=True)], [s["prompt"] for s in specs]
     )
     scorer = Scorer.fit()
-    scores: dict[str, Any] = {"step": step, "guidance": guidance, "captions": len(specs), "rows": []}
+    scores: dict[str, Any] = {"step": step, **told, "rows": []}
     pictures: dict[str, Any] = {}
     shown = [i for tag in range(len(TAGS)) for i in range(tag * per_tag, tag * per_tag + min(per_tag, 2))]
     for (model, steps, _), images in zip(rows, drawn, strict=True):
@@ -64,7 +65,7 @@ def evaluate_run(run: Path, per_tag: int, guidance: float, seed: int) -> dict[st
         )
         pictures[f"{model.upper()} {steps}"] = to_uint8(images[shown])
     scores |= calibrate(scorer, world=config.world)
-    write_json(run / "scores.json", scores)
+    write_json(run / SCORES, scores)
     cells = captioned([specs[i]["prompt"] for i in shown], pictures)
     write_sheet(run / "samples.png", cells, ["", *pictures], cell=126)
     print_scores(scores, "" if changed(config) else config.recipe)

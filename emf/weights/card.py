@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 from emf.config import Config
-from emf.files import copy_file, files_in, read_json, read_text, write_text
+from emf.files import copy_file, files_in, misfit, read_json, read_text, write_text
 from emf.show.table import cell, markdown
 from emf.weights.converted import is_base, read_converted
 from emf.weights.hub import hub_name
@@ -150,14 +151,16 @@ def scores(run: Path, step: int | None) -> list[str]:
     lines = []
     if (file := run / "scores.json").is_file():
         tree = read_json(file)
-        try:
-            rows = [[r["model"].upper(), str(r["steps"]), f"{r['overall']:.3f}"] for r in tree["rows"]]
-            said = (
-                f"Of {tree['captions']} captions, at guidance {tree['guidance']:g}. FM is the base, by flow matching."
+        said = misfit(tree, {"rows": list[dict[str, Any]], "captions": int, "guidance": float, "step": int | None})
+        kinds = {"model": str, "steps": int, "overall": float}
+        if said := said or next(filter(None, (misfit(row, kinds) for row in tree["rows"])), None):
+            raise ValueError(
+                f"export: {file} is not what `emf evaluate digits` writes: it, or a row, {said}; move it away and "
+                "call that again"
             )
-            said += "" if tree.get("step") == step else " " + earlier(tree.get("step"), step, "The scores are of")
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise ValueError(f"export: {file} is not what `emf evaluate digits` writes; run it again") from None
+        rows = [[r["model"].upper(), str(r["steps"]), f"{r['overall']:.3f}"] for r in tree["rows"]]
+        said = f"Of {tree['captions']} captions, at guidance {tree['guidance']:g}. FM is the base, by flow matching."
+        said += "" if tree.get("step") == step else " " + earlier(tree.get("step"), step, "The scores are of")
         lines += [*markdown(["model", "steps", "score"], rows), "", said, ""]
     for page in sorted({*run.glob("results.md"), *run.glob("*/results.md")}):
         lines += [re.sub(r"^#", "###", read_text(page), flags=re.MULTILINE)]

@@ -21,7 +21,7 @@ from emf.evaluate.dpg import read_questions
 from emf.evaluate.geneval import judge, read_folder
 from emf.evaluate.hps import read_prompts as read_styles
 from emf.evaluate.pictures import geneval_items
-from emf.evaluate.run_page import _scores
+from emf.evaluate.scores_file import read_scores
 from emf.evaluate.vqa import RecordedVQA
 from emf.files import check_claim, read_rows
 
@@ -72,7 +72,7 @@ FILES: dict[str, tuple[Any, Read]] = {
     "coco/annotations/captions_x.json": (COCO, lambda file: read_coco(file.parents[1], "x")),
     "photo.json": (["a dog", "a cat"], lambda file: read_styles(file.parent, "photo")),
     "prompts.jsonl": ({"prompt": "a dog", "text": "a cat"}, lambda file: (read_prompts(file), geneval_items(file))),
-    "scores.json": (SCORES, _scores),
+    "scores.json": (SCORES, lambda file: read_scores(file, "report")),
     "settings.json": (CLAIM, lambda file: check_claim(file.parent, CLAIM, (), growing="runs")),
     "log.jsonl": ({"step": 1}, lambda file: read_rows(file, ["step"])),
 }

@@ -13,7 +13,7 @@ import pytest
 
 from emf.config import Config, to_json
 from emf.data.digits import TAGS
-from emf.evaluate.run_page import write_report
+from emf.evaluate.run_page import apart, write_report
 from emf.recipes import RECIPES, digits, digits_base
 from emf.show.sheet import captioned, write_sheet
 
@@ -25,6 +25,11 @@ def score_rows(model: str, overall: dict[int, float]) -> list[dict[str, Any]]:
     spread = (0.25, 0.05, -0.12, 0.2, -0.18, -0.2)
     tags = {n: {tag: min(1, max(0, s + d)) for tag, d in zip(TAGS, spread, strict=True)} for n, s in overall.items()}
     return [{"model": model, "steps": n, "overall": s, "by_tag": tags[n]} for n, s in overall.items()]
+
+
+SCORED: dict[str, Any] = {"rows": [], "ceiling": 0.97, "noise": 0.0, "shuffled": 0.03}
+ROW = {"model": "fm", "steps": 1, "overall": 0.5, "by_tag": dict.fromkeys(TAGS, 0.5)}
+LOGGED = dict.fromkeys(("step", "loss", "error", "lr", "it_s", "share", "memory_mib", "skipped"), 1)
 
 
 def write_jsonl(file: Path, rows: list[dict[str, Any]]) -> None:
@@ -55,7 +60,7 @@ def fake_run(
         rows = [{"step": step, "overall": {str(n): curve[n] * g for n in (1, 2, 4)}} for step, g in grown.items()]
         write_jsonl(run / "curve.jsonl", rows)
     if scores:
-        (run / "scores.json").write_text(json.dumps({"rows": scores, "ceiling": 0.97, "noise": 0.0, "shuffled": 0.03}))
+        (run / "scores.json").write_text(json.dumps(SCORED | {"rows": scores}))
     return run
 
 
@@ -162,6 +167,14 @@ def test_scores_of_an_earlier_step_say_so(emf_run: Path) -> None:
         write_report(emf_run)
 
 
+def test_labels_of_the_two_lines_stand_apart() -> None:
+    """The recorded run whose lines cross: each label is on the side of its point where the other line does not run."""
+    fm, emf = {1: 0.277, 4: 0.89, 30: 0.887}, {1: 0.757, 2: 0.797, 4: 0.84, 8: 0.85}
+    assert {n: apart(n, x, fm, True) for n, x in emf.items()} == {1: True, 2: True, 4: False, 8: False}
+    assert {n: apart(n, x, emf, False) for n, x in fm.items()} == {1: False, 4: True, 30: False}
+    assert apart(4, 0.5, {1: 0.5, 30: 0.5}, True) and not apart(4, 0.5, {}, False)
+
+
 @pytest.mark.parametrize(("captions", "cautioned"), [(6, True), (299, True), (300, False), (None, False)])
 def test_scores_of_few_captions_are_cautioned(emf_run: Path, captions: int | None, cautioned: bool) -> None:
     scores = json.loads((emf_run / "scores.json").read_text())
@@ -190,7 +203,27 @@ def test_a_row_half_written_is_left_out(emf_run: Path) -> None:
         ("metrics.jsonl", "", "metrics.jsonl holds no row"),
         ("metrics.jsonl", '{"step": 1}\n', "metrics.jsonl:1 is no JSON object with step, loss"),
         ("curve.jsonl", "[]\n", "curve.jsonl:1 is no JSON object with step, overall"),
-        ("scores.json", '{"rows": []}', "scores.json is not what"),
+        (
+            "metrics.jsonl",
+            json.dumps(LOGGED | {"step": 10**400}) + "\n",
+            "metrics.jsonl:1 has step 1000.*a whole number",
+        ),
+        ("curve.jsonl", '{"step": 1, "overall": {}}\n', "curve.jsonl:1 has scores of no steps"),
+        ("curve.jsonl", '{"step": 1, "overall": {"\u0663": 0.5}}\n', "curve.jsonl:1 has a score of '\u0663' steps"),
+        ("scores.json", '{"rows": []}', "scores.json is not what .*it is no JSON object with rows, ceiling"),
+        ("scores.json", "[]", "scores.json is not what"),
+        ("scores.json", "{", "scores.json is not what .*was torn; move it away"),
+        ("scores.json", json.dumps(SCORED | {"rows": [3]}), "it has rows .3.; expected a list, each an object"),
+        ("scores.json", json.dumps(SCORED), "its rows lack flow matching in 1 step; move it away and call that again"),
+        ("scores.json", json.dumps(SCORED | {"rows": [ROW | {"by_tag": 3}]}), "row 1 of its rows has by_tag 3;"),
+        ("scores.json", json.dumps(SCORED | {"rows": [ROW | {"overall": 7}]}), "has a score of 7; expected 0 to 1"),
+        (
+            "scores.json",
+            json.dumps(SCORED | {"rows": [ROW | {"model": "x"}]}),
+            "has model 'x'; expected one of fm, emf",
+        ),
+        ("config.json", "[]", "config.json is no JSON object"),
+        ("config.json", '{"recipe": "digits", "flow": 3}', "config.json: flow is 3; expected a section"),
         ("config.json", None, "config: no file"),
     ],
 )

@@ -1,0 +1,75 @@
+"""scores.json in a run's folder, as `emf evaluate digits` writes it: its form, and that no lesser one replaces it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from emf.data.digits import TAGS
+from emf.files import misfit, read_json
+
+SCORES = "scores.json"
+EULER, FEW = (1, 4, 30), (1, 2, 4, 8)
+"""Numbers of steps that are scored, of flow matching and of EMF."""
+CAPTIONS = 300
+"""Of how many `emf evaluate digits` scores by default. Files of earlier versions do not say of how many they are."""
+CHECKS = ("ceiling", "noise", "shuffled")
+"""What the scorer gives to images that need no model, see emf.evaluate.digits_scorer.calibrate."""
+HOW = {"captions": int | None, "guidance": float | None, "seed": int | None}
+"""By what scores are comparable, with the kinds of the values; earlier versions wrote less of it."""
+WHOLE = {"rows": list[dict[str, Any]], **dict.fromkeys(CHECKS, float), "step": int | None, **HOW}
+ROW = {"model": Literal["fm", "emf"], "steps": int, "overall": float, "by_tag": dict[str, float]}
+
+
+def read_scores(file: Path, who: str) -> dict[str, Any] | None:
+    """What scores.json holds; None where there is none. who: how the error begins. Raises ValueError, saying what is
+    wrong with it and what to do."""
+    if not file.is_file():
+        return None
+    try:
+        scores = read_json(file)
+        said = _fault(scores)
+    except ValueError as error:
+        said = str(error)
+    if said:
+        advice = "move it away and call that again"
+        raise ValueError(f"{who}: {file} is not what `emf evaluate digits` writes: {said}; {advice}")
+    return {key: value for key, value in scores.items() if value is not None}
+
+
+def _fault(scores: Any) -> str | None:
+    """What is wrong with the contents of a scores.json."""
+    if said := misfit(scores, WHOLE):
+        return f"it {said}"
+    for number, row in enumerate(scores["rows"], 1):
+        if said := misfit(row, ROW) or misfit(row["by_tag"], dict.fromkeys(TAGS, float)):
+            return f"row {number} of its rows {said}"
+        if row["steps"] < 1:
+            return f"row {number} of its rows is of {row['steps']} steps"
+        if odd := [x for x in (row["overall"], *row["by_tag"].values()) if not 0 <= x <= 1]:
+            return f"row {number} of its rows has a score of {odd[0]}; expected 0 to 1"
+    there = {row["steps"] for row in scores["rows"] if row["model"] == "fm"}
+    if missing := [n for n in EULER if n not in there]:
+        return f"its rows lack flow matching in {missing[0]} step{'s' * (missing[0] > 1)}"
+    return None
+
+
+def refuse_lesser(run: Path, how: Mapping[str, Any]) -> None:
+    """Raises ValueError where the run has scores of more captions than `how` says, or that were made in another way,
+    which new ones would replace. how: captions, guidance and seed of the new ones. Asked before anything is drawn."""
+    if (old := read_scores(run / SCORES, "evaluate")) is None:
+        return
+    known = {"captions": CAPTIONS, **{key: old[key] for key in HOW if old.get(key) is not None}}
+    other = [key for key in known if key != "captions" and known[key] != how[key]]
+    if other or known["captions"] > how["captions"]:
+        raise ValueError(
+            f"evaluate: {run / SCORES} is of {_told(known, [*known])}; scores of {_told(how, [*known])} would replace "
+            "it: score as many captions in the same way, or move it and samples.png away first"
+        )
+
+
+def _told(how: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """The captions, and the other settings of these keys, in words."""
+    rest = [f"{key} {how[key]}" for key in keys if key != "captions"]
+    return ", ".join([f"{how['captions']} captions", *rest])

@@ -1,0 +1,73 @@
+"""No score is lost in silence for one that is worth less: scores.json of a run, and a benchmark's results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emf.data.digits import TAGS
+from emf.evaluate import small_world
+from emf.evaluate.benchmark import take
+from emf.evaluate.scores_file import CHECKS, EULER, SCORES, read_scores, refuse_lesser
+from emf.recipes import digits
+
+ROW = {"model": "fm", "overall": 0.5, "by_tag": dict.fromkeys(TAGS, 0.5)}
+WHOLE: dict[str, Any] = {"rows": [ROW | {"steps": n} for n in EULER], **dict.fromkeys(CHECKS, 0.5), "step": None}
+HOW = {"captions": 300, "guidance": 1.25, "seed": 0}
+
+
+@pytest.mark.parametrize(
+    ("old", "now", "said"),
+    [
+        (HOW, {}, None),
+        (HOW, {"captions": 600}, None),
+        ({}, {}, None),  # an earlier version's
+        ({}, {"guidance": 3.0}, None),
+        (
+            HOW,
+            {"captions": 6},
+            "is of 300 captions, guidance 1.25, seed 0; scores of 6 captions, guidance 1.25, seed 0 ",
+        ),
+        ({}, {"captions": 6}, "is of 300 captions; scores of 6 captions would replace it: score as many"),
+        (HOW, {"seed": 1}, "scores of 300 captions, guidance 1.25, seed 1 would replace it"),
+        (HOW, {"captions": 600, "guidance": 1.0}, "scores of 600 captions, guidance 1.0, seed 0 would replace it"),
+    ],
+)
+def test_scores_of_more_are_not_replaced(
+    tmp_path: Path, old: dict[str, Any], now: dict[str, Any], said: str | None
+) -> None:
+    refuse_lesser(tmp_path, HOW | now)  # there are none
+    (tmp_path / SCORES).write_text(json.dumps(WHOLE | old))
+    assert read_scores(tmp_path / SCORES, "report") == {k: v for k, v in (WHOLE | old).items() if v is not None}
+    if said is None:
+        return refuse_lesser(tmp_path, HOW | now)
+    with pytest.raises(ValueError, match=f"^evaluate: .*{said}"):
+        refuse_lesser(tmp_path, HOW | now)
+
+
+def test_a_run_is_not_drawn_for_scores_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(small_world, "at_newest", lambda *_: (digits(), None, 3))
+    monkeypatch.setattr(small_world, "load_start", None)
+    (tmp_path / SCORES).write_text(json.dumps(WHOLE | HOW))
+    with pytest.raises(ValueError, match="move it and samples.png away first"):
+        small_world.evaluate_run(tmp_path, 1, 1.25, 0)
+
+
+def test_scores_are_of_one_folder_of_images(tmp_path: Path) -> None:
+    """Those of earlier versions, which told it otherwise or not at all, are gone on with."""
+    out, images, other = tmp_path / "out", tmp_path / "images", tmp_path / "other"
+    settings: dict[str, Any] = {"benchmark": "GenEval"}
+    take(out, images, settings)
+    take(out, images, settings)
+    with pytest.raises(ValueError, match=r"made by other settings \(images\)"):
+        take(out, other, settings)
+    take(out / "4", out / "4" / "images", settings)
+    (out / "4").rename(tmp_path / "moved")
+    take(tmp_path / "moved", tmp_path / "moved" / "images", settings)  # with its images
+    for n, told in enumerate(({}, {"images": str(images)})):
+        (tmp_path / f"old{n}").mkdir()
+        (tmp_path / f"old{n}" / "settings.json").write_text(json.dumps(settings | told))
+        take(tmp_path / f"old{n}", images, settings)
