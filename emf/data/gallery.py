@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from emf.files import whole_folder
+from emf.files import open_image, read_text, whole_folder
 
 SIDE, DRAWN, STRIDE, PLACES = 24, 20, 2, 5
 """Pixels along a side of an image, and of the picture in it, of which the outermost two are margin; it stands at any of
@@ -115,3 +115,18 @@ def write_gallery(folder: Path, gallery: Gallery, variants: int, seed: int = 0) 
             image = gallery.shown(caption.picture, (down, right), int(rng.integers(len(GROUNDS))))
             Image.fromarray(image).save(part / f"{i:05d}.png")
             (part / f"{i:05d}.txt").write_text(caption.text, encoding="utf-8")
+
+
+def check_gallery(folder: Path, gallery: Gallery, variants: int, who: str) -> None:
+    """Raises ValueError, naming the first file, where something is missing, torn or another in a folder that
+    write_gallery wrote. who: how the error begins."""
+    captions = (c.text for c in gallery.captions()[0] for _ in range(variants))
+    for i, caption in enumerate(captions):
+        image, text = (folder / f"{i:05d}{kind}" for kind in (".png", ".txt"))
+        try:
+            fault = "" if open_image(image).size == (SIDE, SIDE) else f"{image} is of another size"
+            fault = fault or ("" if read_text(text) == caption else f"{text} is not the caption {caption!r}")
+        except ValueError as error:
+            fault = str(error)
+        if fault:
+            raise ValueError(f"{who}: {fault}; move {folder} away, and it is made anew")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from named_pictures import shapes
 
 from emf.data import openmoji as package
 from emf.data.drops import Drops
-from emf.data.gallery import GROUNDS, PLACES, SIDE, STRIDE, write_gallery
+from emf.data.gallery import GROUNDS, PLACES, SIDE, STRIDE, check_gallery, write_gallery
 from emf.data.openmoji import openmoji, spoken
 from emf.data.sources import parse_source, scan
 from emf.evaluate.picture_retrieval import Retrieval
@@ -79,6 +80,20 @@ def test_what_is_written_is_a_source_and_the_same_again(tmp_path: Path) -> None:
     files = [sorted((p.name, p.read_bytes()) for p in (tmp_path / name).glob("0*")) for name in ("a", "b")]
     captions = gallery.captions()[0]
     assert files[0] == files[1] and len(files[0]) == 2 * 2 * len(captions)
+    check_gallery(tmp_path / "a", gallery, 2, "openmoji")
+    for name, damage, said in (
+        ("00003.png", None, "00003.png"),
+        ("00003.png", b"", "00003.png cannot be read as an image: empty"),
+        ("00003.png", files[0][6][1][:60], "00003.png cannot be read as an image"),
+        ("00005.txt", b"", "00005.txt is not the caption '"),
+        ("00005.txt", None, "00005.txt"),
+    ):
+        file = tmp_path / "b" / name
+        file.unlink() if damage is None else file.write_bytes(damage)
+        with pytest.raises(ValueError, match=f"^openmoji: .*{said}.*; move {tmp_path / 'b'} away, and it is made anew"):
+            check_gallery(tmp_path / "b", gallery, 2, "openmoji")
+        shutil.copyfile(tmp_path / "a" / name, file)
+    check_gallery(tmp_path / "b", gallery, 2, "openmoji")
     index = scan([parse_source(str(tmp_path / "a"))], Drops())[0]
     assert len(index) == 2 * len(captions)
 
