@@ -171,11 +171,11 @@ def guided(network: Network, null: Network, w: float) -> Network:
     return both
 
 
-@torch.no_grad()
 def sample(network: Network, z: Tensor, steps: int, average: bool = True) -> Tensor:
     """x [B, ...] from noise z [B, ...] in equal steps: z_r = z_t - (t - r) u(z_t, r, t) from t = 1 to 0.
 
-    average False: Euler's method on the instantaneous velocity (r = None), the flow-matching baseline.
+    average False: Euler's method on the instantaneous velocity (r = None), the flow-matching baseline. Gradients go
+    through every step; a caller that wants none says torch.no_grad().
     """
     if steps < 1:
         raise ValueError(f"sample: {steps} steps; expected at least 1")

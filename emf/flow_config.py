@@ -12,22 +12,27 @@ Pair = tuple[float, float]
 
 @dataclass(frozen=True)
 class MatchConfig:
-    """A distribution-matching term beside MeanFlow's loss (emf.matching): pictures of one step are moved to where the
+    """A distribution-matching term beside MeanFlow's loss (emf.matching): pictures of few steps are moved to where the
     frozen base would have them. Holds the base and a trained copy of it beside the network that is trained."""
 
     weight: Annotated[float, Within(0)] = 0.0
     """Weight of the term; 0: none."""
     share: Annotated[float, Within(above=0, most=1)] = 0.25
     """How many samples it has a step, for each of MeanFlow's."""
+    steps: Annotated[tuple[int, ...], Within(1, 100)] = (1,)
+    """In how many steps the pictures are made: these take turns, one a step of training. The gradient goes through all
+    steps of a picture, so a turn of n costs n forwards and backwards of it."""
     guidance: Annotated[float, Within(above=0)] = 1.25
-    """Guidance of the frozen base, to whose pictures those of one step are moved."""
+    """Guidance of the frozen base, to whose pictures those of few steps are moved."""
     fake_lr: Annotated[float, Within(above=0, most=1e6)] = 1.0
-    """Factor on the learning rate of the copy, which learns the flow of the pictures of one step."""
+    """Factor on the learning rate of the copy, which learns the flow of the pictures of few steps."""
     begin: Annotated[float, Within(0, below=1)] = 0.5
     """Training progress at which it begins; its weight grows from 0 over the next twentieth of the run."""
 
     def __post_init__(self) -> None:
         check_limits(self, "config: match.")
+        if not self.steps:
+            raise ValueError("config: match.steps is empty; say in how many steps pictures are made, as in 1 2 4")
 
     def weight_at(self, progress: float) -> float:
         """Of the term, at a training progress in [0, 1]."""

@@ -77,11 +77,11 @@ NEEDS: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
     ("flow.alpha", "flow.derivative alpha", lambda c: c.flow.derivative == "alpha"),
     ("flow.zero_share", "objective meanflow and a flow.share above 0", _apart),
     ("match.weight", "objective meanflow", _flow),
-    ("match.", "a step from match.begin on", lambda c: c.match.begin <= (c.steps - 1) / c.steps),
     *(
         (f"match.{name}", "match.weight above 0", lambda c: c.match.weight > 0)
-        for name in ("share", "guidance", "fake_lr", "begin")
+        for name in ("share", "steps", "guidance", "fake_lr", "begin")
     ),
+    ("match.", "a step from match.begin on", lambda c: c.match.begin <= (c.steps - 1) / c.steps),
     ("optim.decay", "more steps than optim.warmup", lambda c: c.steps > c.warmup),
     ("optim.ema_cpu", "optim.ema above 0", lambda c: c.optim.ema > 0),
     (

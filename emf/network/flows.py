@@ -36,7 +36,7 @@ class Matched(TextToImage):
         return self.matching(*args, **kwargs) if matching else super().forward(*args, **kwargs)
 
     def matching(
-        self, noise: Tensor, tau: Tensor, again: Tensor, ids: Tensor, mask: Tensor, *, guidance: float
+        self, noise: Tensor, tau: Tensor, again: Tensor, ids: Tensor, mask: Tensor, *, guidance: float, steps: int
     ) -> tuple[Tensor, Tensor]:
         """See matching_loss, for captions [k, M]. The text encoder reads them once."""
         with torch.no_grad():
@@ -47,7 +47,7 @@ class Matched(TextToImage):
             return lambda z, t, r: transformer(z, t, r, *states)
 
         real = guided(of(self.base, states), of(self.base, null), guidance)
-        return matching_loss(of(self.transformer, states), real, of(self.fake, states), noise, tau, again)
+        return matching_loss(of(self.transformer, states), real, of(self.fake, states), noise, tau, again, steps=steps)
 
 
 def with_flows(network: TextToImage, config: Config, base: Transformer | None = None) -> TextToImage:

@@ -33,8 +33,10 @@ class Batch(NamedTuple):
     """Which of them are the caption's [n, M], bool."""
     drop: Tensor
     """Whose condition is dropped [n], bool."""
+    made_in: int = 1
+    """In how many steps the pictures are made where the distribution-matching term acts."""
     noise: Tensor | None = None
-    """Where the distribution-matching term acts (emf.matching): what the pictures of one step are made of, [k, C, H, W]
+    """Where the distribution-matching term acts (emf.matching): what those pictures are made of, [k, C, H, W]
     with k <= n; their captions are the first k. None: it does not act."""
     tau: Tensor | None = None
     """Times to which they are noised again [k], float32."""
@@ -46,7 +48,7 @@ class Batch(NamedTuple):
         not wait for what it copies from pinned memory."""
         moved = {name: x.to(device, non_blocking=True) for name, x in self._asdict().items() if isinstance(x, Tensor)}
         moved |= {name: moved[name].to(dtype) for name in ("x", "e", "noise", "again") if name in moved}
-        return Batch(**moved, b=self.b)
+        return Batch(**moved, b=self.b, made_in=self.made_in)
 
     def pinned(self) -> Batch:
         """The batch in memory of the host from which a GPU copies by itself; without a GPU the batch as it is."""
@@ -57,7 +59,7 @@ class Batch(NamedTuple):
 
 
 def matched_samples(config: Config, parts: int) -> int:
-    """How many pictures of one step a step's distribution-matching term has, whatever shares the work. Raises
+    """How many pictures a step's distribution-matching term has, whatever shares the work. Raises
     ValueError where the parts, all ranks' micro-batches, cannot have the same number of them."""
     k = round(config.match.share * config.batch_size)
     if not k or k % parts:
@@ -85,7 +87,8 @@ def make_batch(config: Config, feed: Feed, step: int, part: int, parts: int) -> 
     noise, again = torch.randn((2, k, *x.shape[1:]), generator=generator)
     tau = 0.02 + 0.96 * torch.rand(k, generator=generator)  # the ends say little, and the velocity at 0 is noise
     noise, tau, again = (a[mine].contiguous() for a in (noise, tau, again))
-    return batch._replace(noise=noise, tau=tau, again=again)
+    made_in = config.match.steps[step % len(config.match.steps)]
+    return batch._replace(made_in=made_in, noise=noise, tau=tau, again=again)
 
 
 def batches(config: Config, feed: Feed, start: int, rank: int, world: int) -> Iterator[tuple[tuple[int, int], Batch]]:

@@ -39,7 +39,8 @@ class Losses(NamedTuple):
     """Mean squared error [n], without weights."""
     further: dict[str, Tensor]
     """What the loss holds besides, before its weight, by the names of the log: the language model's own loss
-    (`lm_loss`), the distribution-matching term and the error of its fake flow (`match`, `fake_error`)."""
+    (`lm_loss`), the distribution-matching term, the error of its fake flow, and in how many steps its pictures were
+    made (`match`, `fake_error`, `match_steps`)."""
 
 
 def descended(loss: Tensor, squared: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ def descended(loss: Tensor, squared: Tensor) -> Tensor:
 
 def losses(config: Config, network: Any, batch: Batch, progress: float) -> Losses:
     """What a micro-batch comes to at a training progress in [0, 1]."""
-    x, e, t, r, b, ids, mask, drop, *draws = batch
+    x, e, t, r, b, ids, mask, drop, made_in, *draws = batch
     weight, own = config.condition.ar_weight, []
     b = carried(b, len(t)) if config.compile else b
 
@@ -75,7 +76,7 @@ def losses(config: Config, network: Any, batch: Batch, progress: float) -> Losse
         loss, further = loss + weight * own[-1], {"lm_loss": own[-1].detach()}
     if batch.noise is not None:
         k, guidance = len(batch.noise), config.match.guidance
-        term, fake = network(*draws, ids[:k], mask[:k], guidance=guidance, matching=True)
+        term, fake = network(*draws, ids[:k], mask[:k], guidance=guidance, steps=made_in, matching=True)
         loss = loss + config.match.weight_at(progress) * term.mean() + fake.mean()
-        further |= {"match": term.detach(), "fake_error": fake.detach()}
+        further |= {"match": term.detach(), "fake_error": fake.detach(), "match_steps": fake.new_full((1,), made_in)}
     return Losses(loss, squared, further)

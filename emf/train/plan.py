@@ -276,13 +276,14 @@ def _transformer_flops(config: Config, network: TextToImage) -> dict[str, float]
         flops["further evaluations"] = forward * further
     if config.match.weight:
         guided = 2 if config.match.guidance != 1 else 1
-        flops["distribution matching"] = _matched(config) * forward * (2 + share + again + guided + 3)
+        made = (2 + share + again) * sum(config.match.steps) / len(config.match.steps)
+        flops["distribution matching"] = _matched(config) * forward * (made + guided + 3)
     return flops
 
 
 def _matched(config: Config) -> float:
-    """Samples of the distribution-matching term for each of MeanFlow's, over the run: where it acts it makes one step
-    with the network, asks the base, and trains the fake flow."""
+    """Samples of the distribution-matching term for each of MeanFlow's, over the run: where it acts it makes a
+    picture with the network, asks the base, and trains the fake flow."""
     return config.match.share * (1 - config.match.begin) if config.match.weight else 0.0
 
 
@@ -294,8 +295,8 @@ def _activations(config: Config, network: TextToImage, micro: int, itemsize: int
     if config.objective == "meanflow" and config.flow.derivative == "jvp" and max(config.flow.share) > 0:
         carry = min(micro, math.floor(micro * max(config.flow.share)) + 1)
     tangent = carry * a["tangent"] + text
-    if config.match.weight:  # one step of the network, and the fake flow
-        micro += 2 * math.ceil(config.match.share * micro)
+    if config.match.weight:  # every step of a picture, and the fake flow
+        micro += (max(config.match.steps) + 1) * math.ceil(config.match.share * micro)
     kept = micro * (layers * a["block"] + a["rest"]) + tangent
     # under checkpointing one block is whole at a time, with its gradients beside it
     recomputed = micro * (layers * a["input"] + 2 * a["block"] + a["rest"]) + tangent

@@ -111,7 +111,7 @@ CASES: dict[str, tuple[Any, list[tuple[str, Changes]], list[tuple[str, Changes]]
     "match.weight": (1.0, [("digits", {})], [("digits", PLAIN)]),
     **{
         f"match.{name}": (value, [("digits", {"match.weight": 1.0})], [("digits", {})])
-        for name, value in (("share", 0.5), ("guidance", 2.0), ("fake_lr", 2.0), ("begin", 0.1))
+        for name, value in (("share", 0.5), ("steps", (1, 2)), ("guidance", 2.0), ("fake_lr", 2.0), ("begin", 0.1))
     },
     "optim.lr": (1e-2, [("digits", {})], []),
     "optim.condition_lr": (0.5, [("digits", {}), ("blip3o-next-3b", IMAGES)], []),  # see below

@@ -24,7 +24,7 @@ from emf.train.plan import plan
 
 pytest.importorskip("deepspeed")
 
-MATCH = ["--match.weight", "2", "--match.begin", "0.3", "--match.share", "0.5"]
+MATCH = ["--match.weight", "2", "--match.begin", "0.3", "--match.share", "0.5", "--match.steps", "2", "1"]
 
 
 class Gain(nn.Module):
@@ -38,28 +38,31 @@ class Gain(nn.Module):
         return self.gain * z
 
 
-def test_the_term_moves_a_picture_from_the_fake_flow_to_the_real_one() -> None:
-    """Against the same written out a sample at a time; and each gradient reaches one network alone."""
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_the_term_moves_a_picture_from_the_fake_flow_to_the_real_one(steps: int) -> None:
+    """Against the same written out a sample at a time; and each gradient reaches one network alone, through every step
+    of a picture."""
     torch.manual_seed(0)
     noise, again = torch.randn(2, 3, 1, 2, 2, dtype=torch.float64)
     tau = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
     network, real, fake = Gain(0.7), Gain(0.3), Gain(-0.2)
-    term, error = matching_loss(network, real, fake, noise, tau, again)
+    term, error = matching_loss(network, real, fake, noise, tau, again, steps=steps)
+    left, slope = (1 - 0.7 / steps) ** steps, -((1 - 0.7 / steps) ** (steps - 1))
     for i, s in enumerate(tau.tolist()):
-        x = noise[i] - 0.7 * noise[i]
+        x = left * noise[i]
         z = (1 - s) * x + s * again[i]
         clean_real, clean_fake = z - s * 0.3 * z, z + s * 0.2 * z
         move = (clean_real - clean_fake) / ((x - clean_real).square().mean().sqrt() + 1e-2)
         assert term[i].item() == pytest.approx(move.square().mean().item(), rel=1e-5)
         assert error[i].item() == pytest.approx((-0.2 * z - (again[i] - x)).square().mean().item(), rel=1e-5)
     (by_network,) = torch.autograd.grad(term.sum(), network.gain, retain_graph=True)
-    # the loss falls where x goes along its move: dx/dgain = -noise
+    # the loss falls where x goes along its move: dx/dgain = slope noise
     moves = []
     for i, s in enumerate(tau.tolist()):
-        x = 0.3 * noise[i]
+        x = left * noise[i]
         z = (1 - s) * x + s * again[i]
         move = -0.5 * s * z / ((x - z + s * 0.3 * z).square().mean().sqrt() + 1e-2)
-        moves.append((-2 * move * -noise[i]).mean())
+        moves.append((-2 * move * slope * noise[i]).mean())
     assert by_network.item() == pytest.approx(sum(moves).item(), rel=1e-4)  # type: ignore[union-attr]
     every = [network.gain, real.gain, fake.gain]
     reached = [torch.autograd.grad(x.sum(), every, allow_unused=True, retain_graph=True) for x in (term, error)]
@@ -80,7 +83,9 @@ def test_the_weight_begins_late_and_grows() -> None:
 
 def test_parts_of_a_batch_share_its_draws() -> None:
     """And the rest of a batch is what it is without the term."""
-    config = replace(digits(), batch_size=8, steps=10, match=MatchConfig(weight=1, share=0.5, begin=0.3))
+    config = replace(
+        digits(), batch_size=8, steps=10, match=MatchConfig(weight=1, share=0.5, begin=0.3, steps=(1, 2, 4))
+    )
 
     class Feed:
         samples = None
@@ -93,6 +98,7 @@ def test_parts_of_a_batch_share_its_draws() -> None:
     assert make_batch(config, feed, 2, 0, 1).noise is None
     whole, plain = make_batch(config, feed, 3, 0, 1), make_batch(replace(config, match=MatchConfig()), feed, 3, 0, 1)
     assert plain.noise is None and torch.equal(whole.e, plain.e) and torch.equal(whole.t, plain.t)
+    assert [make_batch(config, feed, step, 0, 1).made_in for step in range(3, 8)] == [1, 2, 4, 1, 2]
     halves = [make_batch(config, feed, 3, part, 2) for part in (0, 1)]
     for name in ("noise", "tau", "again"):
         together = getattr(whole, name)
@@ -135,6 +141,7 @@ def matched(recipe: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_a_run_with_it(matched: Path, straight: Path) -> None:
     """The term acts from its beginning on; a checkpoint's weights are those of any run."""
     assert [row.keys() >= {"match", "fake_error"} for row in metrics(matched)] == [False] * 2 + [True] * 4
+    assert [row["match_steps"] for row in metrics(matched)[2:]] == [2, 1, 2, 1]
     assert [row["error"] for row in metrics(matched)[:2]] == [row["error"] for row in metrics(straight)[:2]]
     got, plain = averaged(matched), averaged(straight)
     assert got.keys() == plain.keys()
@@ -202,6 +209,7 @@ def test_what_cannot_be_is_one_line(recipe: list[str], tmp_path: Path) -> None:
     for flags, said in (
         (["--match.share", "0.5"], "match.share 0.5 has no effect: it needs match.weight above 0"),
         (["--match.weight", "1", "--freeze-encoder", "False"], "match.weight needs a text encoder that is not trained"),
+        (["--match.weight", "1", "--match.steps", "0"], "match.steps 0 must be at least 1 and at most 100"),
         (["--match.weight", "-1"], "match.weight -1.0 must be at least 0"),
     ):
         result = train(tmp_path, *recipe, *out, *flags)
