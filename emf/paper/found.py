@@ -2,56 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import t as student
 
-from emf.data.digits import TAGS
+from emf.analyze.bootstrap import LEVEL, Interval
 from emf.evaluate.run_log import read_curve, read_metrics
 from emf.files import fits, read_json, write_json
 from emf.paper.parts import ENCODERS, Budget, parts
+from emf.paper.record import FEW, RESULTS, odd_scores, recorded
 from emf.paper.runs import ENCODER, SCORES
 
 MEASURES = ("discriminability", "discriminability, centred", "disentanglement", "disentanglement, centred")
-AGAIN = "move its folder away, and the part is made again"
-Series = dict[str, list[Any]]
+AGAIN = "move its folder and results.json away, and the part is made again"
+BySeed = dict[int, float]
 
 
 def gather(out: Path, budget: Budget) -> dict[str, Any]:
-    """What the parts that are done have found, written to results.json too: every figure as a list over seeds. Its key
-    `missing` names the parts that are not done."""
-    scores: dict[str, Any] = {}
-    encoders: dict[str, Series] = {}
-    curves: dict[str, Any] = {}
-    missing = []
-    for part in parts(budget):
-        folder, group = out / part.name, part.name.rpartition("/")[0]
-        if not (folder / SCORES).is_file():
-            missing.append(part.name)
-            continue
-        for steps, row in _scores(folder / SCORES).items():
-            kept = scores.setdefault(group, {}).setdefault(steps, {"overall": [], "by_tag": {t: [] for t in TAGS}})
-            kept["overall"].append(row["overall"])
-            for tag in TAGS:
-                kept["by_tag"][tag].append(row["by_tag"][tag])
-        if (folder / ENCODER).is_file():
-            for name, value in _read(folder / ENCODER, dict[str, float]).items():
-                encoders.setdefault(group.removeprefix("base/"), {}).setdefault(name, []).append(value)
-        if (folder / "curve.jsonl").is_file():
-            metrics, curve = read_metrics(folder), read_curve(folder)
-            if curve and (lacks := {"1", "2", "4"} - curve[0]["overall"].keys()):
-                raise ValueError(f"paper: {folder / 'curve.jsonl'} has no scores of {min(lacks)} steps; {AGAIN}")
-            own = curves.setdefault(group, {"steps": [], "error": [], "at": [], "score": {"1": [], "2": [], "4": []}})
-            own["steps"], own["at"] = [m["step"] for m in metrics], [c["step"] for c in curve]
-            own["error"].append([m["error"] for m in metrics])
-            for n, lines in own["score"].items():
-                lines.append([c["overall"][n] for c in curve])
-    found = {"budget": asdict(budget), "scores": scores, "encoders": encoders, "curves": curves, "missing": missing}
-    write_json(out / "results.json", found)
+    """What the parts that are done have found, written to results.json too: a row a part, by its name, of this folder
+    or of the results.json that was there. Its key `missing` names the parts that are not done."""
+    rows, names = recorded(out, budget), [part.name for part in parts(budget)]
+    rows |= {name: _row(out / name) for name in names if (out / name / SCORES).is_file()}
+    found = {"budget": asdict(budget), "missing": [name for name in names if name not in rows], "parts": rows}
+    write_json(out / RESULTS, found)
     return found
+
+
+def _row(folder: Path) -> dict[str, Any]:
+    """What a part has found: its scores, of a base what its text encoder is, and what was scored on the way."""
+    row: dict[str, Any] = {"scores": _read(folder / SCORES, dict[str, dict[str, Any]])}
+    if said := odd_scores(row["scores"]):
+        raise ValueError(f"paper: {folder / SCORES} {said}; {AGAIN}")
+    if (folder / ENCODER).is_file():
+        row["encoder"] = _read(folder / ENCODER, dict[str, float])
+    if (folder / "curve.jsonl").is_file() and (curve := read_curve(folder)):
+        metrics = read_metrics(folder)
+        if lacks := {*FEW} - curve[0]["overall"].keys():
+            raise ValueError(f"paper: {folder / 'curve.jsonl'} has no scores of {min(lacks)} steps; {AGAIN}")
+        row["curve"] = {
+            "steps": [m["step"] for m in metrics],
+            "error": [m["error"] for m in metrics],
+            "at": [c["step"] for c in curve],
+            "score": {n: [c["overall"][n] for c in curve] for n in FEW},
+        }
+    return row
 
 
 def _read(file: Path, kind: Any) -> Any:
@@ -62,58 +61,77 @@ def _read(file: Path, kind: Any) -> Any:
     return tree
 
 
-def _scores(file: Path) -> dict[str, Any]:
-    """A part's scores by number of steps. Raises ValueError where they are of another form."""
-    tree: dict[str, Any] = _read(file, dict[str, dict[str, Any]])
-    for row in tree.values():
-        tags = row.get("by_tag")
-        if not (fits(row.get("overall"), float) and fits(tags, dict[str, float]) and tags.keys() >= {*TAGS}):
-            raise ValueError(f"paper: {file} is not what a part writes; {AGAIN}")
-    return tree
-
-
-def mean(values: Sequence[float]) -> float:
+def mean(values: Iterable[float]) -> float:
     """Their mean; nan of none."""
-    return float(np.mean(values)) if len(values) else float("nan")
+    x = list(values)
+    return float(np.mean(x)) if x else float("nan")
 
 
 class Found:
-    """The contents of results.json, which are asked for by name."""
+    """The contents of results.json, of the seeds of its budget: figures are asked for by name, and come by seed. What
+    is missing has no seeds."""
 
     def __init__(self, tree: dict[str, Any]) -> None:
         self.tree = tree
 
-    def score(self, group: str, steps: int, tag: str | None = None) -> list[float]:
-        """The overall scores at a number of steps by seed, or those of one task; an empty list of a part that is
-        missing."""
-        row = self.tree["scores"].get(group, {}).get(str(steps))
-        if row is None:
-            return []
-        values: list[float] = row["overall"] if tag is None else row["by_tag"][tag]
-        return values
+    def of(self, group: str, key: str) -> dict[int, Any]:
+        """What the runs of a group, as in emf/trained, have under a key of theirs."""
+        rows = {seed: self.tree["parts"].get(f"{group}/{seed}", {}) for seed in self.tree["budget"]["seeds"]}
+        return {seed: row[key] for seed, row in rows.items() if key in row}
 
-    def encoder(self, name: str, measure: str) -> list[float]:
-        values: list[float] = self.tree["encoders"].get(name, {}).get(measure, [])
-        return values
+    def score(self, group: str, steps: int, tag: str | None = None) -> BySeed:
+        """The overall score at a number of steps, or that of one task."""
+        rows = {seed: scores.get(str(steps)) for seed, scores in self.of(group, "scores").items()}
+        return {s: row["overall"] if tag is None else row["by_tag"][tag] for s, row in rows.items() if row}
 
-    def kept(self, encoder: str, steps: int) -> list[float]:
-        """EMF's score in so many steps as a share of the same base's in 30, by seed."""
-        pairs = zip(self.score(f"emf/{encoder}", steps), self.score(f"base/{encoder}", 30), strict=False)
-        return [few / many for few, many in pairs if many]
+    def encoder(self, name: str, measure: str) -> BySeed:
+        return {seed: row[measure] for seed, row in self.of(f"base/{name}", "encoder").items() if measure in row}
+
+    def kept(self, encoder: str, steps: int) -> BySeed:
+        """EMF's score in so many steps as a share of the same base's in 30."""
+        many = self.score(f"base/{encoder}", 30)
+        return {s: few / many[s] for s, few in self.score(f"emf/{encoder}", steps).items() if many.get(s)}
+
+
+def gap(a: Mapping[int, float], b: Mapping[int, float]) -> list[float]:
+    """The differences of two figures, within every seed that both have."""
+    return [x - b[seed] for seed, x in a.items() if seed in b]
+
+
+def interval(gaps: list[float]) -> Interval:
+    """The mean of differences by seed, with Student's interval over seeds; of one seed it is without end, of none
+    nan."""
+    n = len(gaps)
+    if not n:
+        return Interval(*3 * [float("nan")])
+    half = student.ppf((1 + LEVEL) / 2, n - 1) * np.std(gaps, ddof=1) / math.sqrt(n) if n > 1 else math.inf
+    return Interval(mean(gaps), mean(gaps) - half, mean(gaps) + half)
+
+
+def seeds_to_tell(gaps: list[float], most: int = 1000) -> int | None:
+    """How many seeds it would take until the interval leaves 0 out, were their mean and spread those of these; None
+    where they are more than `most`, or where one seed says nothing of a spread."""
+    if len(gaps) < 2:
+        return None
+    n = np.arange(2, most + 1)
+    half = student.ppf((1 + LEVEL) / 2, n - 1) * np.std(gaps, ddof=1) / np.sqrt(n)
+    enough = n[half < abs(mean(gaps))]
+    return int(enough[0]) if len(enough) else None
 
 
 def verdicts(found: Found) -> list[tuple[str, str, str]]:
     """(the paper's claim, agrees | does not | not told apart | not run, the figures here)."""
 
-    def judged(claim: str, gaps: Sequence[float], told: str) -> tuple[str, str, str]:
+    def judged(claim: str, gaps: list[float], told: str) -> tuple[str, str, str]:
         """gaps: above 0 where the claim holds, by seed."""
-        if not len(gaps):
+        if not gaps:
             return claim, "not run", ""
-        whole = "agrees" if min(gaps) > 0 else "does not" if max(gaps) < 0 else "not told apart"
-        return claim, whole, f"{told}: {mean(gaps):+.3f}, by seed {', '.join(f'{g:+.3f}' for g in gaps)}"
-
-    def gap(a: Sequence[float], b: Sequence[float]) -> list[float]:
-        return [x - y for x, y in zip(a, b, strict=False)]
+        told_apart = interval(gaps)
+        whole = "agrees" if told_apart.low > 0 else "does not" if told_apart.high < 0 else "not told apart"
+        told += f": {told_apart:+.3f}" if len(gaps) > 1 else f": {gaps[0]:+.3f}, one seed"
+        if whole == "not told apart" and len(gaps) > 1:
+            told += f"; {seeds_to_tell(gaps) or 'more than 1,000'} seeds would tell"
+        return claim, whole, told
 
     s, few = found.score, "emf/trained"
     every = [
@@ -134,13 +152,12 @@ def verdicts(found: Found) -> list[tuple[str, str, str]]:
         every.append(
             judged(f"encoder {e}: one step loses more than 30", lost, "share of FM 30 kept by EMF 1, trained - it")
         )
-    if curve := found.tree["curves"].get(few):
-        reached = {n: [_reached(curve["at"], line) for line in curve["score"][n]] for n in ("1", "4")}
-        gaps = [float(a - b) for a, b in zip(reached["1"], reached["4"], strict=True)]
-        every.append(judged("four steps are near their best before one step is", gaps, "training steps later"))
+    curves = found.of(few, "curve")
+    later = [float(_reached(c["at"], c["score"]["1"]) - _reached(c["at"], c["score"]["4"])) for c in curves.values()]
+    every.append(judged("four steps are near their best before one step is", later, "training steps later"))
     return every
 
 
-def _reached(at: Sequence[int], scores: Sequence[float]) -> int:
+def _reached(at: list[int], scores: list[float]) -> int:
     """The first training step with 95 % of the best score."""
-    return next(step for step, x in zip(at, scores, strict=True) if x >= 0.95 * max(scores))
+    return next(step for step, x in zip(at, scores, strict=True) if x >= 0.95 * max(scores) or x == max(scores))

@@ -13,7 +13,7 @@ from pathlib import Path
 from emf.conditioning import vocabulary
 from emf.config import Config
 from emf.data.batches import DataConfig
-from emf.data.gallery import Gallery, write_gallery
+from emf.data.gallery import Gallery, check_gallery, write_gallery
 from emf.paper.parts import Part
 from emf.recipes import openmoji, openmoji_base
 
@@ -63,9 +63,11 @@ QUICK = Budget(8, 2, base_steps=3, emf_steps=2, batch_size=4, prompts=6)
 
 def prepare(out: Path, gallery: Gallery, budget: Budget, encoders: dict[str, TextEncoder] | None = None) -> None:
     """Write the images to train on, and the folders of the text encoders, where they are not there yet. Raises
-    ValueError where a package is missing."""
+    ValueError where a package is missing, and where the images are damaged."""
     texts = [c.text for c in gallery.captions()[0]]
-    if not (out / WORLD).is_dir():
+    if (out / WORLD).is_dir():
+        check_gallery(out / WORLD, gallery, budget.variants, "openmoji")
+    else:
         write_gallery(out / WORLD, gallery, budget.variants)
     for name, encoder in (encoders or ENCODERS).items():
         folder = out / TEXTS / name

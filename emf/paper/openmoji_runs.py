@@ -21,7 +21,7 @@ from emf.evaluate.picture_retrieval import Retrieval, features
 from emf.files import claim, whole_file, write_json
 from emf.paper.openmoji_parts import EMF_STEPS, FM_STEPS, Budget, TextEncoder, parts, prepare
 from emf.paper.parts import Part
-from emf.paper.runs import BUDGET, ENCODER, LOG, SCORES, run_parts, train_whole
+from emf.paper.runs import BUDGET, ENCODER, LOG, SCORES, at_work, run_parts, train_whole
 from emf.sample.sampler import Sampler, to_uint8
 from emf.sample.sampling_settings import GUIDANCE_PRETRAINED, Settings
 from emf.weights.checkpoints import WEIGHTS, checkpoints
@@ -36,10 +36,11 @@ def run_openmoji(
 ) -> None:
     """Train and score every part that has no scores yet, `jobs` of them at once; called again it goes on. Raises
     ValueError where `out` holds the runs of another budget, a package is missing, or a part fails."""
-    claim(out, asdict(budget), None, name=BUDGET, who="openmoji: ", advice="choose another --out")
-    prepare(out, gallery, budget, encoders)
-    work = partial(run_part, out=out, gallery=gallery, budget=budget)
-    run_parts(out, parts(out, budget, encoders), work, jobs, who="openmoji")
+    with at_work(out, "openmoji"):
+        claim(out, asdict(budget), None, name=BUDGET, who="openmoji: ", advice="choose another --out")
+        prepare(out, gallery, budget, encoders)
+        work = partial(run_part, out=out, gallery=gallery, budget=budget)
+        run_parts(out, parts(out, budget, encoders), work, jobs, who="openmoji")
 
 
 def run_part(part: Part, out: Path, gallery: Gallery, budget: Budget) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from emf.data.digits import TAGS
 from emf.evaluate.published import ENCODERS as PUBLISHED
 from emf.evaluate.published import FEW_STEP, FLOW_MATCHING, by_steps
 from emf.files import write_text
-from emf.paper.found import MEASURES, Found, gather, mean, verdicts
+from emf.paper.found import MEASURES, Found, gap, gather, mean, verdicts
 from emf.paper.parts import ABLATIONS, EMF_STEPS, ENCODERS, FM_STEPS, GUIDANCE, QUICK, Budget, parts
 from emf.show import page
 from emf.show.page import Html
@@ -23,9 +23,10 @@ from emf.show.sheet import Cell, sheet
 BY_ENCODER = dict(zip(ENCODERS, COLORS, strict=False))
 
 
-def said(values: Sequence[float], digits: int = 3) -> Html:
+def said(by_seed: Mapping[int, float], digits: int = 3) -> Html:
     """A cell with the mean over seeds, and below it their range; a dash where nothing was measured."""
-    if not len(values):
+    values = by_seed.values()
+    if not values:
         return Html("–")
     text = f"{mean(values):.{digits}f}"
     if len(values) > 1:
@@ -53,7 +54,7 @@ def encoder_tables(found: Found) -> Html:
     told = "".join(f"<li><b>{page.words(k)}</b>: {page.words(v)}</li>" for k, v in ENCODERS.items())
     note = page.note(
         "Discriminability: cosine of a scene's smoothed pixels with those of the scene whose caption is nearest (the "
-        f"paper: DINOv3 features on COCO); chance gives {mean(found.encoder('trained', 'chance')):.3f}. "
+        f"paper: DINOv3 features on COCO); chance gives {mean(found.encoder('trained', 'chance').values()):.3f}. "
         "Disentanglement: cosine of a caption's embedding with that of the caption less half of its words. Centred: "
         "less the mean embedding. The paper's encoders are others; only the order of good and bad can compare."
     )
@@ -76,15 +77,15 @@ def by_task(found: Found) -> Html:
 
 def curve_plot(found: Found) -> Html:
     """The paper's Figure 4: the score at few steps while EMF is trained. Nothing where no curve was measured."""
-    curve = found.tree["curves"].get("emf/trained")
-    if not curve:
+    curves = list(found.of("emf/trained", "curve").values())
+    if not curves:
         return Html()
 
     def draw(axes: Axes) -> None:
         for n, color in zip((1, 2, 4), SHADES["emf"], strict=True):
-            lines = np.array(curve["score"][str(n)])
-            axes.plot(curve["at"], lines.mean(0), color=color, marker="o", markersize=4, label=f"{n} steps")
-            axes.fill_between(curve["at"], lines.min(0), lines.max(0), color=color, alpha=0.15, linewidth=0)
+            lines, at = np.array([c["score"][str(n)] for c in curves]), curves[0]["at"]
+            axes.plot(at, lines.mean(0), color=color, marker="o", markersize=4, label=f"{n} step{'s' * (n > 1)}")
+            axes.fill_between(at, lines.min(0), lines.max(0), color=color, alpha=0.15, linewidth=0)
         axes.set(ylim=(0, 1), xlabel="training step", ylabel="overall score")
         axes.legend(loc="lower right", ncols=3)
 
@@ -104,7 +105,7 @@ def table_5(found: Found) -> Html:
     def draw(axes: Axes) -> None:
         for e, color in BY_ENCODER.items():
             for group, steps, dash in ((f"base/{e}", FM_STEPS, "--"), (f"emf/{e}", EMF_STEPS, "-")):
-                lines = [mean(found.score(group, n)) for n in steps]
+                lines = [mean(found.score(group, n).values()) for n in steps]
                 axes.plot(steps, lines, color=color, linestyle=dash, marker="o", markersize=4)
             axes.plot([], [], color=color, label=e)
         steps_axis(axes, FM_STEPS)
@@ -121,10 +122,10 @@ def stability(found: Found) -> Html:
 
     def draw(axes: Axes) -> None:
         for e, color in BY_ENCODER.items():
-            if curve := found.tree["curves"].get(f"emf/{e}"):
-                lines = np.array(curve["error"])
-                axes.plot(curve["steps"], lines.mean(0), color=color, label=e)
-                axes.fill_between(curve["steps"], lines.min(0), lines.max(0), color=color, alpha=0.15, linewidth=0)
+            if curves := list(found.of(f"emf/{e}", "curve").values()):
+                lines, steps = np.array([c["error"] for c in curves]), curves[0]["steps"]
+                axes.plot(steps, lines.mean(0), color=color, label=e)
+                axes.fill_between(steps, lines.min(0), lines.max(0), color=color, alpha=0.15, linewidth=0)
         axes.set_yscale("log")
         axes.set(xlabel="training step", ylabel="mean squared error")
         axes.legend(loc="upper left")
@@ -141,7 +142,7 @@ def ablations(found: Found) -> Html:
         for n in EMF_STEPS:
             own, other = found.score(f"ablation/{name}", n), found.score("emf/trained", n)
             # within one seed: base, prompts and noise are the same
-            gaps = [a - b for a, b in zip(own, other, strict=False)]
+            gaps = gap(own, other)
             cells.append(Html(f"{said(own)}<br>{mean(gaps):+.3f}" if gaps else "–"))
         rows.append([Html(f"<b>{page.words(name)}</b>"), *cells, page.quiet(told)])
     note = page.note(
@@ -155,10 +156,11 @@ def samples(out: Path, budget: Budget) -> Html:
     """A sheet of images of each task, drawn on every text encoder by flow matching and by EMF. Nothing where no run has
     images yet."""
     kinds = (("FM", "base", FM_STEPS, (1, 4, 30)), ("EMF", "emf", EMF_STEPS, (1, 2, 4)))
-    rows = []
+    rows, drawn_of = [], {int(file.parent.name) for file in out.glob("base/*/*/samples.npy")}
+    seed = next((seed for seed in budget.seeds if seed in drawn_of), budget.seeds[0])  # whose runs are here
     for e in ENCODERS:
         for kind, group, steps, chosen in kinds:
-            file = out / group / e / str(budget.seeds[0]) / "samples.npy"
+            file = out / group / e / str(seed) / "samples.npy"
             if file.is_file():
                 images = np.load(file)  # [steps, tasks, H, W, 3]
                 across = [(n, task) for task in range(len(TAGS)) for n in chosen]
@@ -188,7 +190,7 @@ def write_paper(out: Path, budget: Budget) -> Path:
     short = []
     if tree["missing"]:
         runs = f"{len(tree['missing'])} of {len(parts(budget))} runs are missing"
-        short.append(Html(f'<p class="missing">{runs}; <code>make paper</code> goes on.</p>'))
+        short.append(Html(f'<p class="missing">{runs}; <code>emf paper</code> with the same settings goes on.</p>'))
     if budget == QUICK:
         short.append(
             Html('<p class="missing">A quick run: it tries the machinery, its figures mean nothing.</p>'),
@@ -205,7 +207,10 @@ on a learned detector, {6 * b.per_tag} captions. Every figure is a mean over see
         *short,
         section(
             "Where the toy agrees with the paper, and where it does not",
-            page.note("Agrees, does not: every seed says so. Not told apart: seeds differ."),
+            page.note(
+                "In brackets the interval of 95 % over seeds (Student's). Agrees, does not: it leaves 0 out. Not told "
+                "apart: it does not; how many seeds would tell supposes the same mean and spread."
+            ),
             page.table(("the paper's claim", "here", "figures"), rows, told=(2,)),
         ),
         encoder_tables(found),

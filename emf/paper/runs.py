@@ -7,8 +7,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, replace
+from contextlib import AbstractContextManager, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,9 +16,10 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 
 from emf.config import Config
-from emf.files import claim, whole_file, write_json
+from emf.files import alone, claim, read_object, whole_file, write_json
 from emf.network.build import build
 from emf.paper.parts import Budget, Part, parts
+from emf.paper.record import recorded, sizes
 from emf.paper.scoring import measure, score
 from emf.recipes import BASE
 from emf.show.progress import bars
@@ -32,10 +33,29 @@ LOG, ENCODER, BUDGET, START = "log.txt", "encoder.json", "budget.json", "start.s
 
 
 def run_all(out: Path, budget: Budget, jobs: int) -> None:
-    """Train and score every part that has no scores yet, `jobs` of them at once; called again it goes on. Raises
-    ValueError where `out` holds the runs of another budget, and where a part fails, naming its log."""
-    claim(out, asdict(budget), None, name=BUDGET, who="paper: ", advice="choose another --out")
-    run_parts(out, parts(budget), partial(run_part, out=out, budget=budget), jobs)
+    """Train and score every part that has no scores yet, `jobs` of them at once; called again it goes on, with more
+    seeds too. A part that stands in the folder's results.json is done, without a folder of its own. Raises ValueError
+    where `out` holds the runs of another budget, where another process is at work there, and where a part fails, naming
+    its log."""
+    with at_work(out, "paper"):
+        _run_all(out, budget, jobs)
+
+
+def at_work(out: Path, who: str) -> AbstractContextManager[None]:
+    """No other process trains parts in `out` while the block runs. who: how the error begins where one does."""
+    return alone(out, f"{who}: another process is at work in {out}; wait for it, or choose another --out")
+
+
+def _run_all(out: Path, budget: Budget, jobs: int) -> None:
+    settings = sizes(budget)
+    if (out / BUDGET).is_file() and "seeds" in (old := read_object(out / BUDGET, "paper")):
+        settings["seeds"] = old["seeds"]  # earlier versions wrote them, and took no others
+    claim(out, settings, None, name=BUDGET, who="paper: ", advice="choose another --out")
+    there = {name for name in recorded(out, budget) if not (out / name / SCORES).is_file()}
+    every = parts(budget)
+    wanted = {part.base for part in every if part.name not in there and not (out / part.name / SCORES).is_file()}
+    left = [part for part in every if part.name not in there or part.name in wanted]
+    run_parts(out, left, partial(run_part, out=out, budget=budget), jobs)
 
 
 def run_parts(out: Path, parts: Sequence[Part], work: Callable[[Part], None], jobs: int, *, who: str = "paper") -> None:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ from emf.cli.main import main
 from emf.evaluate.run_log import CURVE, METRICS, RESUMED, read_curve, read_metrics
 from emf.evaluate.run_page import write_report
 from emf.files import read_rows
-from emf.paper.found import _scores
+from emf.paper.found import _row
+from emf.paper.parts import QUICK
+from emf.paper.record import RESULTS, recorded
+from emf.paper.runs import SCORES
 from emf.train.log import Log
 from emf.train.zero.engine import Engine
 
@@ -76,9 +80,13 @@ def check(name: str, rows: Any, act: Callable[[Path], Any], places: pytest.TempP
 @settings(max_examples=100)
 @given(tree=VALUES)
 def test_any_scores_of_a_part_of_the_paper(tree: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
-    file = tmp_path_factory.getbasetemp() / "part.json"
-    file.write_text(json.dumps({"1": tree}))
-    holds(lambda: _scores(file), "part.json")
+    """In its own folder, and in the row of results.json."""
+    folder = tmp_path_factory.getbasetemp()
+    (folder / SCORES).write_text(json.dumps({"1": tree}))
+    holds(lambda: _row(folder), SCORES)
+    for row in ({"scores": {"1": tree}}, {"scores": {}, "curve": tree}, {"scores": {}, "encoder": tree}, tree):
+        (folder / RESULTS).write_text(json.dumps({"budget": asdict(QUICK), "parts": {"emf/trained/0": row}}))
+        holds(lambda: recorded(folder, QUICK), RESULTS)
 
 
 @pytest.mark.parametrize("section", ["run", "flow", "condition", "data"])

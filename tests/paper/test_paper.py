@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,9 +17,10 @@ pytest.importorskip("deepspeed")
 from emf.analyze.digit_pairs import scene_features, scenes
 from emf.conditioning.small import EncoderConfig, SmallEncoder
 from emf.data.digits import WORDS
+from emf.files import alone
 from emf.network.build import build
 from emf.paper import runs as running
-from emf.paper.found import Found, verdicts
+from emf.paper.found import Found, interval, seeds_to_tell, verdicts
 from emf.paper.parts import ABLATIONS, ENCODERS, FULL, QUICK, parts
 from emf.paper.results_page import write_paper
 from emf.paper.runs import run_all
@@ -98,11 +101,12 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_whole_way(quick: Path) -> None:
     page = write_paper(quick, QUICK).read_text()
     results = json.loads((quick / "results.json").read_text())
-    assert set(results["scores"]) == {"base/trained", "emf/trained", "ablation/guidance in the target"}
+    done = results["parts"]
+    assert set(done) == {"base/trained/0", "emf/trained/0", "ablation/guidance in the target/0"}
     assert len(results["missing"]) == len(parts(QUICK)) - 3 and "11 of 14 runs are missing" in page
-    assert set(results["scores"]["base/trained"]) == {"1", "2", "4", "8", "30"}
-    assert results["encoders"]["trained"]["disentanglement"][0] < 1
-    assert results["curves"]["emf/trained"]["at"][-1] == QUICK.emf_steps
+    assert set(done["base/trained/0"]["scores"]) == {"1", "2", "4", "8", "30"}
+    assert done["base/trained/0"]["encoder"]["disentanglement"] < 1
+    assert done["emf/trained/0"]["curve"]["at"][-1] == QUICK.emf_steps
     assert all(f"<h2>{title}" in page for title in ("Tables 1 and 2", "Table 3", "Table 5", "Ablations", "Samples"))
     assert 'src="data:' in page and 'src="http' not in page and "href=" not in page
 
@@ -110,20 +114,99 @@ def test_the_whole_way(quick: Path) -> None:
 def test_another_budget_and_another_folder_are_refused(quick: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="other settings .*emf_steps was 2, is 5"):
         run_all(quick, replace(QUICK, emf_steps=5), 1)
+    with alone(quick), pytest.raises(ValueError, match="paper: another process is at work in .*; wait for it"):
+        run_all(quick, QUICK, 1)
     (tmp_path / "mine").touch()
     with pytest.raises(ValueError, match="something else"):
         run_all(tmp_path, QUICK, 1)
 
 
+def test_a_record_is_gone_on_with(quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its runs are not made again, but a base that a missing run starts from; and more seeds are no other budget."""
+    write_paper(quick, QUICK)
+    for name in ("results.json", "budget.json"):
+        shutil.copy(quick / name, tmp_path)
+    made: list[str] = []
+    monkeypatch.setattr(running, "run_parts", lambda out, left, *_: made.extend(part.name for part in left))
+    names = ("base/trained/0", "emf/trained/0", "ablation/guidance in the target/0", "base/random/0")
+    few = [p for p in parts(replace(QUICK, seeds=(0, 1))) if p.name in {*names, "base/trained/1"}]
+    monkeypatch.setattr(running, "parts", lambda budget: few)
+    run_all(tmp_path, replace(QUICK, seeds=(0, 1)), 1)
+    assert made == ["base/random/0", "base/trained/1"]
+    made.clear()
+    few.append(next(p for p in parts(QUICK) if p.name == "ablation/times x 1/0"))
+    run_all(tmp_path, QUICK, 1)
+    assert "base/trained/0" in made and "emf/trained/0" not in made
+    write_paper(tmp_path, QUICK)
+    theirs, ours = (json.loads((folder / "results.json").read_text())["parts"] for folder in (quick, tmp_path))
+    assert theirs == ours
+    curve: dict[str, Any] = {"steps": [1], "error": [0.1], "at": [1], "score": {"1": [0.5], "2": [0.5], "4": [0.5]}}
+    before = json.loads((tmp_path / "results.json").read_text())
+    for row, said in (
+        ({"scores": {"1": {}}}, "it has no score of every task at 1 steps; repair or remove"),
+        ({"scores": {}, "curve": {"at": [1]}}, "its curve is no JSON object with steps, error, at, score"),
+        ({"scores": {}, "curve": curve | {"score": {}}}, "its curve is no JSON object with 1, 2, 4"),
+        ({"scores": {}, "curve": curve | {"at": [1, 2]}}, "its curve has lists of other lengths"),
+        ({"scores": {}, "encoder": 3}, "it has encoder 3; expected an object"),
+    ):
+        rows = before | {"parts": {"emf/trained/0": row}}
+        (tmp_path / "results.json").write_text(json.dumps(rows))
+        with pytest.raises(ValueError, match=f"results.json, emf/trained/0: {said}"):
+            run_all(tmp_path, QUICK, 1)
+    rows = before | {"parts": {"emf/trained/0": {"scores": {}, "curve": None, "encoder": None}}}
+    (tmp_path / "results.json").write_text(json.dumps(rows))
+    write_paper(tmp_path, QUICK)
+    for tree, said in (
+        (before | {"parts": []}, r"has parts \[\]; expected an object.*; move it away"),
+        (before | {"budget": before["budget"] | {"emf_steps": 200}}, "is of another budget than this folder; move it"),
+    ):
+        (tmp_path / "results.json").write_text(json.dumps(tree))
+        with pytest.raises(ValueError, match=f"results.json {said}"):
+            run_all(tmp_path, QUICK, 1)
+
+
+def test_a_folder_of_an_earlier_version_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It told its seeds among its settings, and had results.json by figures, not by parts."""
+    made: list[str] = []
+    monkeypatch.setattr(running, "run_parts", lambda out, left, *_: made.extend(part.name for part in left))
+    (tmp_path / "budget.json").write_text(json.dumps(asdict(QUICK)))
+    (tmp_path / "results.json").write_text('{"scores": {}, "encoders": {}, "curves": {}}')
+    run_all(tmp_path, replace(QUICK, seeds=(0, 1)), 1)
+    assert made == [part.name for part in parts(replace(QUICK, seeds=(0, 1)))]
+
+
 def test_verdicts_can_say_no() -> None:
+    """By Student's interval over seeds, of differences within a seed: one that lacks a run counts nowhere."""
+
     def tree(few: list[float], many: list[float]) -> dict[str, Any]:
-        scores = {"emf/trained": {"1": {"overall": few}}, "base/trained": {"1": {"overall": many}}}
-        return {"scores": scores, "encoders": {}, "curves": {}}
+        groups = (("emf/trained", few), ("base/trained", many))
+        rows = {f"{g}/{seed}": {"scores": {"1": {"overall": x}}} for g, xs in groups for seed, x in enumerate(xs)}
+        return {"budget": {"seeds": [0, 1, 2, 3]}, "parts": rows}
 
     cases = {
-        "agrees": ([0.6, 0.7], [0.3, 0.2]),
-        "does not": ([0.1, 0.2], [0.3, 0.3]),
-        "not told apart": ([0.6, 0.2], [0.3, 0.3]),
+        "agrees": ([0.6, 0.7, 0.6], [0.3, 0.3, 0.3, 0.9]),
+        "does not": ([0.1, 0.2, 0.1], [0.3, 0.3, 0.3]),
+        "not told apart": ([0.6, 0.4, 0.9], [0.3, 0.3, 0.3]),  # every seed says so, and yet
         "not run": ([], []),
     }
-    assert {how: verdicts(Found(tree(*pair)))[0][1] for how, pair in cases.items()} == {how: how for how in cases}
+    told = {how: verdicts(Found(tree(*pair)))[0] for how, pair in cases.items()}
+    assert {how: line[1] for how, line in told.items()} == {how: how for how in cases}
+    assert told["agrees"][2] == "EMF 1 - FM 1: +0.333 [+0.190, +0.477]"  # 0.0577 / sqrt(3) * 4.303
+    assert told["not told apart"][2].endswith("; 5 seeds would tell")  # 0.252 / sqrt(5) * 2.776
+    assert verdicts(Found(tree([0.6], [0.3])))[0][1:] == ("not told apart", "EMF 1 - FM 1: +0.300, one seed")
+
+
+def test_how_many_seeds_would_tell() -> None:
+    """The first number at which the interval of that many such differences leaves 0 out."""
+    gaps = [0.3, 0.1, 0.6]
+    n = seeds_to_tell(gaps)
+    assert n is not None
+
+    def low(n: int) -> float:
+        """Of n seeds with the mean and the spread of `gaps`."""
+        spread = np.sqrt((n - 1) / n) * np.std(gaps, ddof=1)
+        x = np.array([-1.0, 1.0] * (n // 2) + [0.0] * (n % 2))
+        return interval(list(np.mean(gaps) + x * spread / x.std())).low
+
+    assert low(n) > 0 >= low(n - 1)
+    assert seeds_to_tell([0.3]) is None and seeds_to_tell([0.1, -0.1]) is None
