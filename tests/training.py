@@ -21,7 +21,13 @@ from torch import Tensor
 
 PORTS = itertools.count(os.getpid())
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["emf.train.command", "emf.train.loop", "pytest"])
+# What a run imports late, where it is used, is imported before the fork too: each of hundreds of tiny runs would do so
+# anew, which is more than half of its time. What is not installed is left out.
+LATE = ["deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject", "deepspeed.moe.layer", "typeguard"]
+LATE += ["torch._decomp.decompositions_for_jvp", "torch.profiler", "tyro._backends", "emf.model.autoencoder"]
+LATE += ["transformers.models.qwen3.modeling_qwen3", "transformers.models.siglip.modeling_siglip"]
+LATE += ["transformers.models.auto.modeling_auto", "diffusers.models.autoencoders.autoencoder_dc"]
+FORKED.set_forkserver_preload(["emf.train.command", "emf.train.loop", "pytest", *LATE])
 
 TINY = [
     "--batch-size",
