@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -67,3 +68,12 @@ def test_a_lock_on_a_folder_that_was_removed_is_none(tmp_path: Path, monkeypatch
     assert descriptor is not None and len(calls) == 2
     assert os.path.samestat(os.fstat(descriptor), run.stat())
     os.close(descriptor)
+
+
+def test_who_waits_says_so_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    held = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    threading.Timer(0.5, os.close, [held]).start()
+    with alone(tmp_path):
+        pass
+    assert capfd.readouterr().err == f"waiting for another process that is at work in {tmp_path}\n"
