@@ -169,16 +169,17 @@ def run_discriminability(
         found = Retrieved(pairs, chosen, image, queries, {})
         for encoder in encoders:
             vectors = TextVectors(encoder, how, out, compute.dtype, device)(captions, compute.batch)
-            found.hits[encoder.name] = tuple(  # type: ignore[assignment]
+            plain, centred = (
                 nearest(vectors, image, queries, protocol.k, mean=mean, device=device, progress=True)[0]
                 for mean in (None, mean_vector(vectors))
             )
+            found.hits[encoder.name] = plain, centred
         features = _features(found, network, dino, out, compute.batch)
         rows, further = [], {}
         for name, hits in found.hits.items():
             each = [image_similarity(features, image[queries], image[index]) for index in hits]
-            plain, centred = (bootstrap(x, resamples=protocol.resamples, seed=protocol.seed) for x in each)
-            rows.append(Row(name, plain, centred, (each[0], each[1])))
+            means = [bootstrap(x, resamples=protocol.resamples, seed=protocol.seed) for x in each]
+            rows.append(Row(name, means[0], means[1], (each[0], each[1])))
             further[name] = [
                 {"query": int(chosen[q]), "plain": chosen[a].tolist(), "centred": chosen[b].tolist()}
                 for q, a, b in zip(queries[:1000], *hits, strict=False)

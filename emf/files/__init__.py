@@ -7,7 +7,7 @@ raise is a ValueError of one line that names the file.
 from emf.files.claims import SETTINGS, check_claim, check_folder, claim, write_settings
 from emf.files.decoding import FORMATS, BrokenImage, image_size, open_image
 from emf.files.fields import filled, fits, misfit, read_fields
-from emf.files.locks import alone, lock_folder
+from emf.files.locks import alone
 from emf.files.reading import (
     check_readable,
     check_text,
@@ -62,7 +62,6 @@ __all__ = [
     "finite",
     "image_size",
     "fits",
-    "lock_folder",
     "make_folder",
     "mend_rows",
     "misfit",

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from emf.files import alone, lock_folder
+from emf.files import alone
+from emf.files.locks import lock_folder
 
 
 def test_a_second_one_is_told_and_changes_nothing(tmp_path: Path) -> None:
