@@ -77,7 +77,8 @@ def openmoji(
     emf_steps: Counted = 250,
 ) -> None:
     """Text encoders, toys and real ones, on OpenMoji's pictures: does a better one lose less at few steps?
-    results.json and report-openmoji.html. Stopped, it goes on.
+    results.json and report-openmoji.html. Stopped, it goes on, with more seeds too, and what stands in the folder's
+    results.json is not made again.
 
     Args:
         out: folder for the pictures, the text encoders, the runs and the page

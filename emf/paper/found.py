@@ -4,61 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy.stats import t as student
 
 from emf.analyze.bootstrap import LEVEL, Interval
-from emf.evaluate.run_log import read_curve, read_metrics
-from emf.files import fits, read_json, write_json
-from emf.paper.parts import ENCODERS, Budget, parts
-from emf.paper.record import FEW, RESULTS, odd_scores, recorded
-from emf.paper.runs import ENCODER, SCORES
+from emf.paper.parts import ENCODERS
+from emf.paper.record import Rows
 
 MEASURES = ("discriminability", "discriminability, centred", "disentanglement", "disentanglement, centred")
-AGAIN = "move its folder and results.json away, and the part is made again"
 BySeed = dict[int, float]
-
-
-def gather(out: Path, budget: Budget) -> dict[str, Any]:
-    """What the parts that are done have found, written to results.json too: a row a part, by its name, of this folder
-    or of the results.json that was there. Its key `missing` names the parts that are not done."""
-    rows, names = recorded(out, budget), [part.name for part in parts(budget)]
-    rows |= {name: _row(out / name) for name in names if (out / name / SCORES).is_file()}
-    found = {"budget": asdict(budget), "missing": [name for name in names if name not in rows], "parts": rows}
-    write_json(out / RESULTS, found)
-    return found
-
-
-def _row(folder: Path) -> dict[str, Any]:
-    """What a part has found: its scores, of a base what its text encoder is, and what was scored on the way."""
-    row: dict[str, Any] = {"scores": _read(folder / SCORES, dict[str, dict[str, Any]])}
-    if said := odd_scores(row["scores"]):
-        raise ValueError(f"paper: {folder / SCORES} {said}; {AGAIN}")
-    if (folder / ENCODER).is_file():
-        row["encoder"] = _read(folder / ENCODER, dict[str, float])
-    if (folder / "curve.jsonl").is_file() and (curve := read_curve(folder)):
-        metrics = read_metrics(folder)
-        if lacks := {*FEW} - curve[0]["overall"].keys():
-            raise ValueError(f"paper: {folder / 'curve.jsonl'} has no scores of {min(lacks)} steps; {AGAIN}")
-        row["curve"] = {
-            "steps": [m["step"] for m in metrics],
-            "error": [m["error"] for m in metrics],
-            "at": [c["step"] for c in curve],
-            "score": {n: [c["overall"][n] for c in curve] for n in FEW},
-        }
-    return row
-
-
-def _read(file: Path, kind: Any) -> Any:
-    """What a JSON file holds. Raises ValueError where that is not of this kind."""
-    tree = read_json(file)
-    if not fits(tree, kind):
-        raise ValueError(f"paper: {file} is not what a part writes; {AGAIN}")
-    return tree
 
 
 def mean(values: Iterable[float]) -> float:
@@ -67,17 +22,8 @@ def mean(values: Iterable[float]) -> float:
     return float(np.mean(x)) if x else float("nan")
 
 
-class Found:
-    """The contents of results.json, of the seeds of its budget: figures are asked for by name, and come by seed. What
-    is missing has no seeds."""
-
-    def __init__(self, tree: dict[str, Any]) -> None:
-        self.tree = tree
-
-    def of(self, group: str, key: str) -> dict[int, Any]:
-        """What the runs of a group, as in emf/trained, have under a key of theirs."""
-        rows = {seed: self.tree["parts"].get(f"{group}/{seed}", {}) for seed in self.tree["budget"]["seeds"]}
-        return {seed: row[key] for seed, row in rows.items() if key in row}
+class Found(Rows):
+    """The figures of the paper in miniature."""
 
     def score(self, group: str, steps: int, tag: str | None = None) -> BySeed:
         """The overall score at a number of steps, or that of one task."""

@@ -1,95 +1,125 @@
-"""What the runs on a world of named pictures have found: scores with intervals, and whether their order is that of the
-text encoders."""
+"""What the runs on a world of named pictures have found: scores by seed, and whether their order is that of the text
+encoders."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import dataclass
 from itertools import permutations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata
 
 from emf.analyze.bootstrap import LEVEL, Interval, bootstrap
-from emf.data.gallery import Gallery
-from emf.files import read_json, write_json
-from emf.paper.found import MEASURES
-from emf.paper.openmoji_parts import Budget, TextEncoder, parts
-from emf.paper.openmoji_runs import ceiling, held_out
-from emf.paper.runs import ENCODER, SCORES
+from emf.paper.found import MEASURES, BySeed, interval
+from emf.paper.record import Rows
 
-RESULTS = "results.json"
 SCORED = (("base", 30), ("emf", 1), ("emf", 2), ("emf", 4))
 """The scores that are ranked: flow matching at 30 steps, EMF at 1, 2 and 4."""
 RESAMPLES = 2000
 
 
-def gather(
-    out: Path, gallery: Gallery, budget: Budget, encoders: dict[str, TextEncoder] | None = None
-) -> dict[str, Any]:
-    """What the parts that are done have found, written to results.json: ranks by seed and caption, measures by caption.
-    Its key `missing` names the parts that are not done."""
-    found: dict[str, Any] = {"budget": asdict(budget), "world": gallery.world, "source": gallery.source}
-    found |= {"captions": [asdict(c) for c in held_out(gallery, budget)], "ceiling": ceiling(gallery)}
-    found |= {"ranks": {}, "encoders": {}, "missing": []}
-    for part in parts(out, budget, encoders):
-        folder, group = out / part.name, part.name.rpartition("/")[0]
-        if not (folder / SCORES).is_file():
-            found["missing"].append(part.name)
-            continue
-        for steps, ranks in read_json(folder / SCORES).items():
-            found["ranks"].setdefault(group, {}).setdefault(steps, []).append(ranks)
-        if (folder / ENCODER).is_file():
-            own = found["encoders"].setdefault(group.removeprefix("base/"), {})
-            for name, values in read_json(folder / ENCODER).items():
-                own.setdefault(name, []).append(values)
-    write_json(out / RESULTS, found)
-    return found
+@dataclass(frozen=True)
+class Agreement:
+    """Spearman's rank correlation, over the text encoders, of a measure with a score: the mean of that of every
+    seed."""
+
+    seeds: Interval
+    """Student's over seeds, within -1 and 1; of one seed it is all of that."""
+    captions: Interval
+    """The bootstrap's over captions, the seeds as they are."""
+    chance: float
+    """The share of all orders of the encoders, the same in every seed, that is at least as far from 0, to either
+    side."""
+    n: int
+    """Seeds in which every encoder is done."""
+
+    @property
+    def verdict(self) -> str:
+        """agrees | does not | not told apart | not run. So few encoders fall into any order by chance, so that is asked
+        beside the intervals."""
+        if not self.n:
+            return "not run"
+        if self.chance <= 1 - LEVEL and self.seeds.low > 0 and self.captions.low > 0:
+            return "agrees"
+        if self.chance <= 1 - LEVEL and self.seeds.high < 0 and self.captions.high < 0:
+            return "does not"
+        return "not told apart"
+
+    def __str__(self) -> str:
+        if not self.n:
+            return ""
+        over = f"{self.seeds:+.2f}" if self.n > 1 else f"{self.seeds.mean:+.2f}, one seed"
+        return f"{over}\ncaptions {self.captions.low:+.2f} to {self.captions.high:+.2f}\nby chance {self.chance:.2f}"
 
 
-class Found:
-    """The contents of results.json, which are asked for by name."""
+class Found(Rows):
+    """The figures of the text encoders on named pictures."""
 
     def __init__(self, tree: dict[str, Any]) -> None:
-        self.tree = tree
+        super().__init__(tree)
         self.kinds = np.array([c["kind"] for c in tree["captions"]])
-        whole = [e for e in tree["encoders"] if all(f"{g}/{e}" in tree["ranks"] for g, _ in SCORED)]
-        self.encoders: list[str] = whole
-        """Those of which everything is done."""
+        names = dict.fromkeys(name.split("/")[1] for name in tree["parts"] if name.startswith("base/"))
+        self.named: list[str] = [name for name in names if self.of(f"base/{name}", "encoder")]
+        """The text encoders with a base that is done."""
+        self.done: dict[str, set[int]] = {}
+        """The seeds of each text encoder of which everything is done in one seed at least."""
+        for name in self.named:
+            seeds = [{s for s, ranks in self.of(f"{g}/{name}", "scores").items() if str(n) in ranks} for g, n in SCORED]
+            if whole := set.intersection({*self.of(f"base/{name}", "encoder")}, *seeds):
+                self.done[name] = whole
 
-    def hits(self, group: str, encoder: str, steps: int, top: int = 1) -> np.ndarray | None:
-        """[captions] float64: the share of seeds whose image is nearest to the picture asked for, or among the `top`;
-        None of a part that is missing."""
-        ranks = self.tree["ranks"].get(f"{group}/{encoder}", {}).get(str(steps))
-        return None if ranks is None else (np.array(ranks) < top).mean(0)
+    @property
+    def encoders(self) -> list[str]:
+        return list(self.done)
 
-    def score(self, group: str, encoder: str, steps: int, top: int = 1, kind: str | None = None) -> Interval:
-        """The mean over captions, of one kind or all; its interval is over captions."""
-        values = self.hits(group, encoder, steps, top)
-        if values is None:
-            return bootstrap([])
-        return bootstrap(values if kind is None else values[self.kinds == kind])
+    def hits(self, group: str, encoder: str, steps: int, top: int = 1) -> dict[int, np.ndarray]:
+        """{seed: [captions] bool}: whether the image is nearest to the picture asked for, or among the `top`."""
+        rows = self.of(f"{group}/{encoder}", "scores")
+        return {seed: np.array(ranks[str(steps)]) < top for seed, ranks in rows.items() if str(steps) in ranks}
 
-    def measured(self, encoder: str, name: str) -> np.ndarray:
-        """[captions] float64: a measure of a text encoder by caption, the mean over seeds."""
-        return np.mean(self.tree["encoders"][encoder][name], 0)
+    def score(self, group: str, encoder: str, steps: int, top: int = 1, kind: str | None = None) -> BySeed:
+        """The mean over captions, of one kind or all."""
+        asked = self.kinds == kind if kind else np.full(len(self.kinds), True)
+        hits = self.hits(group, encoder, steps, top) if asked.any() else {}
+        return {seed: float(own[asked].mean()) for seed, own in hits.items()}
 
-    def agreement(self, measure: str, group: str, steps: int) -> Interval:
-        """Spearman's rank correlation, over the encoders, of a measure with a score. Its interval is over captions,
-        those of the measure and those of the score drawn anew, the same for every encoder; the encoders are fixed."""
-        own = np.stack([self.measured(e, measure) for e in self.encoders])
-        scores = np.stack([h for e in self.encoders if (h := self.hits(group, e, steps)) is not None])
+    def measured(self, encoder: str, name: str) -> dict[int, np.ndarray]:
+        """{seed: [captions] float64}: a measure of a text encoder by caption."""
+        rows = self.of(f"base/{encoder}", "encoder")
+        return {seed: np.array(row[name]) for seed, row in rows.items()}
+
+    def agreement(self, measure: str, group: str, steps: int) -> Agreement:
+        """Of a measure with a score, in the seeds in which every encoder is done. For the interval over captions those
+        of the measure and those of the score are drawn anew, the same for every encoder and seed."""
+        seeds = sorted(set.intersection(*self.done.values())) if self.done else []
+        if not seeds:
+            nothing = interval([])
+            return Agreement(nothing, nothing, float("nan"), 0)
+        own, scores = (
+            np.array([[by_seed[s] for by_seed in every] for s in seeds], float)  # [seeds, encoders, captions]
+            for every in (
+                [self.measured(e, measure) for e in self.encoders],
+                [self.hits(group, e, steps) for e in self.encoders],
+            )
+        )
         rng = np.random.default_rng(0)
         means = [
-            np.stack([x[:, rng.integers(x.shape[1], size=x.shape[1])].mean(1) for _ in range(RESAMPLES)])
+            np.stack([x[..., rng.integers(x.shape[-1], size=x.shape[-1])].mean(-1) for _ in range(RESAMPLES)])
             for x in (own, scores)
         ]
-        drawn = spearman(*means)
-        if np.isnan(drawn).all():
-            return Interval(float("nan"), float("nan"), float("nan"))
-        low, high = np.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        return Interval(float(spearman(own.mean(1), scores.mean(1))), float(low), float(high))
+        x, y = own.mean(-1), scores.mean(-1)
+        over = interval(spearman(x, y).tolist())
+        seen = Interval(over.mean, max(over.low, -1.0), min(over.high, 1.0))
+        drawn = spearman(*means).mean(-1)  # [RESAMPLES], nan where a draw is all ties
+        edges = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+        low, high = (float("nan"),) * 2 if np.isnan(drawn).all() else np.nanquantile(drawn, edges).tolist()
+        return Agreement(seen, Interval(over.mean, low, high), by_chance(x, y), len(seeds))
+
+
+def over_captions(by_seed: dict[int, np.ndarray]) -> Interval:
+    """The mean over seeds and captions, with its interval over captions, the seeds as they are; nan of no seed."""
+    return bootstrap(np.mean([*by_seed.values()], 0) if by_seed else [])
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -101,25 +131,22 @@ def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return (x * y).sum(-1) / size
 
 
-def by_chance(rho: float, n: int) -> float:
-    """The share of all orders of n encoders whose rank correlation is at least as far from 0 as rho, to either side."""
-    if np.isnan(rho):
-        return rho
-    orders = np.array(list(permutations(range(n))))
-    return float((abs(spearman(np.broadcast_to(np.arange(n), orders.shape), orders)) >= abs(rho) - 1e-9).mean())
+def by_chance(a: np.ndarray, b: np.ndarray) -> float:
+    """Of all orders of the n encoders of [seeds, n], the same in every seed, the share whose mean rank correlation is
+    at least as far from 0, to either side, as that of a with b: the exact permutation test. nan where that is nan."""
+    orders = np.array(list(permutations(range(a.shape[-1]))))
+    every = spearman(a[:, orders], b[:, None]).mean(0)  # [orders], the first is theirs
+    return float("nan") if np.isnan(every[0]) else float((abs(every) >= abs(every[0]) - 1e-9).mean())
 
 
 def verdicts(found: Found) -> list[tuple[str, str, str]]:
-    """(what is asked, agrees | does not | not told apart, the figures): by each measure and score, whether a better
-    encoder gets a better score, as in the paper."""
+    """(what is asked, agrees | does not | not told apart | not run, the figures): by each measure and score, whether a
+    better encoder gets a better score, as in the paper."""
     every = []
     for measure in MEASURES:
         for group, steps in SCORED:
-            rho = found.agreement(measure, group, steps)
-            chance = by_chance(rho.mean, len(found.encoders))
-            how = "agrees" if rho.low > 0 else "does not" if rho.high < 0 else "not told apart"
-            how = how if chance <= 1 - LEVEL else "not told apart"  # so few encoders fall into any order by chance
-            every.append((f"{measure}: {label(group, steps)}", how, f"{rho:+.2f}\nby chance {chance:.2f}"))
+            agreed = found.agreement(measure, group, steps)
+            every.append((f"{measure}: {label(group, steps)}", agreed.verdict, str(agreed)))
     return every
 
 

@@ -7,6 +7,7 @@ apart, the less do few steps lose.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -61,7 +62,7 @@ FULL = Budget()
 QUICK = Budget(8, 2, base_steps=3, emf_steps=2, batch_size=4, prompts=6)
 
 
-def prepare(out: Path, gallery: Gallery, budget: Budget, encoders: dict[str, TextEncoder] | None = None) -> None:
+def prepare(out: Path, gallery: Gallery, budget: Budget, encoders: Mapping[str, TextEncoder] | None = None) -> None:
     """Write the images to train on, and the folders of the text encoders, where they are not there yet. Raises
     ValueError where a package is missing, and where the images are damaged."""
     texts = [c.text for c in gallery.captions()[0]]
@@ -114,7 +115,7 @@ def _on(config: Config, out: Path, name: str, encoder: TextEncoder, budget: Budg
     )
 
 
-def parts(out: Path, budget: Budget, encoders: dict[str, TextEncoder] | None = None) -> list[Part]:
+def parts(out: Path, budget: Budget, encoders: Mapping[str, TextEncoder] | None = None) -> list[Part]:
     """All runs, seed by seed; a base before what starts from it."""
     every: list[Part] = []
     for seed in budget.seeds:

@@ -3,9 +3,9 @@ gone on with."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ from emf.analyze.disentanglement import disentanglement
 from emf.analyze.encoders import embed_texts
 from emf.data.gallery import Caption, Gallery
 from emf.evaluate.picture_retrieval import Retrieval, features
-from emf.files import claim, whole_file, write_json
-from emf.paper.openmoji_parts import EMF_STEPS, FM_STEPS, Budget, TextEncoder, parts, prepare
+from emf.files import whole_file, write_json
+from emf.paper.openmoji_parts import EMF_STEPS, FM_STEPS, Budget, TextEncoder, prepare
+from emf.paper.openmoji_record import by_name, held_out, study
 from emf.paper.parts import Part
-from emf.paper.runs import BUDGET, ENCODER, LOG, SCORES, at_work, run_parts, train_whole
+from emf.paper.record import ENCODER, SCORES
+from emf.paper.runs import LOG, at_work, run_parts, train_whole
 from emf.sample.sampler import Sampler, to_uint8
 from emf.sample.sampling_settings import GUIDANCE_PRETRAINED, Settings
 from emf.weights.checkpoints import WEIGHTS, checkpoints
@@ -32,15 +34,14 @@ SHOWN = 12
 
 
 def run_openmoji(
-    out: Path, gallery: Gallery, budget: Budget, jobs: int, encoders: dict[str, TextEncoder] | None = None
+    out: Path, gallery: Gallery, budget: Budget, jobs: int, encoders: Mapping[str, TextEncoder] | None = None
 ) -> None:
-    """Train and score every part that has no scores yet, `jobs` of them at once; called again it goes on. Raises
-    ValueError where `out` holds the runs of another budget, a package is missing, or a part fails."""
-    with at_work(out, "openmoji"):
-        claim(out, asdict(budget), None, name=BUDGET, who="openmoji: ", advice="choose another --out")
-        prepare(out, gallery, budget, encoders)
-        work = partial(run_part, out=out, gallery=gallery, budget=budget)
-        run_parts(out, parts(out, budget, encoders), work, jobs, who="openmoji")
+    """Train and score every part that has no scores yet, `jobs` of them at once. Raises ValueError as `at_work` does,
+    and where a package is missing, or a part fails."""
+    with at_work(out, study(out, gallery, budget, encoders)) as left:
+        if left:
+            prepare(out, gallery, budget, encoders)
+        run_parts(out, left, partial(run_part, out=out, gallery=gallery, budget=budget), jobs, who="openmoji")
 
 
 def run_part(part: Part, out: Path, gallery: Gallery, budget: Budget) -> None:
@@ -56,13 +57,6 @@ def run_part(part: Part, out: Path, gallery: Gallery, budget: Budget) -> None:
         if part.base is None:
             write_json(folder / ENCODER, measure(load_run(folder)[1].encoder, gallery))
     write_json(folder / SCORES, result)
-
-
-def held_out(gallery: Gallery, budget: Budget) -> list[Caption]:
-    """The captions that are drawn and scored: as many, of each kind alike, as the budget allows."""
-    every = sorted(gallery.captions()[1], key=lambda c: (c.picture, c.kind))
-    places = np.linspace(0, len(every) - 1, min(len(every), budget.prompts)).round().astype(int)
-    return [every[i] for i in places]
 
 
 def score(run: Path, gallery: Gallery, budget: Budget) -> dict[str, list[int]]:
@@ -92,8 +86,7 @@ def shown_of(asked: Sequence[Caption]) -> list[int]:
 def measure(encoder: Any, gallery: Gallery) -> dict[str, list[float]]:
     """Discriminability and disentanglement of a text encoder (the paper's Tables 1 and 2) by caption, on names and
     aliases; smoothed pixels, less the mean picture's, in the place of DINO features."""
-    train, rest = gallery.captions()
-    named = [c for c in (*train, *rest) if c.kind in ("name", "alias")]
+    named = by_name(gallery)
     texts, picture = [c.text for c in named], np.array([c.picture for c in named])
     real = features(np.stack([gallery.plain(i) for i in range(len(gallery))]))
     own = torch.cat([embed_texts(encoder, texts[i : i + 32]) for i in range(0, len(texts), 32)]).numpy()
@@ -105,19 +98,3 @@ def measure(encoder: Any, gallery: Gallery) -> dict[str, list[float]]:
     found["disentanglement"] = apart.each.mean(1).tolist()
     found["disentanglement, centred"] = apart.each_centred.mean(1).tolist()
     return found
-
-
-def ceiling(gallery: Gallery, seed: int = 0) -> dict[str, float]:
-    """Top-1 of what retrieval must and must not find: real images under noise, and noise alone."""
-    rng = np.random.default_rng(seed)
-    numbers = np.arange(len(gallery))
-    real = np.stack([gallery.plain(i) for i in range(len(gallery))]).astype(float)
-    known = Retrieval.of(gallery)
-
-    def top(images: np.ndarray) -> float:
-        return float((known.ranks(images.round().clip(0, 255).astype(np.uint8), numbers) == 0).mean())
-
-    return {
-        "real under noise": top(real + rng.normal(0, 40, real.shape)),
-        "noise": top(rng.normal(128, 60, real.shape)),
-    }

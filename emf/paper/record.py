@@ -1,73 +1,110 @@
-"""results.json of the paper in miniature: a row a run, which a later call goes on with."""
+"""results.json of a study: a row a run, which a later call goes on with, with more seeds too."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from emf.data.digits import TAGS
-from emf.files import fits, misfit, read_json
-from emf.paper.parts import Budget
+from emf.files import misfit, read_json, write_json
+from emf.paper.parts import Part
 
 RESULTS = "results.json"
-FEW = ("1", "2", "4")
-"""Numbers of steps that are scored while EMF is trained."""
-ROW = {"scores": dict[str, dict[str, Any]], "encoder": dict[str, float] | None, "curve": dict[str, Any] | None}
-CURVE = {"steps": list[int], "error": list[float], "at": list[int], "score": dict[str, list[float]]}
+SCORES, ENCODER = "scores_by_steps.json", "encoder.json"
+"""What a part writes in its folder. Not scores.json, which `emf evaluate digits` writes in a run's folder, and which
+its page reads."""
 
 
-def sizes(budget: Budget) -> dict[str, Any]:
-    """A budget without its seeds, of which a folder takes more."""
-    return {key: value for key, value in asdict(budget).items() if key != "seeds"}
+@dataclass(frozen=True)
+class Column:
+    """One key of a row."""
+
+    file: str
+    """Of a part's folder, where it is read."""
+    odd: Callable[[Any], str | None]
+    """What is wrong with a value, in words to follow its name."""
+    read: Callable[[Path], Any] = read_json
+    there: Callable[[Path], bool] = Path.is_file
 
 
-def recorded(out: Path, budget: Budget) -> dict[str, Any]:
-    """What results.json in this folder holds of parts, a row each by their names; nothing where there is none, and of
-    one by an earlier version, whose figures are not by part. Raises ValueError where it is of another budget or form.
-    """
-    file = out / RESULTS
-    if not file.is_file():
-        return {}
-    tree = read_json(file)
-    if isinstance(tree, dict) and "scores" in tree:
-        return {}
-    if said := misfit(tree, {"budget": dict[str, Any], "parts": dict[str, dict[str, Any]]}):
-        raise ValueError(f"paper: {file} {said}; move it away")
-    old = {key: value for key, value in tree["budget"].items() if key != "seeds"}
-    if old != sizes(budget):
-        raise ValueError(f"paper: {file} is of another budget than this folder; move it away, or choose another --out")
-    rows = {
-        name: {key: value for key, value in row.items() if value is not None} for name, row in tree["parts"].items()
-    }
-    for name, row in rows.items():
-        if said := _fault(row):
-            raise ValueError(f"paper: {file}, {name}: {said}; repair or remove that part's row")
-    return rows
+@dataclass(frozen=True)
+class Study:
+    """What is trained with several seeds, and what results.json holds of it."""
+
+    who: str
+    """The command, with which its errors begin."""
+    budget: Any
+    """A dataclass. A folder takes more of its seeds, and nothing else of it changes there."""
+    parts: Sequence[Part]
+    columns: Mapping[str, Column]
+    """Of a row; it has scores, and may lack the others."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """What results.json holds that every row rests on."""
+
+    def sizes(self) -> dict[str, Any]:
+        """The budget without its seeds."""
+        return {key: value for key, value in asdict(self.budget).items() if key != "seeds"}
+
+    def recorded(self, out: Path) -> dict[str, Any]:
+        """What results.json in this folder holds of parts, a row each by their names; nothing where there is none, and
+        of one by an earlier version, whose figures are not by part. Raises ValueError where it is of another budget or
+        form, or rests on something else."""
+        file = out / RESULTS
+        if not file.is_file():
+            return {}
+        tree = read_json(file)
+        if isinstance(tree, dict) and ("scores" in tree or "ranks" in tree):
+            return {}
+        if said := misfit(tree, {"budget": dict[str, Any], "parts": dict[str, dict[str, Any]]}):
+            raise ValueError(f"{self.who}: {file} {said}; move it away")
+        away = "move it away, or choose another --out"
+        if {key: value for key, value in tree["budget"].items() if key != "seeds"} != self.sizes():
+            raise ValueError(f"{self.who}: {file} is of another budget than this folder; {away}")
+        if other := [key for key, value in self.fixed.items() if tree.get(key) != value]:
+            raise ValueError(f"{self.who}: {file} is of other {other[0]} than are made here now; {away}")
+        rows = {name: {k: v for k, v in row.items() if v is not None} for name, row in tree["parts"].items()}
+        for name, row in rows.items():
+            repair = "repair or remove that part's row"
+            if "scores" not in row:
+                raise ValueError(f"{self.who}: {file}, {name} has no scores; {repair}")
+            if odd := self._odd(row):
+                raise ValueError(f"{self.who}: {file}, {name}, {odd[0]} {odd[1]}; {repair}")
+        return rows
+
+    def row(self, folder: Path) -> dict[str, Any]:
+        """What a part has left in its folder. Raises ValueError where that is not what a part writes."""
+        row = {k: c.read(folder / c.file) for k, c in self.columns.items() if c.there(folder / c.file)}
+        if odd := self._odd(row):
+            again = f"move its folder and {RESULTS} away, and the part is made again"
+            raise ValueError(f"{self.who}: {folder / self.columns[odd[0]].file} {odd[1]}; {again}")
+        return row
+
+    def _odd(self, row: Mapping[str, Any]) -> tuple[str, str] | None:
+        """(key, what is wrong with its value) of the first such value of a row."""
+        every = ((key, column.odd(row[key])) for key, column in self.columns.items() if key in row)
+        return next(((key, said) for key, said in every if said), None)
+
+    def gather(self, out: Path, **further: Any) -> dict[str, Any]:
+        """What the parts that are done have found, written to results.json too: a row a part, by its name, of this
+        folder or of the results.json that was there. Its key `missing` names the parts that are not done."""
+        names = [part.name for part in self.parts]
+        rows = self.recorded(out)
+        rows |= {name: self.row(out / name) for name in names if (out / name / SCORES).is_file()}
+        missing = [name for name in names if name not in rows]
+        found = {"budget": asdict(self.budget), **further, **self.fixed, "missing": missing, "parts": rows}
+        write_json(out / RESULTS, found)
+        return found
 
 
-def _fault(row: dict[str, Any]) -> str | None:
-    """What is wrong with a part's row."""
-    if said := misfit(row, ROW) or odd_scores(row["scores"]):
-        return f"it {said}"
-    if (curve := row.get("curve")) is None:
-        return None
-    if said := misfit(curve, CURVE) or misfit(curve["score"], dict.fromkeys(FEW, list[float])):
-        return f"its curve {said}"
-    scored = [len(curve["score"][n]) for n in FEW]
-    if not curve["at"] or {*scored} != {len(curve["at"])} or len(curve["steps"]) != len(curve["error"]):
-        return "its curve has lists of other lengths"
-    return None
+class Rows:
+    """The contents of results.json, of the seeds of its budget: figures are asked for by name, and come by seed. What
+    is missing has no seeds."""
 
+    def __init__(self, tree: dict[str, Any]) -> None:
+        self.tree = tree
 
-def odd_scores(rows: dict[str, dict[str, Any]]) -> str | None:
-    """What is wrong with a part's scores by number of steps, in words to follow its name."""
-    for steps, row in rows.items():
-        if not steps.isdecimal():
-            return f"has scores of {steps!r} steps"
-        tags = row.get("by_tag", {})
-        if not (fits(row.get("overall"), float) and fits(tags, dict[str, float]) and tags.keys() >= {*TAGS}):
-            return f"has no score of every task at {steps} steps"
-        if odd := [x for x in (row["overall"], *tags.values()) if not 0 <= x <= 1]:
-            return f"has a score of {odd[0]}; expected 0 to 1"
-    return None
+    def of(self, group: str, key: str) -> dict[int, Any]:
+        """What the runs of a group, as in emf/trained, have under a key of theirs."""
+        rows = {seed: self.tree["parts"].get(f"{group}/{seed}", {}) for seed in self.tree["budget"]["seeds"]}
+        return {seed: row[key] for seed, row in rows.items() if key in row}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,10 @@ from emf.data.digits import TAGS
 from emf.evaluate.published import ENCODERS as PUBLISHED
 from emf.evaluate.published import FEW_STEP, FLOW_MATCHING, by_steps
 from emf.files import write_text
-from emf.paper.found import MEASURES, Found, gap, gather, mean, verdicts
-from emf.paper.parts import ABLATIONS, EMF_STEPS, ENCODERS, FM_STEPS, GUIDANCE, QUICK, Budget, parts
+from emf.paper.found import MEASURES, Found, gap, mean, verdicts
+from emf.paper.paper_record import study
+from emf.paper.parts import ABLATIONS, EMF_STEPS, ENCODERS, FM_STEPS, GUIDANCE, QUICK, Budget
+from emf.paper.record import Study
 from emf.show import page
 from emf.show.page import Html
 from emf.show.plot import COLORS, EMF, FM, GREY, SHADES, plot, steps_axis
@@ -152,12 +154,29 @@ def ablations(found: Found) -> Html:
     return section("Ablations", note, page.table(heads, rows, told=(len(heads) - 1,)))
 
 
+def seed_drawn(out: Path, seeds: Sequence[int]) -> int:
+    """The first whose runs are in this folder, with images, and not in its results.json alone."""
+    there = {int(file.parent.name) for file in out.glob("base/*/*/samples.npy")}
+    return next((seed for seed in seeds if seed in there), seeds[0])
+
+
+def shortfall(study: Study, missing: Sequence[str], *, quick: bool) -> list[Html]:
+    """What the figures of a study lack, for the head of its page. missing: parts that are not done."""
+    short = []
+    if missing:
+        runs = f"{len(missing)} of {len(study.parts)} runs are missing"
+        goes_on = f"<code>emf {study.who}</code> with the same settings goes on"
+        short.append(Html(f'<p class="missing">{runs}; {goes_on}.</p>'))
+    if quick:
+        short.append(Html('<p class="missing">A quick run: it tries the machinery, its figures mean nothing.</p>'))
+    return short
+
+
 def samples(out: Path, budget: Budget) -> Html:
     """A sheet of images of each task, drawn on every text encoder by flow matching and by EMF. Nothing where no run has
     images yet."""
     kinds = (("FM", "base", FM_STEPS, (1, 4, 30)), ("EMF", "emf", EMF_STEPS, (1, 2, 4)))
-    rows, drawn_of = [], {int(file.parent.name) for file in out.glob("base/*/*/samples.npy")}
-    seed = next((seed for seed in budget.seeds if seed in drawn_of), budget.seeds[0])  # whose runs are here
+    rows, seed = [], seed_drawn(out, budget.seeds)
     for e in ENCODERS:
         for kind, group, steps, chosen in kinds:
             file = out / group / e / str(seed) / "samples.npy"
@@ -180,21 +199,14 @@ def samples(out: Path, budget: Budget) -> Html:
 
 def write_paper(out: Path, budget: Budget) -> Path:
     """Write results.json and report-paper.html in `out` from the parts that are done; returns the page's path."""
-    tree = gather(out, budget)
+    whole = study(budget)
+    tree = whole.gather(out)
     found = Found(tree)
     mark = {"agrees": EMF, "does not": FM}
     rows = [
         [claim, Html(f'<b style="color:{mark.get(how, GREY)}">{how}</b>'), page.quiet(told)]
         for claim, how, told in verdicts(found)
     ]
-    short = []
-    if tree["missing"]:
-        runs = f"{len(tree['missing'])} of {len(parts(budget))} runs are missing"
-        short.append(Html(f'<p class="missing">{runs}; <code>emf paper</code> with the same settings goes on.</p>'))
-    if budget == QUICK:
-        short.append(
-            Html('<p class="missing">A quick run: it tries the machinery, its figures mean nothing.</p>'),
-        )
     b = budget
     lead = f"""<h1>The paper in miniature</h1><p class="lead">EMF (arXiv 2604.18168) on coloured digits: four text
 encoders, {len(b.seeds)} seed{"s" * (len(b.seeds) > 1)}; on each encoder, from scratch, the shipped transformer takes
@@ -204,7 +216,7 @@ on a learned detector, {6 * b.per_tag} captions. Every figure is a mean over see
     text = page.page(
         "The paper in miniature",
         Html(lead),
-        *short,
+        *shortfall(whole, tree["missing"], quick=budget == QUICK),
         section(
             "Where the toy agrees with the paper, and where it does not",
             page.note(

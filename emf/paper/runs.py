@@ -5,9 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import AbstractContextManager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 from emf.config import Config
 from emf.files import alone, claim, read_object, whole_file, write_json
 from emf.network.build import build
-from emf.paper.parts import Budget, Part, parts
-from emf.paper.record import recorded, sizes
+from emf.paper.paper_record import study
+from emf.paper.parts import Budget, Part
+from emf.paper.record import ENCODER, SCORES, Study
 from emf.paper.scoring import measure, score
 from emf.recipes import BASE
 from emf.show.progress import bars
@@ -27,35 +28,32 @@ from emf.weights.checkpoints import WEIGHTS, checkpoints
 from emf.weights.start import read_init
 from emf.weights.tensors import items, write_file
 
-SCORES = "scores_by_steps.json"
-"""Not scores.json, which `emf evaluate digits` writes in a run's folder, and which its page reads."""
-LOG, ENCODER, BUDGET, START = "log.txt", "encoder.json", "budget.json", "start.safetensors"
+LOG, BUDGET, START = "log.txt", "budget.json", "start.safetensors"
 
 
 def run_all(out: Path, budget: Budget, jobs: int) -> None:
-    """Train and score every part that has no scores yet, `jobs` of them at once; called again it goes on, with more
-    seeds too. A part that stands in the folder's results.json is done, without a folder of its own. Raises ValueError
-    where `out` holds the runs of another budget, where another process is at work there, and where a part fails, naming
-    its log."""
-    with at_work(out, "paper"):
-        _run_all(out, budget, jobs)
+    """Train and score every part that has no scores yet, `jobs` of them at once. Raises ValueError as `at_work` does,
+    and where a part fails, naming its log."""
+    with at_work(out, study(budget)) as left:
+        run_parts(out, left, partial(run_part, out=out, budget=budget), jobs)
 
 
-def at_work(out: Path, who: str) -> AbstractContextManager[None]:
-    """No other process trains parts in `out` while the block runs. who: how the error begins where one does."""
-    return alone(out, f"{who}: another process is at work in {out}; wait for it, or choose another --out")
-
-
-def _run_all(out: Path, budget: Budget, jobs: int) -> None:
-    settings = sizes(budget)
-    if (out / BUDGET).is_file() and "seeds" in (old := read_object(out / BUDGET, "paper")):
-        settings["seeds"] = old["seeds"]  # earlier versions wrote them, and took no others
-    claim(out, settings, None, name=BUDGET, who="paper: ", advice="choose another --out")
-    there = {name for name in recorded(out, budget) if not (out / name / SCORES).is_file()}
-    every = parts(budget)
-    wanted = {part.base for part in every if part.name not in there and not (out / part.name / SCORES).is_file()}
-    left = [part for part in every if part.name not in there or part.name in wanted]
-    run_parts(out, left, partial(run_part, out=out, budget=budget), jobs)
+@contextmanager
+def at_work(out: Path, study: Study) -> Iterator[list[Part]]:
+    """The parts of a study that are to be made in `out`, where no other process trains parts while the block runs. It
+    goes on with what is there, with more seeds too: a part that stands in the folder's results.json is done, without a
+    folder of its own, but for the base of one that is not. Raises ValueError where `out` holds the runs of another
+    budget, and where another process is at work there."""
+    who = study.who
+    with alone(out, f"{who}: another process is at work in {out}; wait for it, or choose another --out"):
+        settings = study.sizes()
+        if (out / BUDGET).is_file() and "seeds" in (old := read_object(out / BUDGET, who)):
+            settings["seeds"] = old["seeds"]  # earlier versions wrote them, and took no others
+        claim(out, settings, None, name=BUDGET, who=f"{who}: ", advice="choose another --out")
+        scored = {part.name for part in study.parts if (out / part.name / SCORES).is_file()}
+        there = study.recorded(out).keys() - scored
+        wanted = {part.base for part in study.parts if part.name not in there | scored}
+        yield [part for part in study.parts if part.name not in there or part.name in wanted]
 
 
 def run_parts(out: Path, parts: Sequence[Part], work: Callable[[Part], None], jobs: int, *, who: str = "paper") -> None:

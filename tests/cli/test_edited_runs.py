@@ -20,15 +20,16 @@ import pytest
 from damaged import VALUES, changed, holds
 from digits_run import small_run
 from hypothesis import given, settings
+from named_pictures import shapes
 
 from emf.cli.main import main
 from emf.evaluate.run_log import CURVE, METRICS, RESUMED, read_curve, read_metrics
 from emf.evaluate.run_page import write_report
 from emf.files import read_rows
-from emf.paper.found import _row
+from emf.paper import openmoji_record, paper_record
+from emf.paper.openmoji_parts import QUICK as QUICK_PICTURES
 from emf.paper.parts import QUICK
-from emf.paper.record import RESULTS, recorded
-from emf.paper.runs import SCORES
+from emf.paper.record import ENCODER, RESULTS, SCORES, Study
 from emf.train.log import Log
 from emf.train.zero.engine import Engine
 
@@ -77,16 +78,26 @@ def check(name: str, rows: Any, act: Callable[[Path], Any], places: pytest.TempP
     holds(lambda: act(folder), name)
 
 
+STUDIES = (paper_record.study(QUICK), openmoji_record.study(Path(), shapes(), QUICK_PICTURES))
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.who)
 @settings(max_examples=100)
 @given(tree=VALUES)
-def test_any_scores_of_a_part_of_the_paper(tree: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """In its own folder, and in the row of results.json."""
-    folder = tmp_path_factory.getbasetemp()
+def test_any_row_of_a_study(study: Study, tree: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """In a part's own folder, and in the row of results.json."""
+    folder = tmp_path_factory.getbasetemp() / study.who
+    folder.mkdir(exist_ok=True)
+    (folder / ENCODER).unlink(missing_ok=True)
     (folder / SCORES).write_text(json.dumps({"1": tree}))
-    holds(lambda: _row(folder), SCORES)
+    holds(lambda: study.row(folder), SCORES)
+    (folder / SCORES).write_text("{}")
+    (folder / ENCODER).write_text(json.dumps(tree))
+    holds(lambda: study.row(folder), ENCODER)
+    budget = {"budget": asdict(study.budget), **study.fixed}
     for row in ({"scores": {"1": tree}}, {"scores": {}, "curve": tree}, {"scores": {}, "encoder": tree}, tree):
-        (folder / RESULTS).write_text(json.dumps({"budget": asdict(QUICK), "parts": {"emf/trained/0": row}}))
-        holds(lambda: recorded(folder, QUICK), RESULTS)
+        (folder / RESULTS).write_text(json.dumps(budget | {"parts": {"emf/trained/0": row}}))
+        holds(lambda: study.recorded(folder), RESULTS)
 
 
 @pytest.mark.parametrize("section", ["run", "flow", "condition", "data"])

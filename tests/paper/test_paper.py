@@ -19,6 +19,7 @@ from emf.conditioning.small import EncoderConfig, SmallEncoder
 from emf.data.digits import WORDS
 from emf.files import alone
 from emf.network.build import build
+from emf.paper import paper_record
 from emf.paper import runs as running
 from emf.paper.found import Found, interval, seeds_to_tell, verdicts
 from emf.paper.parts import ABLATIONS, ENCODERS, FULL, QUICK, parts
@@ -88,10 +89,10 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kept = ("base/trained/0", "emf/trained/0", "ablation/guidance in the target/0")
     every = [p for p in parts(QUICK) if p.name in kept]
     patch = pytest.MonkeyPatch()
-    patch.setattr(running, "parts", lambda budget: every[:1])
+    patch.setattr(paper_record, "parts", lambda budget: every[:1])
     run_all(out, QUICK, 1)
     first = (out / kept[0] / "scores_by_steps.json").stat().st_mtime_ns
-    patch.setattr(running, "parts", lambda budget: every)
+    patch.setattr(paper_record, "parts", lambda budget: every)
     run_all(out, QUICK, 2)
     patch.undo()
     assert (out / kept[0] / "scores_by_steps.json").stat().st_mtime_ns == first
@@ -127,10 +128,10 @@ def test_a_record_is_gone_on_with(quick: Path, tmp_path: Path, monkeypatch: pyte
     for name in ("results.json", "budget.json"):
         shutil.copy(quick / name, tmp_path)
     made: list[str] = []
-    monkeypatch.setattr(running, "run_parts", lambda out, left, *_: made.extend(part.name for part in left))
+    monkeypatch.setattr(running, "run_parts", lambda out, left, *_, **__: made.extend(part.name for part in left))
     names = ("base/trained/0", "emf/trained/0", "ablation/guidance in the target/0", "base/random/0")
     few = [p for p in parts(replace(QUICK, seeds=(0, 1))) if p.name in {*names, "base/trained/1"}]
-    monkeypatch.setattr(running, "parts", lambda budget: few)
+    monkeypatch.setattr(paper_record, "parts", lambda budget: few)
     run_all(tmp_path, replace(QUICK, seeds=(0, 1)), 1)
     assert made == ["base/random/0", "base/trained/1"]
     made.clear()
@@ -143,15 +144,15 @@ def test_a_record_is_gone_on_with(quick: Path, tmp_path: Path, monkeypatch: pyte
     curve: dict[str, Any] = {"steps": [1], "error": [0.1], "at": [1], "score": {"1": [0.5], "2": [0.5], "4": [0.5]}}
     before = json.loads((tmp_path / "results.json").read_text())
     for row, said in (
-        ({"scores": {"1": {}}}, "it has no score of every task at 1 steps; repair or remove"),
-        ({"scores": {}, "curve": {"at": [1]}}, "its curve is no JSON object with steps, error, at, score"),
-        ({"scores": {}, "curve": curve | {"score": {}}}, "its curve is no JSON object with 1, 2, 4"),
-        ({"scores": {}, "curve": curve | {"at": [1, 2]}}, "its curve has lists of other lengths"),
-        ({"scores": {}, "encoder": 3}, "it has encoder 3; expected an object"),
+        ({"scores": {"1": {}}}, "scores has no score of every task at 1 steps; repair or remove"),
+        ({"scores": {}, "curve": {"at": [1]}}, "curve is no JSON object with steps, error, at, score"),
+        ({"scores": {}, "curve": curve | {"score": {}}}, "curve is no JSON object with 1, 2, 4"),
+        ({"scores": {}, "curve": curve | {"at": [1, 2]}}, "curve has lists of other lengths"),
+        ({"scores": {}, "encoder": 3}, "encoder is no object of numbers"),
     ):
         rows = before | {"parts": {"emf/trained/0": row}}
         (tmp_path / "results.json").write_text(json.dumps(rows))
-        with pytest.raises(ValueError, match=f"results.json, emf/trained/0: {said}"):
+        with pytest.raises(ValueError, match=f"results.json, emf/trained/0, {said}"):
             run_all(tmp_path, QUICK, 1)
     rows = before | {"parts": {"emf/trained/0": {"scores": {}, "curve": None, "encoder": None}}}
     (tmp_path / "results.json").write_text(json.dumps(rows))
@@ -168,7 +169,7 @@ def test_a_record_is_gone_on_with(quick: Path, tmp_path: Path, monkeypatch: pyte
 def test_a_folder_of_an_earlier_version_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It told its seeds among its settings, and had results.json by figures, not by parts."""
     made: list[str] = []
-    monkeypatch.setattr(running, "run_parts", lambda out, left, *_: made.extend(part.name for part in left))
+    monkeypatch.setattr(running, "run_parts", lambda out, left, *_, **__: made.extend(part.name for part in left))
     (tmp_path / "budget.json").write_text(json.dumps(asdict(QUICK)))
     (tmp_path / "results.json").write_text('{"scores": {}, "encoders": {}, "curves": {}}')
     run_all(tmp_path, replace(QUICK, seeds=(0, 1)), 1)
