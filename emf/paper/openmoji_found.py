@@ -104,10 +104,7 @@ class Found(Rows):
             )
         )
         rng = np.random.default_rng(0)
-        means = [
-            np.stack([x[..., rng.integers(x.shape[-1], size=x.shape[-1])].mean(-1) for _ in range(RESAMPLES)])
-            for x in (own, scores)
-        ]
+        means = [drawn_anew(values, rng) for values in (own, scores)]
         x, y = own.mean(-1), scores.mean(-1)
         over = interval(spearman(x, y).tolist())
         seen = Interval(over.mean, max(over.low, -1.0), min(over.high, 1.0))
@@ -120,6 +117,15 @@ class Found(Rows):
 def over_captions(by_seed: dict[int, np.ndarray]) -> Interval:
     """The mean over seeds and captions, with its interval over captions, the seeds as they are; nan of no seed."""
     return bootstrap(np.mean([*by_seed.values()], 0) if by_seed else [])
+
+
+def drawn_anew(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """[RESAMPLES, ...]: the means of values [..., n] over n captions drawn with replacement, the same ones of every
+    row."""
+    n = values.shape[-1]
+    drawn = rng.integers(n, size=(RESAMPLES, n)) + n * np.arange(RESAMPLES)[:, None]
+    times = np.bincount(drawn.ravel(), minlength=n * RESAMPLES).reshape(RESAMPLES, n)  # how often each is drawn
+    return (times.astype(float) @ values.reshape(-1, n).T / n).reshape(RESAMPLES, *values.shape[:-1])
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
