@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.meters import Count, Held, kernels_launched, process_peak_bytes
+from bench.meters import Count, Held, heap_set_aside, kernels_launched, process_peak_bytes
 from bench.ops import GPU, OUT, core, device_name, peak_bytes, revision
 from bench.providers import SIZES, Setting, Step, providers
 from emf.train.hardware import peak_flops
@@ -92,15 +92,16 @@ def measure(
     ways, without = providers(s, compile)
     want = truth(s)
     rows: dict[str, dict[str, Any]] = {}
-    for provider, (step, module) in list(ways.items()):
-        try:
-            rows[provider] = dict(provider=provider) | facts(s, step, module, want)
-        except RuntimeError as error:
-            without[provider] = f"{type(error).__name__}: {str(error).splitlines()[0]}"[:200]
-            del ways[provider]
-            continue
-        error = rows[provider]["u_dot_error"]
-        say(f"  {provider}: error of du/dt {'none' if error is None else format(error, '.1e')}")
+    with heap_set_aside():
+        for provider, (step, module) in list(ways.items()):
+            try:
+                rows[provider] = dict(provider=provider) | facts(s, step, module, want)
+            except RuntimeError as error:
+                without[provider] = f"{type(error).__name__}: {str(error).splitlines()[0]}"[:200]
+                del ways[provider]
+                continue
+            error = rows[provider]["u_dot_error"]
+            say(f"  {provider}: error of du/dt {'none' if error is None else format(error, '.1e')}")
     times: dict[str, list[float]] = {provider: [] for provider in ways}
     for i in range(rounds + 1):  # the first warms up
         for provider, (step, module) in ways.items():
