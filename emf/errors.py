@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from emf.files.writing import not_written
@@ -89,8 +90,8 @@ def report_errors() -> Iterator[None]:
 @contextmanager
 def cleaned_up() -> Iterator[None]:
     """SIGTERM ends the block by SystemExit(143), so that half a file and processes that were started do not stay. Not
-    for ranks, which may wait for each other where Python hears no signal. Where somebody else listens for it, and
-    outside the main thread, nothing changes."""
+    for ranks, which may wait for each other where Python hears no signal: see ended_anywhere. Where somebody else
+    listens for it, and outside the main thread, nothing changes."""
     before = signal.getsignal(signal.SIGTERM)
     if before is not signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
         yield
@@ -107,6 +108,44 @@ def cleaned_up() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def ended_anywhere(last: Callable[[], None]) -> Iterator[None]:
+    """SIGTERM ends the process with exit code 143 after `last`, which a thread calls: also where the main thread waits
+    in a library for other ranks, in which Python hears no signal. While somebody else listens for it in the block, and
+    outside the main thread, nothing changes."""
+    before = signal.getsignal(signal.SIGTERM)
+    if before is not signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    main, (hears, told) = os.getpid(), socket.socketpair()
+
+    def ours(number: int, frame: object) -> None:
+        if os.getpid() != main:  # a process that was forked from here
+            os._exit(143)
+
+    def listen() -> None:
+        while numbers := hears.recv(64):
+            if signal.SIGTERM in numbers and signal.getsignal(signal.SIGTERM) is ours:
+                last()
+                os._exit(143)
+
+    told.setblocking(False)
+    signal.signal(signal.SIGTERM, ours)
+    signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+    # a signal to a forked process is none to this one
+    os.register_at_fork(after_in_child=lambda: told.fileno() < 0 or signal.set_wakeup_fd(-1))
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, before)
+        told.close()
+        listener.join()
+        hears.close()
 
 
 def _silence() -> None:

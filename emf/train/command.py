@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 from emf.arguments import NEEDS_EXTRA, parse, to_arguments
 from emf.config import Config
-from emf.errors import cleaned_up, report_errors
+from emf.errors import cleaned_up, ended_anywhere, report_errors
 from emf.files import check_text
 from emf.recipes import RECIPES, from_file
 from emf.weights.hub import SETTINGS, START, named
@@ -129,15 +129,26 @@ def main(arguments: list[str] | None = None) -> None:
 
 @contextmanager
 def stopped_early(out: Path) -> Iterator[None]:
-    """SIGTERM before the first step, when there is nothing to save, ends the process in one line and with exit code
-    143. Several ranks end as the system ends them: they may wait for each other where Python hears no signal."""
+    """SIGTERM before the first step, when there is nothing to save, ends the process with exit code 143, in one line
+    that is said once. Of several ranks each ends by itself, since it may wait for the others where Python hears no
+    signal."""
+    said, there = f"asked to stop: no step was under way, and {out} holds what it held", out.exists()
+
+    def last() -> None:
+        if os.environ.get("RANK") == "0":
+            if not there:
+                with suppress(OSError):
+                    out.rmdir()  # which only an empty folder can be
+            print(said, file=sys.stderr, flush=True)
+
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        yield
+        with ended_anywhere(last):
+            yield
         return
     with cleaned_up():
         try:
             yield
         except SystemExit as end:
             if end.code == 143:
-                print(f"asked to stop: no step was under way, and {out} holds what it held", file=sys.stderr)
+                print(said, file=sys.stderr)
             raise

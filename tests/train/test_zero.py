@@ -7,15 +7,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 from places import ROOT
 from safetensors.torch import load_file
-from training import assert_same_training, averaged, free_port, kill_in_second_save, metrics, train
+from training import TINY, assert_same_training, averaged, free_port, kill_in_second_save, metrics, train
 
 pytest.importorskip("deepspeed")
 
@@ -200,6 +202,32 @@ def test_sigterm_to_the_launcher_alone_ends_its_ranks_with_a_save(
                 process.kill()
     assert len(list((run / "checkpoints").iterdir())) == 1, output.read_text()
     assert output.read_text().count("asked to stop: saved") == 1 and "Traceback" not in output.read_text()
+
+
+def stop_while_they_wait() -> None:
+    """SIGTERM to both ranks before the first step, while rank 0 waits in a library, and to a process forked from it."""
+    from emf.train import loop as module
+
+    def waits(*_: Any) -> None:
+        if not (child := os.fork()):
+            time.sleep(60)
+            os._exit(0)
+        time.sleep(0.3)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
+        print("trains on", flush=True)
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        torch.distributed.barrier() if os.environ["RANK"] == "0" else time.sleep(60)
+
+    module.shared = waits
+
+
+def test_sigterm_before_the_first_step_ends_several_ranks_in_one_line(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    result = train(tmp_path, "digits-base", *TINY, "--out", str(run), ranks=2, before=stop_while_they_wait)
+    said = f"asked to stop: no step was under way, and {run} holds what it held"
+    assert result.code == 143 and not run.exists(), result.text
+    assert sorted(result.text.splitlines()) == [said, "trains on", "trains on"], result.text
 
 
 def test_who_started_a_rank_is_known_by_its_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,6 +99,27 @@ def test_only_what_is_needed_is_fetched(hub: Hub) -> None:
     assert (named("me/sana", ENCODER, "config") / "text_encoder" / "model.safetensors").is_file()
     assert asked_for(hub) == {"text_encoder"}
     one_line(lambda: named("me/sana", ["none*"], "config"), "me/sana on the Hub holds none of none*")
+
+
+def test_ranks_that_ask_at_once_fetch_each_file_once(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client's lock on a file lets one of a machine's ranks fetch it, and the others wait and read its cache. A
+    thread stands for a rank: it opens the lock anew, as a process does. The answer is slow, so that they meet."""
+    answer, together = hub.answer, threading.Barrier(3)
+
+    def slow(method: str, path: str, body: bytes) -> tuple[int, Any]:
+        time.sleep(0.3 if method == "GET" and path.endswith(".safetensors") else 0)
+        return answer(method, path, body)
+
+    def rank(_: int) -> Path:
+        together.wait()
+        return named("me/sana", AUTOENCODER, "config")
+
+    monkeypatch.setattr(hub, "answer", slow)
+    with ThreadPoolExecutor(3) as ranks:
+        (folder,) = {*ranks.map(rank, range(3))}
+    fetched = [path for method, path, _ in hub.asked if method == "GET" and "/resolve/" in path]
+    assert sorted(fetched) == sorted({*fetched}) and any(path.endswith(".safetensors") for path in fetched)
+    assert not [file for file in folder.parents[1].rglob("*.incomplete")]
 
 
 def test_every_name_of_a_config_becomes_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
