@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.ops import OUT
+from emf.data.scores_file import CAPTIONS, SCORES, read_scores
 from emf.evaluate.recorded import RECORD, entry, table
-from emf.evaluate.scores_file import CAPTIONS
 from emf.evaluate.small_world import changed
-from emf.files import read_json, read_object, write_json, write_text
+from emf.files import read_json, write_json, write_text
 from emf.recipes import from_file
 from emf.sample.sampling_settings import GUIDANCE
 
@@ -23,7 +23,9 @@ PAGES = (OUT.parent / "README.md", OUT.parent / "docs" / "training.md")
 def add(record: dict[str, list[dict[str, Any]]], run: Path, machine: str) -> None:
     """A run's entry, in the place of one of the same recipe, seed and machine. Raises ValueError where the run was
     scored otherwise than the others, or trained otherwise than its recipe says."""
-    config, scores = from_file(run / "config.json"), read_object(run / "scores.json", "recorded")
+    config, scores = from_file(run / "config.json"), read_scores(run / SCORES, "recorded")
+    if scores is None:
+        raise ValueError(f"recorded: {run} has no {SCORES}; `emf evaluate digits {run}` writes it")
     if changed(config):
         raise ValueError(
             f"recorded: {run} has other settings than its recipe {config.recipe}; a run without is recorded"

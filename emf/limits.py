@@ -34,11 +34,23 @@ class Within:
             return ""
         if not math.isfinite(x):
             return "must be finite"
-        first = f"at least {self.least}" if self.above is None else f"above {self.above}"
-        last = f"at most {self.most}" if self.below is None else f"below {self.below}"
-        if ANY in (Within(self.least, above=self.above), Within(most=self.most, below=self.below)):
+        first, last = self.ends
+        if " and " not in self.words:
             return f"must be {last if low else first}"  # the other end is one that nobody set
-        return f"must be {first} and {last}"
+        return f"must be {self.words}"
+
+    @property
+    def ends(self) -> tuple[str, str]:
+        """Where it begins and where it ends, in words."""
+        first = f"at least {self.least}" if self.above is None else f"above {self.above}"
+        return first, f"at most {self.most}" if self.below is None else f"below {self.below}"
+
+    @property
+    def words(self) -> str:
+        """The ends that somebody set; empty where nobody set one."""
+        first, last = self.ends
+        said = [first] * (self.above is not None or self.least > -LARGEST)
+        return " and ".join(said + [last] * (self.below is not None or self.most < LARGEST))
 
 
 ANY = Within()

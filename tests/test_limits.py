@@ -181,6 +181,32 @@ def test_a_command_says_it(
     assert end.value.code == 2 and line.startswith("error: ") and said in line, line
 
 
+WORDS = [[name] for name, command in COMMANDS.items() if name not in GROUPS and limits_of(command)]
+WORDS += [[group, name] for group, commands in GROUPS.items() for name in commands]
+
+
+@pytest.mark.parametrize("words", WORDS, ids=" ".join)
+def test_a_command_is_named_as_it_is_typed(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One number of the command's own, and one of each dataclass whose fields are its flags."""
+    command = (GROUPS[words[0]] if len(words) > 1 else COMMANDS)[words[-1]]
+    needed = []
+    for name, argument in inspect.signature(command).parameters.items():
+        if argument.default is inspect.Parameter.empty:
+            told = "Positional" in repr(get_type_hints(command, include_extras=True)[name])
+            needed += ["none"] if told else [f"--{name.replace('_', '-')}", "none"]
+    for kind, name in dict(numbers(command)).items():
+        odd = int(limits_of(kind)[name].least) - 1 if limits_of(kind)[name].above is None else -1
+        said = f"--{name.replace('_', '-')}"
+        monkeypatch.setattr("sys.argv", ["emf", *words, *needed, f"{said}={odd}"])
+        with pytest.raises(SystemExit) as end:
+            main()
+        (line,) = capsys.readouterr().err.splitlines()
+        assert end.value.code == 2 and line.startswith(f"error: {words[0]}: {said} {odd}"), line
+        assert "must be" in line
+
+
 def test_arguments_of_commands_are_looked_at_by_their_types() -> None:
     """As those of dataclasses are: a command that gets a number without a range fails the first test here."""
     assert limits_of(COMMANDS["generate"])["seed"] == Within(0, below=2**43)

@@ -196,7 +196,7 @@ def pick(
     from emf.evaluate.pick import run_pick
 
     if images is None:
-        raise ValueError("evaluate pick: give a folder of pictures, as emf generate writes one")
+        raise ValueError("PickScore: give a folder of pictures, as emf generate writes one")
     _check(images, out, NOTHING, device)
     how: Any = dict(network=network, tokenizer=tokenizer, device=device)
     _show([run_pick(images, out, **how, name=name, steps=steps)], out)
@@ -226,9 +226,9 @@ def fid(
     from emf.evaluate.fid import FILE, run_fid
 
     if images is None or real is None:
-        raise ValueError("evaluate fid: give a folder of pictures, as emf generate writes one, and --real another")
+        raise ValueError("FID: give a folder of pictures, as emf generate writes one, and --real another")
     if weights is None:
-        raise ValueError(f"evaluate fid: it is scored by --weights, {FILE}")
+        raise ValueError(f"FID: it is scored by --weights, {FILE}")
     _check(images, out, NOTHING, device)
     result = run_fid(images, real, out, weights, device=device, name=name, steps=steps)
     _show([result], out)

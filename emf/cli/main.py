@@ -83,17 +83,18 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
 }
 
 
-def _deferred(command: Callable[..., None]) -> Callable[..., Any]:
+def _deferred(command: Callable[..., None], said: str) -> Callable[..., Any]:
     """A command that is parsed now and called afterwards, its errors being its own. A number that is out of its range
-    is the first of them, and a path that is not UTF-8, which several libraries cannot open."""
+    is the first of them, and a path that is not UTF-8, which several libraries cannot open. said: the first word after
+    `emf`, with which these begin as its other errors do: the function may be called otherwise."""
 
     def checked(*args: Any, **kwargs: Any) -> None:
         given = signature(command).bind(*args, **kwargs).arguments
         for name, path in given.items():
             if isinstance(path, Path):
-                check_text(str(path), f"{command.__name__}: the path --{name.replace('_', '-')} {str(path)!r}")
+                check_text(str(path), f"{said}: the path --{name.replace('_', '-')} {str(path)!r}")
         for name, limit in limits_of(command).items():
-            check_limit(given.get(name), limit, f"{command.__name__}: --{name.replace('_', '-')}")
+            check_limit(given.get(name), limit, f"{said}: --{name.replace('_', '-')}")
         command(*args, **kwargs)
 
     @wraps(command)
@@ -111,10 +112,11 @@ def main() -> None:
     if arguments[:1] == ["plan"]:
         with report_errors():
             return planning.plan(arguments[1:])
-    if arguments and arguments[0] in GROUPS:
-        prog, chosen, arguments = f"emf {arguments[0]}", GROUPS[arguments[0]], arguments[1:]
+    first = arguments[0] if arguments else ""
+    if first in GROUPS:
+        prog, chosen, arguments = f"emf {first}", GROUPS[first], arguments[1:]
     with report_errors(), cleaned_up():
         if arguments and (command := chosen.get(arguments[0])):
             arguments = [arguments[0], *spelled(arguments[1:], options_of(command))]
-        later = {name: _deferred(command) for name, command in chosen.items()}
+        later = {name: _deferred(command, first) for name, command in chosen.items()}
         one_line(tyro.extras.subcommand_cli_from_dict, later, args=arguments or ["--help"], prog=prog)()

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,10 +15,15 @@ from typing import Any, Protocol
 from emf.evaluate.published import BENCHMARKS
 from emf.files import (
     SETTINGS,
+    alone,
     append_rows,
     check_claim,
     claim,
+    filled,
+    finite,
+    fits,
     mend_rows,
+    misfit,
     read_bytes,
     read_json,
     whole_path,
@@ -66,6 +71,10 @@ class Benchmark(Protocol):
     @property
     def settings(self) -> dict[str, Any]:
         """What scored.jsonl in a folder of results depends on; `benchmark` among them."""
+
+    @property
+    def result_settings(self) -> dict[str, Any]:
+        """See Result.settings: the same, and how scores of images become a result."""
 
     def check(self, files: Sequence[str]) -> None:
         """Raises ValueError where images of these names, relative to their folder, could not be scored; asked before
@@ -161,23 +170,57 @@ def compared(benchmark: str, label: str, name: str) -> dict[str, Any]:
     return {"benchmark": benchmark, "label": label, "name": name}
 
 
-def check_outs(out: Path, benchmark: Benchmark, name: str, images: Mapping[int, Path]) -> None:
-    """Raises ValueError where the results of a model could not be written in `out`; asked before its images are drawn.
-    images: by number of steps the folder that they will be in."""
+def check_outs(out: Path, benchmark: Benchmark, name: str, images: Mapping[int, Path]) -> list[int]:
+    """The other numbers of steps of which the table in `out` has rows, which stay in it. Raises ValueError where the
+    results of a model could not be written there, or beside those; asked before its images are drawn. images: by number
+    of steps the folder that they will be in."""
     claimed = compared(benchmark.settings["benchmark"], benchmark.label, name)
     check_claim(out, claimed, OWN, advice=ELSEWHERE)
     for steps, root in images.items():
         place = out / str(steps)
         check_claim(place, at(place, root, benchmark.settings), OWN, advice=ELSEWHERE)
+    now, there = finite(benchmark.result_settings), rows_beside(out, images)
+    for row in there:
+        if other := [key for key in sorted(row.settings.keys() | now.keys()) if row.settings.get(key) != now.get(key)]:
+            raise ValueError(f"{has_row(out, row.steps)} scored by other settings ({', '.join(other)}); {ELSEWHERE}")
+    return [row.steps for row in there if row.steps is not None]
+
+
+def has_row(out: Path, steps: int | None) -> str:
+    """How an error begins that is about a row of the table in `out`, which stays there."""
+    return f"evaluate: {out / RESULTS} has a row of {steps} step{'s' * (steps != 1)}"
+
+
+def rows_beside(out: Path, steps: Collection[int]) -> list[Result]:
+    """The rows of the table in `out` of other numbers of steps than these. Raises ValueError on a damaged one."""
+    if not (out / RESULTS).is_file():
+        return []
+    try:
+        tree = read_json(out / RESULTS)
+        if said := misfit(tree, {"results": list[dict[str, Any]]}):
+            raise ValueError(f"it {said}")
+        for row in tree["results"]:  # what had no score has none
+            if fits(row.get("tables"), dict[str, dict[str, float | None]]):
+                row["tables"] = {k: {c: x for c, x in t.items() if x is not None} for k, t in row["tables"].items()}
+        rows = [filled(Result, row, f"row {number} of its results") for number, row in enumerate(tree["results"], 1)]
+    except ValueError as error:
+        raise ValueError(
+            f"evaluate: {out / RESULTS} is no table that can be added to: {error}; move it away, or {ELSEWHERE}"
+        ) from None
+    return [row for row in rows if row.steps not in steps]
 
 
 def write_comparison(out: Path, results: Sequence[Result]) -> None:
-    """results.json and results.md of one model at several numbers of steps."""
+    """results.json and results.md of one model at several numbers of steps: these, in the place of earlier ones of the
+    same steps, and beside them the rows of other steps that the table had."""
     first = results[0]
-    claim(out, compared(first.benchmark, first.label, first.name), OWN, advice=ELSEWHERE)
-    tree = {"benchmark": first.benchmark, "label": first.label, "results": [asdict(r) for r in results]}
-    write_json(out / RESULTS, tree | {"paper": BENCHMARKS.get(first.benchmark, ())})
-    write_text(out / TABLE, page(results))
+    with alone(out):  # two commands may add to it
+        claim(out, compared(first.benchmark, first.label, first.name), OWN, advice=ELSEWHERE)
+        every = [*results, *rows_beside(out, [r.steps for r in results if r.steps is not None])]
+        every.sort(key=lambda r: r.steps or 0)
+        tree = {"benchmark": first.benchmark, "label": first.label, "results": [asdict(r) for r in every]}
+        write_json(out / RESULTS, tree | {"paper": BENCHMARKS.get(first.benchmark, ())})
+        write_text(out / TABLE, page(every))
 
 
 def page(results: Sequence[Result]) -> str:
@@ -189,11 +232,16 @@ def page(results: Sequence[Result]) -> str:
     for r, steps in zip(results, heads, strict=True):
         rows.append([Markdown(f"{bold(r.name)}, {cell(r.label)}"), steps, bold(f"{r.overall:.{digits}f}")])
     lines = [f"# {first.label}", "", *markdown(["model", "steps", first.benchmark], rows)]
-    for title, table in first.tables.items():
+    for title in dict.fromkeys(title for r in results for title in r.tables):
         own = ["score"] if len(results) == 1 else [f"{n} step" + "s" * (n != "1") for n in heads]
-        scores = {c: [r.tables[title].get(c, math.nan) for r in results] for c in table}
+        tables = [r.tables.get(title, {}) for r in results]
+        scores = {c: [t.get(c, math.nan) for t in tables] for c in dict.fromkeys(c for t in tables for c in t)}
         lines += ["", *markdown([title, *own], [[c, *(f"{x:.{digits}f}" for x in xs)] for c, xs in scores.items()])]
     told = dict.fromkeys(text for r in results for text in r.deviations)
-    lines += ["", f"{first.images} images{' each' * (len(results) > 1)}. Deviations from the official protocol:"]
+    counts = [str(r.images) for r in results]
+    images = f"{counts[0]} images{' each' * (len(results) > 1)}"
+    if len({*counts}) > 1:
+        images = f"{', '.join(counts)} images, in the order of the steps: only rows of the same images compare"
+    lines += ["", f"{images}. Deviations from the official protocol:"]
     lines += [f"- {text}" for text in told] or ["- none known"]
     return "\n".join(lines) + "\n"

@@ -296,6 +296,11 @@ class DPG:
     def settings(self) -> dict[str, Any]:
         return settings_of(self.vqa)
 
+    @property
+    def result_settings(self) -> dict[str, Any]:
+        """See benchmark.Benchmark."""
+        return self.settings | vars(self.quirks)
+
     def check(self, files: Sequence[str]) -> None:
         """See benchmark.Benchmark."""
         asked = questions_of(files, self.questions, self.quirks)

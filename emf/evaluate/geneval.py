@@ -159,6 +159,11 @@ class GenEval:
     def settings(self) -> dict[str, Any]:
         return settings_of(self.detector)
 
+    @property
+    def result_settings(self) -> dict[str, Any]:
+        """See benchmark.Benchmark."""
+        return self.settings
+
     def check(self, files: Sequence[str]) -> None:
         """See benchmark.Benchmark."""
         if isinstance(self.detector, RecordedDetector):

@@ -300,6 +300,11 @@ class HPS:
         how = {"half": False, "antialias": True} | how
         return cls(clip, prompts, settings_of(known, how), how)
 
+    @property
+    def result_settings(self) -> dict[str, Any]:
+        """See benchmark.Benchmark."""
+        return self.settings
+
     def check(self, files: Sequence[str]) -> None:
         """See benchmark.Benchmark: what is drawn is of these prompts, all of them."""
 

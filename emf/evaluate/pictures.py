@@ -22,11 +22,21 @@ from torch import Tensor
 
 from emf.device import device as find_device
 from emf.device import launched
-from emf.evaluate.benchmark import ELSEWHERE, Benchmark, Result, check_outs, write_comparison
+from emf.evaluate.benchmark import ELSEWHERE, Benchmark, Result, check_outs, has_row, write_comparison
 from emf.evaluate.drawing import Drawing
 from emf.evaluate.hps import STYLES, read_prompts
 from emf.evaluate.rules import check_metadata
-from emf.files import check_writable, claim, files_in, numbered_jsonl, read_text, whole_file, whole_path, write_text
+from emf.files import (
+    check_claim,
+    check_writable,
+    claim,
+    files_in,
+    numbered_jsonl,
+    read_text,
+    whole_file,
+    whole_path,
+    write_text,
+)
 from emf.sample.image_batches import Batch, batches_of
 from emf.sample.sampler import Sampler, to_uint8
 from emf.sample.sampling_settings import Settings
@@ -112,10 +122,19 @@ def digest_of(items: Sequence[Item]) -> str:
 
 
 def draw_pictures(
-    items: Sequence[Item], texts: dict[str, str], out: Path, drawing: Drawing, device: str, *, prompts: str = ""
+    items: Sequence[Item],
+    texts: dict[str, str],
+    out: Path,
+    drawing: Drawing,
+    device: str,
+    *,
+    prompts: str = "",
+    beside: Sequence[int] = (),
 ) -> None:
     """This rank's share of what is missing, at every number of steps. prompts: digest of all of the benchmark's, where
-    these items are not all. Raises ValueError where `out` holds images of other settings or other prompts."""
+    these items are not all. beside: the other numbers of steps that stand in the same table. Raises ValueError where
+    `out` holds images of other settings or other prompts, and where those of a row beside were drawn so, or cannot be
+    told."""
     assert drawing.checkpoint is not None
     rank, world = launched()
     todo: list[tuple[int, list[Item]]] = []
@@ -137,6 +156,10 @@ def draw_pictures(
     if sampler.note and rank == 0:
         print(sampler.note, file=sys.stderr)
     how = replace(sampler.settings, guidance=guidance, seed=drawing.seed, batch=drawing.batch)
+    for steps in beside:
+        folder, who = out / str(steps) / IMAGES, f"{has_row(out, steps)}: "
+        if not check_claim(folder, {**told, "steps": steps}, (), name=SETTINGS, who=who, advice=ELSEWHERE):
+            raise ValueError(f"{who}{folder / SETTINGS} is not there, which says how it was drawn; {ELSEWHERE}")
     for steps in drawing.counts:
         folder = out / str(steps) / IMAGES
         own = [items[0].file, items[-1].file]
@@ -229,7 +252,7 @@ def draw_and_score(
     name: str,
 ) -> list[Result]:
     """Draw, then on rank 0 score what `load` gives at every number of steps; results.json and results.md of all in
-    `out`. None on the other ranks, and with images_only.
+    `out`, and of those that stood there. None on the other ranks, and with images_only.
 
     Raises ValueError, before the first picture is drawn, where something that is needed for any of it is missing."""
     assert drawing.checkpoint is not None
@@ -242,14 +265,14 @@ def draw_and_score(
     if drawing.engine is not None:
         find_engine(drawing.engine, place)
     counted = f"{len(items)} files of images in steps of {', '.join(map(str, drawing.counts))}"
-    benchmark = None
+    benchmark, beside = None, list[int]()
     if scores:
         say("evaluate: loading what scores the images")
         benchmark = load()
         benchmark.check([item.file for item in items])
-        check_outs(out, benchmark, name, {n: out / str(n) / IMAGES for n in drawing.counts})
+        beside = check_outs(out, benchmark, name, {n: out / str(n) / IMAGES for n in drawing.counts})
     say(f"evaluate: drawing {counted} with {drawing.checkpoint}")
-    draw_pictures(items, texts, out, drawing, device, prompts=prompts)
+    draw_pictures(items, texts, out, drawing, device, prompts=prompts, beside=beside)
     if benchmark is None:
         return []
     results = []

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from emf.data.scores_file import CAPTIONS
 from emf.evaluate.published import FEW_STEP, FLOW_MATCHING, by_steps
-from emf.evaluate.scores_file import CAPTIONS
 from emf.files import read_json
 from emf.show.table import markdown
 
@@ -41,7 +41,7 @@ class Spread:
 def entry(scores: Mapping[str, Any], seed: int, machine: str) -> dict[str, Any]:
     """What is recorded of a run's scores.json."""
     told: dict[str, Any] = {"seed": seed, "machine": machine}
-    told |= {"guidance": scores["guidance"], "captions": scores.get("captions", CAPTIONS)}
+    told |= {"guidance": scores.get("guidance"), "captions": scores.get("captions", CAPTIONS)}
     for model in ("fm", "emf"):
         told[model] = {str(r["steps"]): round(r["overall"], 4) for r in scores["rows"] if r["model"] == model}
     return told

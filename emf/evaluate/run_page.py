@@ -17,15 +17,15 @@ from matplotlib.axes import Axes
 
 from emf.config import read
 from emf.data.digits import TAGS
+from emf.data.scores_file import CAPTIONS, EULER, SCORES, read_scores
 from emf.evaluate.published import FEW_STEP, FLOW_MATCHING, by_steps
 from emf.evaluate.run_log import read_curve, read_metrics
-from emf.evaluate.scores_file import CAPTIONS, EULER, SCORES, read_scores
 from emf.evaluate.small_world import closed
 from emf.files import write_text
 from emf.recipes import from_file
 from emf.show import page
 from emf.show.page import Html
-from emf.show.plot import EMF, FM, GREY, MARKERS, SHADES, label, plot, steps_axis
+from emf.show.plot import EMF, FM, GREY, MARKERS, SHADES, label, margin, plot, steps_axis
 from emf.weights.checkpoints import checkpoints, step_of
 
 PAPER, PAPER_FM = by_steps("GenEval", FEW_STEP), by_steps("GenEval", FLOW_MATCHING)
@@ -270,10 +270,10 @@ def _curve_section(
             seen = [(row["step"], row["overall"][str(n)]) for row in curve if str(n) in row["overall"]]
             axes.plot(*zip(*seen, strict=True), color=color, marker=marker, markersize=4, label=_steps(n))
         if model == "emf":
-            for n in (n for n in (EULER[0], EULER[-1]) if n in fm):
-                axes.axhline(fm[n], color=FM, linestyle="--", linewidth=1.2)
-                where = ("axes fraction", "data")
-                label(axes, f"flow matching, {_steps(n)}", (1, fm[n]), 3, xycoords=where, ha="right", color=FM)
+            beside = {f"flow matching,\n{_steps(n)}": fm[n] for n in (EULER[0], EULER[-1]) if n in fm}
+            for score in beside.values():
+                axes.axhline(score, color=FM, linestyle="--", linewidth=1.2)
+            margin(axes, beside, 0.17, color=FM)
         axes.set(ylim=(-0.03, 1.03), xlabel="training step", ylabel="overall score")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.2), ncols=3)
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from emf.config import Config
 from emf.data.digits import TAGS, prompts
+from emf.data.scores_file import EULER, FEW, SCORES, refuse_lesser
 from emf.evaluate.digits_scorer import Scorer, calibrate
 from emf.evaluate.recorded import about, recorded, spreads
-from emf.evaluate.scores_file import EULER, FEW, SCORES, refuse_lesser
 from emf.files import check_writable, write_json
 from emf.idle import chosen
 from emf.recipes import RECIPES
@@ -33,7 +33,7 @@ def evaluate_run(run: Path, per_tag: int, guidance: float, seed: int) -> dict[st
 
     scores.json says of which step's weights they are. per_tag: prompts of each of the six tasks. guidance: of every
     sampler. seed: of the noise. Returns what scores.json holds. Raises ValueError where the folder is no run that
-    can be scored, and where it has scores that are more worth, see emf.evaluate.scores_file.
+    can be scored, and where it has scores that are more worth, see emf.data.scores_file.
     """
     if per_tag < 1:
         raise ValueError(f"evaluate: --per-tag {per_tag} must be at least 1")
@@ -44,12 +44,12 @@ def evaluate_run(run: Path, per_tag: int, guidance: float, seed: int) -> dict[st
     check_writable(run / SCORES, "evaluate: ")
     specs = prompts(per_tag)
     told: dict[str, Any] = {"captions": len(specs), "guidance": guidance, "seed": seed}
-    refuse_lesser(run, told)
     meanflow = config.objective == "meanflow"
+    asked = [("fm", n) for n in EULER] + [("emf", n) for n in FEW] * meanflow
+    refuse_lesser(run, told, asked)
     base = Sampler(config, load_start(config).network if meanflow else network, source="the base" if meanflow else run)
-    rows = [("fm", n, base) for n in EULER]
-    if meanflow:
-        rows += [("emf", n, Sampler(config, network, source=run)) for n in FEW]
+    few = Sampler(config, network, source=run) if meanflow else base
+    rows = [(model, n, few if model == "emf" else base) for model, n in asked]
     how = [Settings(n, guidance, seed, average=model == "emf", batch=SMALL_AT_ONCE) for model, n, _ in rows]
     drawn = draw(
         [(sampler, settings) for (*_, sampler), settings in zip(rows, how, strict=True)], [s["prompt"] for s in specs]

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from emf.files.reading import read_object
+from emf.limits import Within
 
 T = TypeVar("T")
 WORDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text", NoneType: "null"}
@@ -53,8 +54,11 @@ def misfit(tree: Any, kinds: Mapping[str, Any]) -> str | None:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value that JSON can hold is of the kind of a field, as its type says it."""
+    """Whether a value that JSON can hold is of the kind of a field, and in its range, as its type says it."""
     origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        limits = (note for note in parts[1:] if isinstance(note, Within))
+        return fits(value, parts[0]) and not any(limit.fault(value) for limit in limits)
     if origin in (Union, UnionType):
         return any(fits(value, part) for part in parts)
     if origin is Literal:
@@ -71,6 +75,9 @@ def fits(value: Any, hint: Any) -> bool:
 
 def in_words(hint: Any) -> str:
     origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        said = " and ".join(note.words for note in parts[1:] if isinstance(note, Within))
+        return in_words(parts[0]) + (f" ({said})" if said else "")
     if origin is Literal:
         return f"one of {', '.join(map(str, parts))}"
     if origin in (Union, UnionType):

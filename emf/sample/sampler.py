@@ -195,7 +195,9 @@ class Sampler:
         refuse_idle("generate", pixels, f"{run} draws pixels, without an autoencoder")
         idle = {"scale": scale if config.condition.kind != "blip3o" else None}
         refuse_idle("generate", idle, f"{run} is not conditioned on BLIP3o-NEXT's image tokens")
-        if scale is not None:
+        pooled = beside.pooled if beside is not None and config is beside.config else None
+        if scale is not None and scale != config.condition.scale:  # the run's own is no other way of drawing
+            pooled = scale
             network.encoder.pool(scale)
             config = replace(config, condition=replace(config.condition, scale=scale))
         if engine is not None and beside is None:
@@ -213,7 +215,7 @@ class Sampler:
         source = place_of / WEIGHTS if (place_of / WEIGHTS).is_file() else place_of
         how = Settings(average=not flow_matching and config.objective != "flow_matching")
         sampler = cls(config, network, autoencoder, how, weights_stamp(place_of), source=source, engine=engine)
-        sampler.note, sampler.pooled, sampler.step = note, scale, step_of(place_of)
+        sampler.note, sampler.pooled, sampler.step = note, pooled, step_of(place_of)
         if fault := sampler.fault():
             raise NotFinite([], fault)
         return sampler

@@ -4,8 +4,9 @@ mathematics."""
 from __future__ import annotations
 
 import io
+import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,14 @@ def steps_axis(axes: Axes, counts: Iterable[int]) -> None:
 def label(axes: Axes, text: str, at: tuple[float, float], above: int, **style: Any) -> None:
     """A small text beside a point, some points above it."""
     axes.annotate(readable(text), at, (0, above), textcoords="offset points", fontsize=8, **style)
+
+
+def margin(axes: Axes, heights: Mapping[str, float], apart: float, **style: Any) -> None:
+    """Small texts right of a plot, where no line runs, each at its height in it. apart: what of the plot's heights a
+    text takes; one that is nearer to the one below it stands so far above that."""
+    place = -math.inf
+    for text, height in sorted(heights.items(), key=lambda pair: pair[1]):
+        place = max(height, place + apart)
+        at, where = (1, place), ("axes fraction", "data")
+        how: Any = dict(textcoords="offset points", va="center", annotation_clip=False, fontsize=8, **style)
+        axes.annotate(readable(text), at, (4, 0), xycoords=where, **how)

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from emf.config import Config
-from emf.evaluate.run_log import CURVE, METRICS, RESUMED
-from emf.files import append_rows, mend_rows, read_rows, write_rows, write_text
+from emf.evaluate.run_log import CURVE, METRICS, RESUMED, read_log
+from emf.files import append_rows, mend_rows, write_rows, write_text
 from emf.train.costs import forward_flops
 from emf.train.hardware import peak_flops
 
@@ -47,7 +47,7 @@ class Log:
     def __init__(self, out: Path, start: int, total: int) -> None:
         self.out, self.console, self.start, self.total = out, Console(), start, total
         for name in (METRICS, CURVE):  # what cannot be gone on with is said before a step is made
-            read_rows(out / name, RESUMED)
+            read_log(out / name, RESUMED)
         self.before = 0.0
         """Seconds that the run has taken in earlier processes, up to the step it resumes from."""
         columns = (

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Any
 
 from emf.config import Config
-from emf.files import copy_file, files_in, misfit, read_json, read_text, write_text
+from emf.data.scores_file import CAPTIONS, SCORES, read_scores
+from emf.files import copy_file, files_in, read_json, read_text, write_text
 from emf.show.table import cell, markdown
 from emf.weights.converted import is_base, read_converted
 from emf.weights.hub import hub_name
@@ -149,17 +149,11 @@ def scores(run: Path, step: int | None) -> list[str]:
     scores, and every benchmark's page. Of scores that are not of the weights of `step` it says of which they are.
     Raises ValueError where scores.json is of another form."""
     lines = []
-    if (file := run / "scores.json").is_file():
-        tree = read_json(file)
-        said = misfit(tree, {"rows": list[dict[str, Any]], "captions": int, "guidance": float, "step": int | None})
-        kinds = {"model": str, "steps": int, "overall": float}
-        if said := said or next(filter(None, (misfit(row, kinds) for row in tree["rows"])), None):
-            raise ValueError(
-                f"export: {file} is not what `emf evaluate digits` writes: it, or a row, {said}; move it away and "
-                "call that again"
-            )
+    if tree := read_scores(run / SCORES, "export"):
         rows = [[r["model"].upper(), str(r["steps"]), f"{r['overall']:.3f}"] for r in tree["rows"]]
-        said = f"Of {tree['captions']} captions, at guidance {tree['guidance']:g}. FM is the base, by flow matching."
+        said = f"Of {tree.get('captions', CAPTIONS)} captions"
+        said += f", at guidance {tree['guidance']:g}" if "guidance" in tree else ""
+        said += ". FM is the base, by flow matching."
         said += "" if tree.get("step") == step else " " + earlier(tree.get("step"), step, "The scores are of")
         lines += [*markdown(["model", "steps", "score"], rows), "", said, ""]
     for page in sorted({*run.glob("results.md"), *run.glob("*/results.md")}):
@@ -175,8 +169,7 @@ def newest_sheet(run: Path, step: int | None) -> tuple[Path, int | None] | None:
     training, whichever is of the weights of `step`, else the later one."""
     found = list[tuple[Path, int | None]]()
     if (run / SHEET).is_file():
-        tree = read_json(run / "scores.json") if (run / "scores.json").is_file() else {}
-        found.append((run / SHEET, tree.get("step") if isinstance(tree, dict) else None))
+        found.append((run / SHEET, (read_scores(run / SCORES, "export") or {}).get("step")))
     trained = ((file, re.fullmatch(r"step_(\d+)\.png", file.name)) for file in files_in(run / "samples", "step_*.png"))
     found += [(file, int(number[1])) for file, number in trained if number]
     return next((f for f in found if f[1] == step), max(found, key=lambda f: f[1] or -1, default=None))

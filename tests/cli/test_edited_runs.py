@@ -67,9 +67,42 @@ def test_any_metrics(rows: Any, tmp_path_factory: pytest.TempPathFactory) -> Non
 def test_any_curve(rows: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
     def drawn(folder: Path) -> None:
         for row in read_curve(folder):
-            assert sum(row["overall"].values()) + sum(map(int, row["overall"])) + row["step"] is not None
+            assert row["step"] > 0 and min(map(int, row["overall"])) > 0
+            assert all(0 <= score <= 1 for score in row["overall"].values())
 
     check(CURVE, rows, drawn, tmp_path_factory)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        (METRICS, {"step": 0}, "{}:3 has step 0; expected a whole number (at least 1); repair or remove the line"),
+        (METRICS, {"step": 2}, "{}:3 has step 2 below one with step 2; expected a later step; repair or remove"),
+        (METRICS, {"skipped": -1}, "{}:3 has skipped -1; expected a whole number (at least 0); repair"),
+        (METRICS, {"error": -0.5}, "{}:3 has error -0.5; expected a finite number (at least 0); repair"),
+        (METRICS, {"share": 1.5}, "{}:3 has share 1.5; expected a finite number (at least 0 and at most 1)"),
+        (METRICS, {"it_s": -1}, "{}:3 has it_s -1; expected a finite number (at least 0)"),
+        (METRICS, {"wall_s": -1}, "{}:3 has wall_s -1; expected a finite number (at least 0) or null"),
+        (CURVE, {"step": -1}, "{}:3 has step -1; expected a whole number (at least 1); repair or remove the line"),
+        (CURVE, {"step": 1}, "{}:3 has step 1 below one with step 2; expected a later step; repair or remove"),
+        (CURVE, {"overall": {"1": 0.5, "4": 7}}, "overall of {}:3 has 4 7; expected a finite number (at least 0 and"),
+        (CURVE, {"overall": {"0": 0.5, "4": 0.5}}, "{}:3 has a score of '0' steps; repair or remove the line"),
+        (CURVE, {"overall": {"1": 0.5, "04": 0.5}}, "{}:3 has a score of '04' steps; repair or remove the line"),
+    ],
+)
+def test_what_no_log_holds(run: Path, name: str, change: dict[str, Any], said: str) -> None:
+    """A run that goes on drops the rows past the step that it goes on from, so that no step is there twice."""
+    read, row = (read_metrics, ROW) if name == METRICS else (read_curve, SCORED)
+    (run / name).write_text("".join(json.dumps(row | x) + "\n" for x in ({}, {"step": 2}, {"step": 3} | change)))
+    with pytest.raises(ValueError) as error:
+        read(run)
+    assert str(error.value).startswith(said.replace("{}", str(run / name))), error.value
+    if "step" in change:
+        with pytest.raises(ValueError, match="repair or remove the line"):
+            Log(run, 1, 2)  # nor is it gone on with
+    huge = {"step": 3, "error": 1e300, "loss": -1e300}  # of a training that goes wrong, whose log is read all the same
+    (run / name).write_text("".join(json.dumps(row | x) + "\n" for x in ({}, {"step": 2}, huge)))
+    assert [x["step"] for x in read(run)] == [1, 2, 3]
 
 
 def check(name: str, rows: Any, act: Callable[[Path], Any], places: pytest.TempPathFactory) -> None:

@@ -16,12 +16,12 @@ from image_files import encoded, noise
 from emf.analyze.pairs import read_coco
 from emf.analyze.prompts import read_prompts
 from emf.data.digits import TAGS
+from emf.data.scores_file import read_scores
 from emf.evaluate.detector import CLASSES, RecordedDetector
 from emf.evaluate.dpg import read_questions
 from emf.evaluate.geneval import judge, read_folder
 from emf.evaluate.hps import read_prompts as read_styles
 from emf.evaluate.pictures import geneval_items
-from emf.evaluate.scores_file import read_scores
 from emf.evaluate.vqa import RecordedVQA
 from emf.files import check_claim, read_rows
 

@@ -182,8 +182,12 @@ def test_geneval_to_a_table(run: Path, metadata: Path, tmp_path: Path) -> None:
     detections = tmp_path / "detections.jsonl"
     rows = [{"filename": n, "detections": found if i else []} for n, i in names]
     detections.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    drawing = Drawing(checkpoint=run, steps=(1, 4))
-    commands.geneval(tmp_path / "out", prompts=metadata, draw=drawing, detections=detections, name="ours")
+
+    def scored(*steps: int, by: Path = detections, **how: Any) -> None:
+        drawing = Drawing(checkpoint=run, steps=steps, **how)
+        commands.geneval(tmp_path / "out", prompts=metadata, draw=drawing, detections=by, name="ours")
+
+    scored(1, 4)
     tree = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [r["steps"] for r in tree["results"]] == [1, 4] and tree["results"][0]["overall"] == pytest.approx(2 / 3)
     table = (tmp_path / "out" / "results.md").read_text()
@@ -191,6 +195,33 @@ def test_geneval_to_a_table(run: Path, metadata: Path, tmp_path: Path) -> None:
         "| EMF, paper | 4 | 0.90 |" in table and "| **ours**, GenEval (recorded detections) | 4 | **0.667** |" in table
     )
     assert "| task | 1 step | 4 steps |" in table and "3 prompts instead of 553" in table
+    assert "12 images each." in table
+    # the rows of other steps stay, which were drawn and scored in the same way, and a call with others is refused
+    held = files(tmp_path / "out")
+    (tmp_path / "fewer.jsonl").write_text("".join(json.dumps(row | {"detections": found}) + "\n" for row in rows))
+    for how, said in (
+        (dict(guidance=2.0), r"a row of 1 step: .*1/images holds what was made by other settings \(guidance\); give"),
+        (dict(flow_matching=True), r"a row of 1 step: .*1/images holds .*flow_matching"),
+        (dict(by=tmp_path / "fewer.jsonl"), r"a row of 1 step scored by other settings \(detections\); give another"),
+    ):
+        with pytest.raises(ValueError, match=f"^evaluate: .*results.json has {said}"):
+            scored(2, **how)
+        assert files(tmp_path / "out") == held
+    scored(2, limit=1)
+    more = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [(r["steps"], r["images"]) for r in more["results"]] == [(1, 12), (2, 4), (4, 12)]
+    assert [more["results"][0], more["results"][2]] == tree["results"]
+    table = (tmp_path / "out" / "results.md").read_text()
+    assert "| task | 1 step | 2 steps | 4 steps |" in table and "12, 4, 12 images, in the order of the steps" in table
+    assert "1 prompts instead of 553" in table
+    scored(2)  # all of its prompts, in the place of its row
+    assert "| 2 | **0.667** |" in (tmp_path / "out" / "results.md").read_text()
+    (tmp_path / "out" / "4" / "images" / "drawing.json").unlink()
+    with pytest.raises(ValueError, match=r"has a row of 4 steps: .*drawing.json is not there, which says how"):
+        scored(1)
+    (tmp_path / "out" / "results.json").write_text(json.dumps(more | {"results": [{"steps": 1}]}))
+    with pytest.raises(ValueError, match=r"results.json is no table that can be added to: row 1 of its .*; move it"):
+        scored(2)
 
 
 def test_dpg_draws_grids(run: Path, texts: Path, tmp_path: Path) -> None:
@@ -212,6 +243,12 @@ def test_dpg_draws_grids(run: Path, texts: Path, tmp_path: Path) -> None:
         and len({grid[y : y + 18, x : x + 18].tobytes() for y in (0, 18) for x in (0, 18)}) == 4
     )
     assert json.loads((tmp_path / "out" / "results.json").read_text())["results"][0]["overall"] == 100
+    how: dict[str, Any] = dict(prompts=texts, questions=questions, answers=answers)
+    with pytest.raises(ValueError, match=r"has a row of 2 steps scored by other settings \(last_crop_categories\)"):
+        commands.dpg(tmp_path / "out", draw=replace(drawing, steps=(1,)), last_crop_categories=False, **how)
+    commands.dpg(tmp_path / "out", draw=replace(drawing, steps=(1,)), **how)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert [r["steps"] for r in results] == [1, 2]
 
 
 def test_hps_draws_by_style(run: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from emf.recipes import from_file
 
 def scores(few: float, captions: int = 300, guidance: float = 1.25) -> dict[str, Any]:
     """As scores.json holds them."""
-    rows = [("fm", 1, 0.25), ("fm", 30, 0.75), ("emf", 1, few)]
+    rows = [("fm", 1, 0.25), ("fm", 4, 0.5), ("fm", 30, 0.75), ("emf", 1, few)]
     told = [{"model": m, "steps": n, "overall": x, "by_tag": dict.fromkeys(TAGS, x)} for m, n, x in rows]
     kept = dict(ceiling=0.97, noise=0.0, shuffled=0.0)
     return {"guidance": guidance, "captions": captions, "rows": told} | kept
@@ -27,7 +27,7 @@ def scores(few: float, captions: int = 300, guidance: float = 1.25) -> dict[str,
 
 def test_a_spread_is_the_mean_and_the_range_of_the_runs() -> None:
     runs = [entry(scores(few), seed, "here") for seed, few in enumerate((0.5, 0.65, 0.35))]
-    assert runs[0]["emf"] == {"1": 0.5} and runs[0]["fm"] == {"1": 0.25, "30": 0.75}
+    assert runs[0]["emf"] == {"1": 0.5} and runs[0]["fm"] == {"1": 0.25, "4": 0.5, "30": 0.75}
     assert f"{spreads(runs, 'emf')[1]:.3f}" == "0.500 (0.350–0.650)"
     assert f"{spreads(runs, 'gap')[1]:.0%}" == "50% (20%–80%)" and f"{spreads(runs, 'fm')[30]:.2f}" == "0.75"
     runs[0]["emf"]["2"] = 0.6

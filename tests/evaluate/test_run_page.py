@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from emf.config import Config, to_json
 from emf.data.digits import TAGS
+from emf.evaluate import run_page
 from emf.evaluate.run_page import apart, write_report
 from emf.recipes import RECIPES, digits, digits_base
+from emf.show import page
+from emf.show.plot import STYLE
 from emf.show.sheet import captioned, write_sheet
 
 FM = {1: 0.12, 4: 0.48, 30: 0.72}
@@ -167,6 +174,30 @@ def test_scores_of_an_earlier_step_say_so(emf_run: Path) -> None:
         write_report(emf_run)
 
 
+@pytest.mark.parametrize("fm", [FM, {1: 0.12, 4: 0.5, 30: 0.89}, dict.fromkeys(FM, 0.6), dict.fromkeys(FM, 0.0)])
+@pytest.mark.parametrize("points", [2, 15])
+def test_no_label_lies_over_a_line(fm: dict[int, float], points: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the scores during training, nor over another label, the legend or the picture's edge."""
+    made: list[Callable[[Axes], None]] = []
+    monkeypatch.setattr(run_page, "plot", lambda *told: made.append(told[-1]) or page.Html())
+    curve = [{"step": 300 + 300 * i, "overall": {"1": 0.6, "2": 0.8, "4": 0.9 - 0.2 * (i % 2)}} for i in range(points)]
+    run_page._curve_section(Path("run"), curve, {"rows": score_rows("fm", fm)}, asdict(digits()))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure()
+        axes = figure.subplots()
+        made[0](axes)
+        figure.draw_without_rendering()
+        texts = [text.get_window_extent() for text in axes.texts]
+        legend = axes.get_legend()
+        assert len(texts) == 2 and legend is not None
+        paths = [line.get_transform().transform_path(line.get_path()) for line in axes.lines]
+    assert len(paths) == 5
+    assert not any(path.intersects_bbox(text, filled=False) for path in paths for text in texts)
+    assert not texts[0].overlaps(texts[1]) and not any(text.overlaps(legend.get_window_extent()) for text in texts)
+    for box in texts:
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and figure.bbox.y0 <= box.y0, box
+
+
 def test_labels_of_the_two_lines_stand_apart() -> None:
     """The recorded run whose lines cross: each label is on the side of its point where the other line does not run."""
     fm, emf = {1: 0.277, 4: 0.89, 30: 0.887}, {1: 0.757, 2: 0.797, 4: 0.84, 8: 0.85}
@@ -216,7 +247,11 @@ def test_a_row_half_written_is_left_out(emf_run: Path) -> None:
         ("scores.json", json.dumps(SCORED | {"rows": [3]}), "it has rows .3.; expected a list, each an object"),
         ("scores.json", json.dumps(SCORED), "its rows lack flow matching in 1 step; move it away and call that again"),
         ("scores.json", json.dumps(SCORED | {"rows": [ROW | {"by_tag": 3}]}), "row 1 of its rows has by_tag 3;"),
-        ("scores.json", json.dumps(SCORED | {"rows": [ROW | {"overall": 7}]}), "has a score of 7; expected 0 to 1"),
+        (
+            "scores.json",
+            json.dumps(SCORED | {"rows": [ROW | {"overall": 7}]}),
+            "row 1 of its rows has overall 7; expected",
+        ),
         (
             "scores.json",
             json.dumps(SCORED | {"rows": [ROW | {"model": "x"}]}),

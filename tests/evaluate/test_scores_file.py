@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 
 from emf.data.digits import TAGS
+from emf.data.scores_file import CHECKS, EULER, SCORES, read_scores, refuse_lesser
 from emf.evaluate import small_world
 from emf.evaluate.benchmark import take
-from emf.evaluate.scores_file import CHECKS, EULER, SCORES, read_scores, refuse_lesser
 from emf.recipes import digits
 
 ROW = {"model": "fm", "overall": 0.5, "by_tag": dict.fromkeys(TAGS, 0.5)}
 WHOLE: dict[str, Any] = {"rows": [ROW | {"steps": n} for n in EULER], **dict.fromkeys(CHECKS, 0.5), "step": None}
+FM = [("fm", n) for n in EULER]
 HOW = {"captions": 300, "guidance": 1.25, "seed": 0}
 
 
@@ -39,13 +40,51 @@ HOW = {"captions": 300, "guidance": 1.25, "seed": 0}
 def test_scores_of_more_are_not_replaced(
     tmp_path: Path, old: dict[str, Any], now: dict[str, Any], said: str | None
 ) -> None:
-    refuse_lesser(tmp_path, HOW | now)  # there are none
+    refuse_lesser(tmp_path, HOW | now, FM)  # there are none
     (tmp_path / SCORES).write_text(json.dumps(WHOLE | old))
     assert read_scores(tmp_path / SCORES, "report") == {k: v for k, v in (WHOLE | old).items() if v is not None}
     if said is None:
-        return refuse_lesser(tmp_path, HOW | now)
+        return refuse_lesser(tmp_path, HOW | now, FM)
     with pytest.raises(ValueError, match=f"^evaluate: .*{said}"):
-        refuse_lesser(tmp_path, HOW | now)
+        refuse_lesser(tmp_path, HOW | now, FM)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"captions": -5}, "it has captions -5; expected a whole number (at least 1) or null; move it away"),
+        ({"captions": 0}, "it has captions 0; expected a whole number (at least 1) or null"),
+        ({"seed": -1}, "it has seed -1; expected a whole number (at least 0) or null"),
+        ({"step": -1}, "it has step -1; expected a whole number (at least 0) or null"),
+        ({"noise": -0.1}, "it has noise -0.1; expected a finite number (at least 0 and at most 1)"),
+        ({"ceiling": 1.5}, "it has ceiling 1.5; expected a finite number (at least 0 and at most 1)"),
+        ({"rows": {"steps": 0}}, "row 4 of its rows has steps 0; expected a whole number (at least 1)"),
+        ({"rows": {"overall": 7}}, "row 4 of its rows has overall 7; expected a finite number (at least 0 and at"),
+        ({"rows": {"by_tag": dict.fromkeys(TAGS, -1)}}, f"by_tag of row 4 of its rows has {TAGS[0]} -1; expected"),
+        ({"rows": {"steps": 4}}, "row 4 of its rows has model fm and steps 4, as row 2 has; move it away"),
+    ],
+)
+def test_what_cannot_be(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    """It is refused by a line that names the file, the row and the key, and the nearest that can be is read."""
+    added = change.pop("rows", {"model": "emf"})
+    scores = WHOLE | HOW | change | {"rows": WHOLE["rows"] + [ROW | {"steps": 8} | added]}
+    (tmp_path / SCORES).write_text(json.dumps(scores))
+    with pytest.raises(ValueError) as error:
+        read_scores(tmp_path / SCORES, "report")
+    start = f"report: {tmp_path / SCORES} is not what `emf evaluate digits` writes: {said}"
+    assert str(error.value).startswith(start), error.value
+    edge = {"captions": 1, "seed": 0, "step": 0, "noise": 0, "ceiling": 1}
+    rows = WHOLE["rows"] + [ROW | {"steps": 1, "model": "emf", "overall": 1, "by_tag": dict.fromkeys(TAGS, 0)}]
+    (tmp_path / SCORES).write_text(json.dumps(WHOLE | HOW | edge | {"rows": rows}))
+    assert read_scores(tmp_path / SCORES, "report") == WHOLE | HOW | edge | {"rows": rows}
+
+
+def test_a_row_that_is_not_scored_again_is_not_lost(tmp_path: Path) -> None:
+    more = WHOLE["rows"] + [ROW | {"model": "emf", "steps": 16}]
+    (tmp_path / SCORES).write_text(json.dumps(WHOLE | HOW | {"rows": more}))
+    refuse_lesser(tmp_path, HOW, [*FM, ("emf", 16)])
+    with pytest.raises(ValueError, match=r"^evaluate: .*scores.json has a row of emf in 16 steps, .*; move it"):
+        refuse_lesser(tmp_path, HOW, [*FM, ("emf", 8)])
 
 
 def test_a_run_is_not_drawn_for_scores_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

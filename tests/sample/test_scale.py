@@ -13,6 +13,7 @@ from emf.app.studio import Asked, Studio, Way
 from emf.cli import evaluate
 from emf.cli.generate import generate
 from emf.evaluate.drawing import Drawing
+from emf.sample.sampler import Sampler
 
 pytest.importorskip("diffusers")
 
@@ -43,4 +44,8 @@ def test_drawing_at_another_scale(tmp_path: Path, capsys: pytest.CaptureFixture[
     # and of the page in the browser
     studio = Studio(start, vae, scale=3)
     assert studio.sampler.network.encoder.image_tokens == 81 and not studio.pixels
+    sampler = studio.sampler
+    assert sampler.told == Sampler.load(start, vae, flow_matching=True, scale=3, beside=sampler).told == {"scale": 3}
+    # the run's own is no other way of drawing, whether it is said or not
+    assert sampler.config.condition.scale == 3 and Sampler.load(start, vae, flow_matching=True, scale=1).told == {}
     assert "--scale 3" in studio.command(Asked("a cat", (), (1,)), Way(1, True))

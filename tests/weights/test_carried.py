@@ -33,6 +33,8 @@ from emf.cli.weights import export as export_command
 from emf.conditioning.blip3o import Blip3oNext
 from emf.conditioning.load import load as load_encoder
 from emf.conditioning.sampling import Sampling
+from emf.data.digits import TAGS
+from emf.data.scores_file import CHECKS
 from emf.model.autoencoder import decode, load_dcae
 from emf.recipes import digits
 from emf.sample.emf_pipeline import EMFTransformer
@@ -210,8 +212,10 @@ def test_the_model_card(folders: dict[str, Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(folders["run"], run)
     (run / "metrics.jsonl").write_text("{}\n")
-    rows = [{"model": "fm", "steps": 30, "overall": 0.887}, {"model": "emf", "steps": 2, "overall": 0.813}]
-    (run / "scores.json").write_text(json.dumps({"rows": rows, "captions": 300, "guidance": 1.25}))
+    told = [("fm", 1, 0.25), ("fm", 4, 0.5), ("fm", 30, 0.887), ("emf", 2, 0.813)]
+    rows = [{"model": m, "steps": n, "overall": x, "by_tag": dict.fromkeys(TAGS, x)} for m, n, x in told]
+    scored = {"rows": rows, **dict.fromkeys(CHECKS, 0.5), "guidance": 1.25}  # an earlier version's: of 300 captions
+    (run / "scores.json").write_text(json.dumps(scored))
     (run / "geneval").mkdir()
     (run / "geneval" / "results.md").write_text("# GenEval\nAll of it.\n")
     Image.new("RGB", (4, 4)).save(run / "samples.png")
@@ -226,7 +230,7 @@ def test_the_model_card(folders: dict[str, Path], tmp_path: Path) -> None:
     for name in ("model.safetensors", "config.json"):
         (run / name).rename(step / name)
     (step / "checkpoint.json").write_text('{"step": 300, "world": 1, "stage": 0}')
-    scored = {"rows": rows, "captions": 300, "guidance": 1.25, "step": 300}
+    scored |= {"captions": 300, "step": 300}
     (run / "scores.json").write_text(json.dumps(scored))
     (run / "geneval" / "4" / "images").mkdir(parents=True)
     drawn = run / "geneval" / "4" / "images" / "drawing.json"
