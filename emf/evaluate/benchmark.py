@@ -109,10 +109,19 @@ def stamps(work: Mapping[str, tuple[Path, object]]) -> dict[str, str]:
     return {n: stamp(path, asked) for n, (path, asked) in track(list(work.items()), "reading")}
 
 
-def take(out: Path, root: Path, settings: Mapping[str, Any], own: Sequence[str] = OWN) -> None:
-    """Claim `out` for the scores of the images of the folder `root`. Raises ValueError where it holds those of another
-    folder's images, or by other settings."""
+def take(out: Path, root: Path, settings: Mapping[str, Any], images: int, own: Sequence[str] = OWN) -> None:
+    """Claim `out` for the scores of so many images of the folder `root`. Raises ValueError where it holds those of
+    another folder's images, by other settings, or a result of more images."""
     claim(out, at(out, root, settings), own, advice=ELSEWHERE, writer=os.getpid())
+    tree: Any = {}
+    with suppress(ValueError):  # a damaged one is no loss
+        tree = read_json(out / RESULTS) if (out / RESULTS).is_file() else {}
+    before = tree.get("images") if isinstance(tree, dict) else None
+    if isinstance(before, int) and before > images:
+        raise ValueError(
+            f"evaluate: {out / RESULTS} is of {before} images, and of {root} {images} are to be scored; put the "
+            f"others back, move {RESULTS} away, or {ELSEWHERE}"
+        )
 
 
 def at(out: Path, root: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,15 +143,16 @@ def score_images(
     score: Callable[[Sequence[str]], Sequence[Row]],
     *,
     batch: int = 1,
+    each: int = 1,
 ) -> list[Row]:
     """Score what was not scored before; the rows of all, by file name.
 
-    root: the folder of the images. work: file name -> stamp. score: up to `batch`
-    file names -> a row each. Rows are appended to out/scored.jsonl as they come (a kill loses one batch at most); at
-    the end it holds just these images, sorted.
+    root: the folder of the images. work: file name -> stamp. score: up to `batch` file names -> a row each. each:
+    images in a file. Rows are appended to out/scored.jsonl as they come (a kill loses one batch at most); at the end it
+    holds just these images, sorted.
     Raises ValueError where `out` holds something else, or other scores, see take.
     """
-    take(out, root, settings)
+    take(out, root, settings, len(work) * each)
     path = out / SCORED
     done = {row["filename"]: row for row in mend_rows(path, ["filename"])}
     names = sorted(work)

@@ -220,7 +220,7 @@ def score_dpg(
         return rows
 
     settings = settings_of(vqa)
-    rows = score_images(out, root, settings, digests, score)
+    rows = score_images(out, root, settings, digests, score, each=IMAGES)
     reached = [r for r in rows if any(fall(items[r["item"]], marks(said)) is None for said in r["answers"])]
     rows = [r for r in rows if r not in reached]
     left_out += [r["filename"] for r in reached]

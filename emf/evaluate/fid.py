@@ -177,7 +177,7 @@ def run_fid(
     network = load_inception(weights, device)
     settings: dict[str, Any] = {"benchmark": "FID", "weights": stamp(weights), "steps": steps}
     settings |= {"real": str(whole_path(real))}
-    take(out, root, settings, (*OWN, FEATURES))
+    take(out, root, settings, len(files["drawn"]), (*OWN, FEATURES))
     digests = {side: [*stamps({str(f): (f, None) for f in some}).values()] for side, some in files.items()}
     work = {d: file for side, some in files.items() for d, file in zip(digests[side], some, strict=True)}
     features = computed(work, out, network, find_device(device))

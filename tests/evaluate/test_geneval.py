@@ -106,6 +106,10 @@ def test_another_image_or_prompt_is_scored_again_and_a_removed_one_forgotten(
     (root / "00005" / "metadata.jsonl").write_text(json.dumps(other))
     (root / "00007" / "samples" / "0001.png").unlink()
     counted = Counted(file)
+    with pytest.raises(ValueError, match="results.json is of 154 images, and of .* 153 are to be scored; put the"):
+        score_geneval(root, tmp_path / "out", counted)
+    assert not counted.looked
+    (tmp_path / "out" / "results.json").unlink()
     result = score_geneval(root, tmp_path / "out", counted)
     assert counted.looked == 3 and result.images == 2 * len(CASES) - 1  # one image; one prompt with two images
     assert "other" in [r["prompt"] for r in read_rows(tmp_path / "out" / "scored.jsonl")]

@@ -99,14 +99,27 @@ def test_scores_are_of_one_folder_of_images(tmp_path: Path) -> None:
     """Those of earlier versions, which told it otherwise or not at all, are gone on with."""
     out, images, other = tmp_path / "out", tmp_path / "images", tmp_path / "other"
     settings: dict[str, Any] = {"benchmark": "GenEval"}
-    take(out, images, settings)
-    take(out, images, settings)
+    take(out, images, settings, 1)
+    take(out, images, settings, 1)
     with pytest.raises(ValueError, match=r"made by other settings \(images\)"):
-        take(out, other, settings)
-    take(out / "4", out / "4" / "images", settings)
+        take(out, other, settings, 1)
+    take(out / "4", out / "4" / "images", settings, 1)
     (out / "4").rename(tmp_path / "moved")
-    take(tmp_path / "moved", tmp_path / "moved" / "images", settings)  # with its images
+    take(tmp_path / "moved", tmp_path / "moved" / "images", settings, 1)  # with its images
     for n, told in enumerate(({}, {"images": str(images)})):
         (tmp_path / f"old{n}").mkdir()
         (tmp_path / f"old{n}" / "settings.json").write_text(json.dumps(settings | told))
-        take(tmp_path / f"old{n}", images, settings)
+        take(tmp_path / f"old{n}", images, settings, 1)
+
+
+def test_a_result_of_more_images_is_not_replaced(tmp_path: Path) -> None:
+    images, settings = tmp_path / "images", {"benchmark": "GenEval"}
+    take(tmp_path, images, settings, 8)
+    for told in ({"images": 8}, {}, [], {"images": "x"}):
+        (tmp_path / "results.json").write_text(json.dumps(told))
+        take(tmp_path, images, settings, 8)
+    (tmp_path / "results.json").write_text(json.dumps({"images": 9}))
+    with pytest.raises(ValueError, match=r"^evaluate: .*results.json is of 9 images, and of .* 8 are to be scored; p"):
+        take(tmp_path, images, settings, 8)
+    (tmp_path / "results.json").write_text("{")
+    take(tmp_path, images, settings, 8)
