@@ -21,23 +21,23 @@ PAGES = (OUT.parent / "README.md", OUT.parent / "docs" / "training.md")
 
 
 def add(record: dict[str, list[dict[str, Any]]], run: Path, machine: str) -> None:
-    """A run's entry, in the place of one of the same recipe, seed and machine. Raises ValueError where the run was
-    scored otherwise than the others, or trained otherwise than its recipe says."""
-    config, scores = from_file(run / "config.json"), read_scores(run / SCORES, "recorded")
-    if scores is None:
-        raise ValueError(f"recorded: {run} has no {SCORES}; `emf evaluate digits {run}` writes it")
+    """A run's entry, in the place of one of the same recipe, seed, machine and number of captions. Raises ValueError
+    where the run was scored on fewer captions than the others or at another guidance, or was trained otherwise than its
+    recipe says."""
+    config, scores = from_file(run / "config.json"), read_object(run / "scores.json", "recorded")
     if changed(config):
         raise ValueError(
             f"recorded: {run} has other settings than its recipe {config.recipe}; a run without is recorded"
         )
     made = entry(scores, config.seed, machine)
-    if (made["guidance"], made["captions"]) != (GUIDANCE, CAPTIONS) or not made["emf"]:
+    if made["guidance"] != GUIDANCE or made["captions"] < CAPTIONS or not made["emf"]:
         raise ValueError(
             f"recorded: {run} has scores of {made['captions']} captions at guidance {made['guidance']}; expected an "
-            f"EMF run's of {CAPTIONS} at {GUIDANCE}, as `emf evaluate digits {run}` makes them"
+            f"EMF run's of {CAPTIONS} or more at {GUIDANCE}, as `emf evaluate digits {run}` makes them"
         )
+    same = ("seed", "machine", "captions")
     runs = record.setdefault(config.recipe, [])
-    runs[:] = [old for old in runs if (old["seed"], old["machine"]) != (made["seed"], machine)] + [made]
+    runs[:] = [old for old in runs if any(old[key] != made[key] for key in same)] + [made]
 
 
 def renewed(page: str, record: dict[str, list[dict[str, Any]]]) -> str:

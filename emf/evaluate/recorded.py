@@ -38,6 +38,13 @@ class Spread:
         return mean if low == high else f"{mean} ({low}–{high})"
 
 
+def standard_error(row: Mapping[str, Any], captions: int) -> float:
+    """What a row of scores.json would differ by on as many other captions and noise: the standard error of the mean
+    over tags, a tag's score being a share of captions / tags of them. How training varies is not in it."""
+    shares = list(row["by_tag"].values())
+    return (sum(p * (1 - p) for p in shares) * len(shares) / captions) ** 0.5 / len(shares)
+
+
 def entry(scores: Mapping[str, Any], seed: int, machine: str) -> dict[str, Any]:
     """What is recorded of a run's scores.json."""
     told: dict[str, Any] = {"seed": seed, "machine": machine}
@@ -72,9 +79,17 @@ def about(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def table(record: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """The record as the lines of a Markdown table, mean and range of every score, and of the gap's shares beside the
-    paper's, of the recipes with SEEDS seeds or more; then a line that says of which runs."""
+    """The record as the lines of Markdown tables, one for each number of captions that runs were scored on: mean and
+    range of every score, and of the gap's shares beside the paper's, of the recipes with SEEDS seeds or more; after
+    each a line that says of which runs."""
+    lines: list[str] = []
+    for captions in sorted({run["captions"] for runs in record.values() for run in runs}):
+        some = {recipe: [run for run in runs if run["captions"] == captions] for recipe, runs in record.items()}
+        lines += ["", *_one_table(captions, {recipe: runs for recipe, runs in some.items() if runs})]
+    return lines[1:]
 
+
+def _one_table(captions: int, record: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     def line(name: str, runs: Sequence[Mapping[str, Any]], model: str, form: str) -> list[str]:
         cells = {}
         for n, spread in spreads(runs, model).items():
@@ -92,7 +107,7 @@ def table(record: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     share = {n: f"{(score - fm[1]) / (fm[30] - fm[1]):.0%}" for n, score in paper.items()}
     rows.append(["gap closed, the paper's 3B", "", *(share.get(n, "") for n in COUNTS)])
     told = "; ".join(f"`{recipe}`: {about(runs)}" for recipe, runs in record.items())
-    last = [f"Of {told}."] + ["Too few seeds to be shown: " + ", ".join(f"`{recipe}`" for recipe in few) + "."] * bool(
-        few
-    )
-    return [*markdown(("overall score, mean (range)", "of", *(f"{n}" for n in COUNTS)), rows), "", *last]
+    last = [f"Of {told}."] * bool(told)
+    last += ["Too few seeds to be shown: " + ", ".join(f"`{recipe}`" for recipe in few) + "."] * bool(few)
+    heads = (f"{captions:,} captions, mean (range)", "of", *(f"{n}" for n in COUNTS))
+    return [*markdown(heads, rows), "", *last]

@@ -14,7 +14,8 @@ from emf.config import Config
 from emf.data.digits import TAGS, prompts
 from emf.data.scores_file import EULER, FEW, SCORES, refuse_lesser
 from emf.evaluate.digits_scorer import Scorer, calibrate
-from emf.evaluate.recorded import about, recorded, spreads
+from emf.evaluate.recorded import about, recorded, spreads, standard_error
+from emf.evaluate.scores_file import CAPTIONS, EULER, FEW, SCORES, refuse_lesser
 from emf.files import check_writable, write_json
 from emf.idle import chosen
 from emf.recipes import RECIPES
@@ -116,12 +117,13 @@ def print_scores(scores: dict[str, Any], recipe: str) -> None:
     """The scores as a table in the terminal; then the overall ones beside those that runs of the recipe had.
 
     recipe: empty where the run's was changed."""
-    share, rows = closed(scores), []
+    share, rows, captions = closed(scores), [], scores.get("captions", CAPTIONS)
     for r in scores["rows"]:
-        cells = [f"{r['overall']:.3f}", *(f"{r['by_tag'][tag]:.2f}" for tag in TAGS)]
+        cells = [f"{x:.3f}" for x in (r["overall"], standard_error(r, captions))]
+        cells += [f"{r['by_tag'][tag]:.2f}" for tag in TAGS]
         rows.append([r["model"], str(r["steps"]), *cells, f"{share[r['steps']]:.0%}" if r["model"] == "emf" else ""])
     out = console()
-    out.print(terminal(("model", "steps", "overall", *TAGS, "gap closed"), rows, words=(0,)))
+    out.print(terminal(("model", "steps", "overall", "±", *TAGS, "gap closed"), rows, words=(0,)))
     if runs := recorded(recipe, scores):
         beside, gap = {model: spreads(runs, model) for model in ("fm", "emf")}, spreads(runs, "gap")
         rows = []
@@ -135,6 +137,7 @@ def print_scores(scores: dict[str, Any], recipe: str) -> None:
             f"recorded: mean and range of {about(runs)} with the recipe {recipe}. Scores differ between machines: "
             "rounding does, and training lets the difference grow."
         )
+    out.print(f"±: a score's standard error over {captions:,} captions, without what training varies")
     out.print(
         f"scorer: real scenes {scores['ceiling']:.3f}, noise {scores['noise']:.3f}, "
         f"shuffled captions {scores['shuffled']:.3f}"

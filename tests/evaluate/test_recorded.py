@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from places import ROOT
 
 from bench import digits_scores as renewing
 from emf.evaluate.digits_scorer import TAGS
-from emf.evaluate.recorded import RECORD, entry, recorded, spreads, table
+from emf.evaluate.recorded import RECORD, entry, recorded, spreads, standard_error, table
 from emf.evaluate.small_world import changed, print_scores
 from emf.recipes import from_file
 
@@ -42,6 +43,15 @@ def test_a_spread_is_the_mean_and_the_range_of_the_runs() -> None:
     ]
 
 
+def test_the_standard_error_is_that_of_a_mean_over_tags() -> None:
+    """Against draws of as many captions as each tag has."""
+    row = {"by_tag": dict(zip(TAGS, (0.9, 0.5, 0.8, 1.0, 0.7, 0.0), strict=True))}
+    generator = np.random.default_rng(0)
+    drawn = generator.binomial(50, list(row["by_tag"].values()), size=(20_000, len(TAGS))) / 50
+    assert standard_error(row, 300) == pytest.approx(drawn.mean(1).std(), rel=0.02)
+    assert standard_error(row, 1200) == pytest.approx(standard_error(row, 300) / 2)
+
+
 def test_the_pages_hold_the_record() -> None:
     """`python -m bench.digits_scores` renews them, and the runs under profiles/ are in it."""
     record = json.loads(RECORD.read_text())
@@ -54,7 +64,7 @@ def test_the_pages_hold_the_record() -> None:
         assert not changed(config) and changed(replace(config, optim=replace(config.optim, warmup=7)))
         seed = config.seed
         assert entry(own, seed, runs[0]["machine"]) == runs[0]
-        places = [(run["seed"], run["machine"]) for run in runs]
+        places = [(run["seed"], run["machine"], run["captions"]) for run in runs]
         assert len({*places}) == len(places)
 
 
@@ -95,6 +105,12 @@ def test_runs_are_added_to_the_record(tmp_path: Path, monkeypatch: pytest.Monkey
     own = {"recipe": "digits", "seed": 1, "init": "base", "run": {"save_every": 7}}
     (run / "config.json").write_text(json.dumps(own))
     renewing.main([str(run), "--machine", "here"])  # these change nothing, or are told with a score
+    for seed in range(3):
+        (tmp_path / f"{seed}" / "scores.json").write_text(json.dumps(scores(0.6, captions=1200)))
+        (tmp_path / f"{seed}" / "config.json").write_text(json.dumps(own | {"seed": seed}))
+        renewing.main([str(tmp_path / f"{seed}"), "--machine", "here"])
+    few, many = page.read_text().split("| 1,200 captions, mean (range) |")  # both stand, each with its runs
+    assert "| 300 captions, mean (range) |" in few and "(0.500–" in few and "| digits | 3 runs | 0.600 |" in many
     (run / "scores.json").write_text(json.dumps(scores(0.5, captions=6)))
     with pytest.raises(ValueError, match="scores of 6 captions at guidance 1.25; expected an EMF run's of 300"):
         renewing.main([str(run), "--machine", "here"])
