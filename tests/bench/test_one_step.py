@@ -1,0 +1,49 @@
+"""The comparison of what lifts one step: what its record holds, and that it goes on with its own alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import one_step
+from emf.files import write_json
+from emf.paper.parts import Part
+from emf.paper.runs import SCORES
+
+
+def scored(out: Path, value: float, done: list[str]) -> Callable[..., None]:
+    """In the place of run_parts: every part has a score at once."""
+
+    def run(_: Path, parts: Sequence[Part], *__: Any, **___: Any) -> None:
+        for part in parts:
+            done.append(part.name)
+            (out / part.name).mkdir(parents=True)
+            write_json(out / part.name / SCORES, {n: {"overall": value} for n in one_step.COUNTS})
+
+    return run
+
+
+def test_the_record_goes_on_seed_by_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record, out, done = tmp_path / "record.json", tmp_path / "runs", list[str]()
+    monkeypatch.setattr(one_step, "RECORD", record)
+    for seed, value in ((0, 0.25), (1, 0.75)):
+        monkeypatch.setattr(one_step, "run_parts", scored(out, value, done))
+        one_step.main(["--out", str(out), "--seeds", "0", str(seed)] if seed else ["--out", str(out), "--seeds", "0"])
+    assert len(done) == len({*done}) == 2 * len(one_step.MEANS)  # what is recorded is not made again
+    assert capsys.readouterr().out.count("0.500 (0.250–0.750)") == len(one_step.MEANS) * len(one_step.COUNTS)
+    tree = json.loads(record.read_text())
+    assert [row["seed"] for row in tree["rows"]] == [0, 1] * len(one_step.MEANS)
+    record.write_text(json.dumps(tree | {"captions": 300}))
+    with pytest.raises(ValueError, match=r"one step: .*record\.json has captions 300, not 1200; move it away"):
+        one_step.main(["--out", str(out)])
+
+
+def test_every_mean_is_a_run_of_its_own() -> None:
+    configs = [part.config for part in one_step.parts((0, 1))]
+    assert len(configs) == len({repr(config) for config in configs}) == 2 * len(one_step.MEANS)
