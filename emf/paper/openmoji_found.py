@@ -3,6 +3,7 @@ encoders."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
@@ -17,12 +18,15 @@ from emf.paper.record import Rows
 SCORED = (("base", 30), ("emf", 1), ("emf", 2), ("emf", 4))
 """The scores that are ranked: flow matching at 30 steps, EMF at 1, 2 and 4."""
 RESAMPLES = 2000
+SEEDS = 3
+"""Fewer tell nothing apart. Correlations of few encoders have few values: two seeds often agree to the last digit, and
+Student's interval of them is a point."""
 
 
 @dataclass(frozen=True)
 class Agreement:
     """Spearman's rank correlation, over the text encoders, of a measure with a score: the mean of that of every
-    seed."""
+    seed. A seed in which all score alike has none, and is left out."""
 
     seeds: Interval
     """Student's over seeds, within -1 and 1; of one seed it is all of that."""
@@ -32,35 +36,43 @@ class Agreement:
     """The share of all orders of the encoders, the same in every seed, that is at least as far from 0, to either
     side."""
     n: int
+    """Seeds with a correlation."""
+    of: int
     """Seeds in which every encoder is done."""
 
     @property
     def verdict(self) -> str:
         """agrees | does not | not told apart | not run. So few encoders fall into any order by chance, so that is asked
         beside the intervals."""
-        if not self.n:
+        if not self.of:
             return "not run"
-        if self.chance <= 1 - LEVEL and self.seeds.low > 0 and self.captions.low > 0:
+        if self.n < SEEDS or self.chance > 1 - LEVEL:
+            return "not told apart"
+        if self.seeds.low > 0 and self.captions.low > 0:
             return "agrees"
-        if self.chance <= 1 - LEVEL and self.seeds.high < 0 and self.captions.high < 0:
+        if self.seeds.high < 0 and self.captions.high < 0:
             return "does not"
         return "not told apart"
 
     def __str__(self) -> str:
         if not self.n:
-            return ""
-        over = f"{self.seeds:+.2f}" if self.n > 1 else f"{self.seeds.mean:+.2f}, one seed"
+            return "all score alike" if self.of else ""
+        over = f"{self.seeds:+.2f}" if self.n > 1 else f"{self.seeds.mean:+.2f}"
+        if self.n < self.of:
+            over += f", {self.n} of {self.of} seeds"
+        elif self.n == 1:
+            over += ", one seed"
         return f"{over}\ncaptions {self.captions.low:+.2f} to {self.captions.high:+.2f}\nby chance {self.chance:.2f}"
 
 
 class Found(Rows):
     """The figures of the text encoders on named pictures."""
 
-    def __init__(self, tree: dict[str, Any]) -> None:
+    def __init__(self, tree: dict[str, Any], encoders: Iterable[str]) -> None:
+        """encoders: those of the study; results.json may have rows of others."""
         super().__init__(tree)
         self.kinds = np.array([c["kind"] for c in tree["captions"]])
-        names = dict.fromkeys(name.split("/")[1] for name in tree["parts"] if name.startswith("base/"))
-        self.named: list[str] = [name for name in names if self.of(f"base/{name}", "encoder")]
+        self.named: list[str] = [name for name in encoders if self.of(f"base/{name}", "encoder")]
         """The text encoders with a base that is done."""
         self.done: dict[str, set[int]] = {}
         """The seeds of each text encoder of which everything is done in one seed at least."""
@@ -90,12 +102,13 @@ class Found(Rows):
         return {seed: np.array(row[name]) for seed, row in rows.items()}
 
     def agreement(self, measure: str, group: str, steps: int) -> Agreement:
-        """Of a measure with a score, in the seeds in which every encoder is done. For the interval over captions those
-        of the measure and those of the score are drawn anew, the same for every encoder and seed."""
+        """Of a measure with a score, in the seeds in which every encoder is done and not all score alike. For the
+        interval over captions those of the measure and those of the score are drawn anew, the same for every encoder
+        and seed."""
         seeds = sorted(set.intersection(*self.done.values())) if self.done else []
+        nothing = interval([])
         if not seeds:
-            nothing = interval([])
-            return Agreement(nothing, nothing, float("nan"), 0)
+            return Agreement(nothing, nothing, float("nan"), 0, 0)
         own, scores = (
             np.array([[by_seed[s] for by_seed in every] for s in seeds], float)  # [seeds, encoders, captions]
             for every in (
@@ -103,15 +116,20 @@ class Found(Rows):
                 [self.hits(group, e, steps) for e in self.encoders],
             )
         )
+        correlated = spearman(own.mean(-1), scores.mean(-1))
+        told = ~np.isnan(correlated)
+        if not told.any():
+            return Agreement(nothing, nothing, float("nan"), 0, len(seeds))
+        own, scores = own[told], scores[told]
         rng = np.random.default_rng(0)
         means = [drawn_anew(values, rng) for values in (own, scores)]
-        x, y = own.mean(-1), scores.mean(-1)
-        over = interval(spearman(x, y).tolist())
+        over = interval(correlated[told].tolist())
         seen = Interval(over.mean, max(over.low, -1.0), min(over.high, 1.0))
         drawn = spearman(*means).mean(-1)  # [RESAMPLES], nan where a draw is all ties
         edges = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
         low, high = (float("nan"),) * 2 if np.isnan(drawn).all() else np.nanquantile(drawn, edges).tolist()
-        return Agreement(seen, Interval(over.mean, low, high), by_chance(x, y), len(seeds))
+        chance = by_chance(own.mean(-1), scores.mean(-1))
+        return Agreement(seen, Interval(over.mean, low, high), chance, len(own), len(seeds))
 
 
 def over_captions(by_seed: dict[int, np.ndarray]) -> Interval:

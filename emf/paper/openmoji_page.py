@@ -14,7 +14,7 @@ from emf.analyze.bootstrap import Interval
 from emf.data.gallery import Gallery
 from emf.files import write_text
 from emf.paper.found import MEASURES, mean
-from emf.paper.openmoji_found import SCORED, Found, by_chance, label, over_captions, verdicts
+from emf.paper.openmoji_found import SCORED, SEEDS, Found, by_chance, label, over_captions, verdicts
 from emf.paper.openmoji_parts import EMF_STEPS, ENCODERS, FM_STEPS, QUICK, Budget, TextEncoder
 from emf.paper.openmoji_record import ceiling, held_out, study
 from emf.paper.openmoji_runs import shown_of
@@ -98,9 +98,12 @@ def answer(found: Found) -> Html:
         f"Spearman's rank correlation over the {n} encoders, the mean of every seed's, with its interval of 95 % over "
         "seeds (Student's) and over captions, and how often chance gives one as far from 0 (every order of the "
         "encoders, the same in all seeds). Agrees, does not: both intervals lie on one side of 0, and chance is below "
-        "5 %; one seed has no interval over seeds and so tells nothing apart. "
+        f"5 %; fewer than {SEEDS} seeds tell nothing apart, as two of them often agree exactly by chance. These are "
+        f"{len(MEASURES) * len(SCORED)} questions, each asked at 5 % by itself: a single one that is told apart may "
+        "well be chance. "
         f"With {n} encoders even perfect agreement comes by chance in {by_chance(perfect, perfect):.1%} of all orders, "
-        "and no interval knows of other encoders than these. Seeds that lack an encoder do not count here."
+        "and no interval knows of other encoders than these. Seeds that lack an encoder do not count here, nor "
+        "do those in which all encoders score alike; the figures say of how many seeds they are."
     )
     return section("Do the orders agree?", note, page.table(("by this order", *(label(*x) for x in SCORED)), rows))
 
@@ -162,7 +165,8 @@ def write_openmoji(
 ) -> Path:
     """Write results.json and report-openmoji.html in `out` from the parts that are done; returns the page's path."""
     whole = study(out, gallery, budget, encoders)
-    found = Found(whole.gather(out, world=gallery.world, source=gallery.source, ceiling=ceiling(gallery)))
+    tree = whole.gather(out, world=gallery.world, source=gallery.source, ceiling=ceiling(gallery))
+    found = Found(tree, dict.fromkeys(part.name.split("/")[1] for part in whole.parts))
     b, n = budget, len(budget.seeds)
     lead = f"""<h1>Text encoders on named pictures</h1><p class="lead">EMF (arXiv 2604.18168) holds that a text encoder
 that tells captions apart is what few steps need. Here {b.pictures} pictures with several names each are learned with

@@ -16,7 +16,7 @@ from emf.data.gallery import Caption, Gallery
 from emf.evaluate.picture_retrieval import Retrieval
 from emf.files import fits, misfit
 from emf.paper.found import MEASURES
-from emf.paper.openmoji_parts import Budget, TextEncoder, parts
+from emf.paper.openmoji_parts import EMF_STEPS, FM_STEPS, Budget, TextEncoder, parts
 from emf.paper.record import ENCODER, SCORES, Column, Study
 
 
@@ -30,8 +30,9 @@ def study(out: Path, gallery: Gallery, budget: Budget, encoders: Mapping[str, Te
         "scores": Column(SCORES, partial(odd_ranks, captions=len(asked), pictures=len(gallery))),
         "encoder": Column(ENCODER, partial(odd_measures, values=values)),
     }
+    steps = {"base": FM_STEPS, "emf": EMF_STEPS}
     fixed = {"captions": [asdict(caption) for caption in asked]}
-    return Study("openmoji", budget, parts(out, budget, encoders), columns, fixed)
+    return Study("openmoji", budget, parts(out, budget, encoders), columns, steps, fixed)
 
 
 def held_out(gallery: Gallery, budget: Budget) -> list[Caption]:

@@ -8,11 +8,12 @@ from typing import Any
 from emf.data.digits import TAGS
 from emf.evaluate.run_log import read_curve, read_metrics
 from emf.files import fits, misfit
-from emf.paper.parts import Budget, parts
+from emf.paper.parts import EMF_STEPS, FM_STEPS, Budget, parts
 from emf.paper.record import ENCODER, SCORES, Column, Study
 
 FEW = ("1", "2", "4")
 """Numbers of steps that are scored while EMF is trained."""
+STEPS = {"base": FM_STEPS, "emf": EMF_STEPS, "ablation": EMF_STEPS}
 CURVE = {"steps": list[int], "error": list[float], "at": list[int], "score": dict[str, list[float]]}
 
 
@@ -22,7 +23,7 @@ def study(budget: Budget) -> Study:
         "encoder": Column(ENCODER, lambda tree: None if fits(tree, dict[str, float]) else "is no object of numbers"),
         "curve": Column("curve.jsonl", odd_curve, curve, lambda file: file.is_file() and bool(read_curve(file.parent))),
     }
-    return Study("paper", budget, parts(budget), columns)
+    return Study("paper", budget, parts(budget), columns, STEPS)
 
 
 def odd_scores(rows: Any) -> str | None:

@@ -38,7 +38,9 @@ class Study:
     """A dataclass. A folder takes more of its seeds, and nothing else of it changes there."""
     parts: Sequence[Part]
     columns: Mapping[str, Column]
-    """Of a row; it has scores, and may lack the others."""
+    """Of a row; it has scores, that of a base its encoder, and it may lack the others."""
+    steps: Mapping[str, Sequence[int]]
+    """By the first word of a part's name, the numbers of steps at which it is scored."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """What results.json holds that every row rests on."""
 
@@ -49,12 +51,16 @@ class Study:
     def recorded(self, out: Path) -> dict[str, Any]:
         """What results.json in this folder holds of parts, a row each by their names; nothing where there is none, and
         of one by an earlier version, whose figures are not by part. Raises ValueError where it is of another budget or
-        form, or rests on something else."""
+        form, or rests on something else, where a row lacks something, and where an earlier version's has figures that
+        no run in this folder has."""
         file = out / RESULTS
         if not file.is_file():
             return {}
         tree = read_json(file)
         if isinstance(tree, dict) and ("scores" in tree or "ranks" in tree):
+            if lost := self._lost(out, tree):
+                old = f"is of an earlier version, with figures of {lost[0]}, whose run is not in this folder"
+                raise ValueError(f"{self.who}: {file} {old}; move it away, and what it has is made again")
             return {}
         if said := misfit(tree, {"budget": dict[str, Any], "parts": dict[str, dict[str, Any]]}):
             raise ValueError(f"{self.who}: {file} {said}; move it away")
@@ -70,7 +76,27 @@ class Study:
                 raise ValueError(f"{self.who}: {file}, {name} has no scores; {repair}")
             if odd := self._odd(row):
                 raise ValueError(f"{self.who}: {file}, {name}, {odd[0]} {odd[1]}; {repair}")
+            if lacks := self._lacks(name, row):
+                raise ValueError(f"{self.who}: {file}, {name} {lacks}; {repair}")
         return rows
+
+    def _lost(self, out: Path, tree: Mapping[str, Any]) -> list[str]:
+        """The parts of which an earlier version's results.json, {ranks or scores: by group, as emf/trained}, has
+        figures, and that have no run in the folder."""
+        groups, missing, budget = tree.get("ranks") or tree.get("scores"), tree.get("missing"), tree.get("budget")
+        groups = groups if isinstance(groups, dict) else {}
+        missing = missing if isinstance(missing, list) else []
+        seeds = budget.get("seeds") if isinstance(budget, dict) else None
+        names = [f"{group}/{seed}" for group in groups for seed in (seeds if isinstance(seeds, list) else [0])]
+        return [name for name in names if name not in missing and not (out / name / SCORES).is_file()]
+
+    def _lacks(self, name: str, row: Mapping[str, Any]) -> str | None:
+        """What the row of a part that is done must have and has not: such a part would not be made again, and what
+        compares it with others would leave it out."""
+        group = name.partition("/")[0]
+        if less := [steps for steps in self.steps.get(group, ()) if str(steps) not in row["scores"]]:
+            return f"has no scores at {less[0]} steps"
+        return "has no encoder" if group == "base" and "encoder" not in row else None
 
     def row(self, folder: Path) -> dict[str, Any]:
         """What a part has left in its folder. Raises ValueError where that is not what a part writes."""
@@ -87,10 +113,15 @@ class Study:
 
     def gather(self, out: Path, **further: Any) -> dict[str, Any]:
         """What the parts that are done have found, written to results.json too: a row a part, by its name, of this
-        folder or of the results.json that was there. Its key `missing` names the parts that are not done."""
+        folder or of the results.json that was there. Its key `missing` names the parts that are not done. Raises
+        ValueError as `recorded` and `row` do, and where a part's folder lacks something."""
         names = [part.name for part in self.parts]
         rows = self.recorded(out)
         rows |= {name: self.row(out / name) for name in names if (out / name / SCORES).is_file()}
+        for name in names:
+            if name in rows and (lacks := self._lacks(name, rows[name])):
+                again = f"move its folder and {RESULTS} away, and the part is made again"
+                raise ValueError(f"{self.who}: {out / name} {lacks}; {again}")
         missing = [name for name in names if name not in rows]
         found = {"budget": asdict(self.budget), **further, **self.fixed, "missing": missing, "parts": rows}
         write_json(out / RESULTS, found)

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from scipy.stats import spearmanr
 
 pytest.importorskip("deepspeed")
 
+from emf.analyze.bootstrap import Interval
 from emf.network.build import build
 from emf.network.outline import outline, tokens_of
 from emf.paper import openmoji_runs
 from emf.paper.found import MEASURES
-from emf.paper.openmoji_found import SCORED, Found, by_chance, over_captions, spearman, verdicts
+from emf.paper.openmoji_found import SCORED, Agreement, Found, by_chance, over_captions, spearman, verdicts
 from emf.paper.openmoji_page import write_openmoji
 from emf.paper.openmoji_parts import ENCODERS, FULL, QUICK, parts
 from emf.paper.openmoji_record import odd_ranks, study
@@ -71,7 +73,10 @@ def test_a_record_is_gone_on_with(out: Path, tmp_path: Path, monkeypatch: pytest
     tree = json.loads((tmp_path / "results.json").read_text())
     assert tree["missing"] == made and "2 of 4 runs are missing" in page
     assert tree["parts"] == json.loads((out / "results.json").read_text())["parts"]
-    tree["parts"].pop("emf/bag of words/0")
+    strange = {n.replace("bag of words", "stranger"): row for n, row in tree["parts"].items()}
+    (tmp_path / "results.json").write_text(json.dumps(tree | {"parts": tree["parts"] | strange}))
+    assert "stranger" not in write_openmoji(tmp_path, shapes(), two, few).read_text()
+    kept = tree["parts"].pop("emf/bag of words/0")
     (tmp_path / "results.json").write_text(json.dumps(tree))
     made.clear()
     run_openmoji(tmp_path, shapes(), QUICK, 1, few)
@@ -81,13 +86,36 @@ def test_a_record_is_gone_on_with(out: Path, tmp_path: Path, monkeypatch: pytest
         ({"scores": {"1": 6 * [12]}}, "scores has the rank 12 at 1 steps; expected 0 to 11"),
         ({"scores": {"x": 6 * [1]}}, "scores is no object of ranks by number of steps"),
         ({"scores": {}, "encoder": dict.fromkeys(MEASURES, [0.5])}, "encoder has 1 values of discriminability; exp"),
+        (
+            {k: x for k, x in tree["parts"]["base/bag of words/0"].items() if k != "encoder"},
+            "has no encoder; repair or",
+        ),
+        ({"scores": kept["scores"]}, "has no scores at 30 steps; repair or remove that part's row"),
     ):
         (tmp_path / "results.json").write_text(json.dumps(tree | {"parts": {"base/bag of words/0": row}}))
-        with pytest.raises(ValueError, match=f"openmoji: .*results.json, base/bag of words/0, {said}"):
+        with pytest.raises(ValueError, match=f"openmoji: .*results.json, base/bag of words/0,? {said}"):
             run_openmoji(tmp_path, shapes(), QUICK, 1, few)
     (tmp_path / "results.json").write_text(json.dumps(tree | {"captions": tree["captions"][1:]}))
     with pytest.raises(ValueError, match="openmoji: .*is of other captions than are made here now; move it away"):
         run_openmoji(tmp_path, shapes(), QUICK, 1, few)
+    less = {"scores": {n: x for n, x in kept["scores"].items() if n != "2"}}
+    (tmp_path / "results.json").write_text(json.dumps(tree | {"parts": {"emf/bag of words/0": less}}))
+    with pytest.raises(ValueError, match="results.json, emf/bag of words/0 has no scores at 2 steps; repair or remove"):
+        run_openmoji(tmp_path, shapes(), QUICK, 1, few)
+    old = {"budget": {"seeds": [0]}, "ranks": {"base/bag of words": {}, "emf/bag of words": {}}}
+    (tmp_path / "results.json").write_text(json.dumps(old | {"missing": ["emf/bag of words/0"]}))
+    with pytest.raises(
+        ValueError, match="of an earlier version, with figures of base/bag of words/0, whose run is not"
+    ):
+        write_openmoji(tmp_path, shapes(), QUICK, few)
+    assert json.loads((tmp_path / "results.json").read_text())["ranks"] == old["ranks"]
+    shutil.copytree(out / "base", tmp_path / "base")
+    write_openmoji(tmp_path, shapes(), QUICK, few)  # now its run is there
+    (tmp_path / "base" / "bag of words" / "0" / ENCODER).unlink()
+    (tmp_path / "results.json").unlink()
+    with pytest.raises(ValueError, match="bag of words/0 has no encoder; move its folder and results.json away"):
+        write_openmoji(tmp_path, shapes(), QUICK, few)
+    shutil.rmtree(tmp_path / "base")
     (tmp_path / "results.json").write_text(json.dumps({"budget": {}, "ranks": {}}))
     (tmp_path / "budget.json").write_text(json.dumps(asdict(QUICK)))
     made.clear()
@@ -104,9 +132,9 @@ def test_the_recorded_runs_are_a_record_to_go_on_with() -> None:
     ranks = partial(odd_ranks, captions=len(tree["captions"]), pictures=budget.pictures)
     columns = whole.columns | {"scores": Column(SCORES, ranks), "encoder": Column(ENCODER, lambda tree: None)}
     rows = replace(whole, columns=columns, fixed={}).recorded(folder)
-    assert rows.keys() == {part.name for part in whole.parts} and Found(tree).encoders == [*ENCODERS]
+    assert rows.keys() == {part.name for part in whole.parts} and Found(tree, ENCODERS).encoders == [*ENCODERS]
     # as profiles/LOG.md has it, but for chance: three scores are alike, which more orders match
-    agreed = Found(tree).agreement(MEASURES[1], "emf", 1)
+    agreed = Found(tree, ENCODERS).agreement(MEASURES[1], "emf", 1)
     assert (agreed.n, agreed.verdict) == (1, "not told apart") and f"{agreed.seeds.mean:.2f}" == "0.89"
     assert f"{agreed.captions.low:.2f} {agreed.captions.high:.2f} {agreed.chance:.2f}" == "0.05 1.00 0.10"
 
@@ -162,14 +190,25 @@ def found(*better: float, encoders: int = 5) -> Found:
                 hit = rng.random(400) < 0.5 + 0.22 * b * (k - 2)
                 rows[f"{group}/{name}/{seed}"]["scores"][str(steps)] = np.where(hit, 0, 7).tolist()
             tree["parts"] |= rows
-    return Found(tree)
+    return Found(tree, "abcde")
+
+
+def exact(*shares: list[float]) -> Found:
+    """Five encoders whose measures rise from one to the next, with these scores by seed, in tenths."""
+    some = found(*len(shares) * [1])
+    for seed, own in enumerate(shares):
+        for (group, steps), (k, share) in product(SCORED, enumerate(own)):
+            ranks = np.where(np.arange(400) % 10 < 10 * share, 0, 7).tolist()
+            some.tree["parts"][f"{group}/{'abcde'[k]}/{seed}"]["scores"][str(steps)] = ranks
+    return some
 
 
 @pytest.mark.parametrize(
     ("better", "how"),
     [
         ((1, 1, 1), "agrees"),
-        ((-1, -1), "does not"),
+        ((-1, -1, -1), "does not"),
+        ((1, 1), "not told apart"),  # two often agree exactly by chance
         ((0, 0, 0), "not told apart"),
         ((1,), "not told apart"),  # of another training one seed knows nothing
         ((1, 1, -1), "not told apart"),  # captions say so of the mean, seeds do not
@@ -183,11 +222,54 @@ def test_verdicts_can_say_no(better: tuple[float, ...], how: str) -> None:
         assert {line[1] for line in verdicts(few)} == {"not told apart"}
 
 
+@pytest.mark.parametrize(
+    ("seeds", "captions", "chance", "n", "how"),
+    [
+        ((0.8, 1), (0.1, 1), 0.05, 3, "agrees"),
+        ((-1, -0.8), (-1, -0.1), 0.05, 3, "does not"),
+        ((0.8, 1), (-0.1, 1), 0.02, 3, "not told apart"),
+        ((-1, -0.8), (-1, 0.1), 0.02, 3, "not told apart"),
+        ((-0.1, 1), (0.8, 1), 0.02, 3, "not told apart"),
+        ((-1, 0.1), (-1, -0.8), 0.02, 3, "not told apart"),
+        ((0.8, 1), (0.8, 1), 0.06, 3, "not told apart"),
+        ((-1, -0.8), (-1, -0.8), 0.06, 3, "not told apart"),
+        ((1, 1), (0.8, 1), 0.02, 2, "not told apart"),
+    ],
+)
+def test_a_verdict_asks_all(
+    seeds: tuple[float, float], captions: tuple[float, float], chance: float, n: int, how: str
+) -> None:
+    """Both intervals on one side of 0, chance below 5 %, and three seeds: one alone that fails is enough."""
+    assert Agreement(Interval(0.0, *seeds), Interval(0.0, *captions), chance, n, 3).verdict == how
+
+
+def test_chance_is_that_of_the_mean_of_every_seeds_order() -> None:
+    """Not of the order of the mean over seeds, in which the first two are the other way round: 10 of 120 orders are as
+    far from 0 as that, 4 as the mean of 1 and 0.9."""
+    agreed = exact([0, 0.2, 0.4, 0.6, 0.8], [0.3, 0, 0.4, 0.6, 0.8]).agreement(MEASURES[0], "emf", 1)
+    assert agreed.seeds.mean == pytest.approx(0.95) and agreed.chance == pytest.approx(4 / 120)
+
+
+def test_a_seed_in_which_all_score_alike_is_left_out() -> None:
+    rising, alike = [0, 0.2, 0.4, 0.6, 0.8], 5 * [0.5]
+    none, some = (exact(*x).agreement(MEASURES[0], "emf", 1) for x in ([alike], [rising, alike, rising]))
+    assert (str(none), none.verdict) == ("all score alike", "not told apart")
+    assert str(some).startswith("+1.00 [+1.00, +1.00], 2 of 3 seeds\ncaptions +") and "nan" not in str(some)
+    assert (some.n, some.of, some.verdict) == (2, 3, "not told apart")
+
+
+def test_an_encoder_of_no_part_is_not_ranked() -> None:
+    some = found(1)
+    rows = {name: row for name, row in some.tree["parts"].items() if "/e/" in name}
+    some.tree["parts"] |= {name.replace("/e/", "/z/"): row for name, row in rows.items()}
+    assert Found(some.tree, "abcde").encoders == [*"abcde"]
+
+
 def test_the_correlation_is_the_mean_of_every_seeds() -> None:
     """With Student's interval over seeds, within -1 and 1; a seed that lacks an encoder counts nowhere."""
     some = found(1, 1, -1, 1)
     some.tree["parts"]["emf/c/3"]["scores"].pop("2")
-    agreed = Found(some.tree).agreement(MEASURES[0], "emf", 1)
+    agreed = Found(some.tree, "abcde").agreement(MEASURES[0], "emf", 1)
     assert (agreed.n, agreed.seeds.mean, agreed.seeds.low, agreed.seeds.high) == (3, pytest.approx(1 / 3), -1, 1)
     assert str(agreed).startswith("+0.33 [-1.00, +1.00]\ncaptions +0.3")
     alone = found(1).agreement(MEASURES[0], "emf", 1)

@@ -143,26 +143,30 @@ def test_a_record_is_gone_on_with(quick: Path, tmp_path: Path, monkeypatch: pyte
     assert theirs == ours
     curve: dict[str, Any] = {"steps": [1], "error": [0.1], "at": [1], "score": {"1": [0.5], "2": [0.5], "4": [0.5]}}
     before = json.loads((tmp_path / "results.json").read_text())
+    few_steps = before["parts"]["emf/trained/0"]["scores"]
     for row, said in (
         ({"scores": {"1": {}}}, "scores has no score of every task at 1 steps; repair or remove"),
         ({"scores": {}, "curve": {"at": [1]}}, "curve is no JSON object with steps, error, at, score"),
         ({"scores": {}, "curve": curve | {"score": {}}}, "curve is no JSON object with 1, 2, 4"),
         ({"scores": {}, "curve": curve | {"at": [1, 2]}}, "curve has lists of other lengths"),
         ({"scores": {}, "encoder": 3}, "encoder is no object of numbers"),
+        ({"scores": {n: x for n, x in few_steps.items() if n != "2"}}, "has no scores at 2 steps; repair or remove"),
     ):
         rows = before | {"parts": {"emf/trained/0": row}}
         (tmp_path / "results.json").write_text(json.dumps(rows))
-        with pytest.raises(ValueError, match=f"results.json, emf/trained/0, {said}"):
+        with pytest.raises(ValueError, match=f"results.json, emf/trained/0,? {said}"):
             run_all(tmp_path, QUICK, 1)
-    rows = before | {"parts": {"emf/trained/0": {"scores": {}, "curve": None, "encoder": None}}}
+    rows = before | {"parts": {"emf/trained/0": {"scores": few_steps, "curve": None, "encoder": None}}}
     (tmp_path / "results.json").write_text(json.dumps(rows))
     write_paper(tmp_path, QUICK)
+    bare = {k: x for k, x in before["parts"]["base/trained/0"].items() if k != "encoder"}
     for tree, said in (
+        (before | {"parts": {"base/trained/0": bare}}, "base/trained/0 has no encoder; repair or remove"),
         (before | {"parts": []}, r"has parts \[\]; expected an object.*; move it away"),
         (before | {"budget": before["budget"] | {"emf_steps": 200}}, "is of another budget than this folder; move it"),
     ):
         (tmp_path / "results.json").write_text(json.dumps(tree))
-        with pytest.raises(ValueError, match=f"results.json {said}"):
+        with pytest.raises(ValueError, match=f"results.json,? {said}"):
             run_all(tmp_path, QUICK, 1)
 
 
