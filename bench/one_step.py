@@ -18,7 +18,7 @@ from typing import Any
 from bench.precision import OUT
 from emf.config import Config
 from emf.evaluate.recorded import Spread
-from emf.files import read_json, write_json
+from emf.files import claim, read_json, write_json
 from emf.flow_config import FlowConfig
 from emf.paper.parts import Budget, Part
 from emf.paper.runs import SCORES, run_parts, train_whole
@@ -104,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     record: dict[str, Any] = read_json(RECORD) if RECORD.is_file() else {**head, "rows": []}
     if other := [key for key in head if record[key] != head[key]]:
         raise ValueError(f"one step: {RECORD} has {other[0]} {record[other[0]]}, not {head[other[0]]}; move it away")
+    claim(asked.out, head, None, who="one step: ", advice="choose another --out")
     old = record["rows"]
     done = {(row["mean"], row["seed"]) for row in old}
     named = [(name, seed) for seed in asked.seeds for name in MEANS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,10 +40,12 @@ class Spread:
 
 
 def standard_error(row: Mapping[str, Any], captions: int) -> float:
-    """What a row of scores.json would differ by on as many other captions and noise: the standard error of the mean
-    over tags, a tag's score being a share of captions / tags of them. How training varies is not in it."""
+    """By how much an overall score would differ with other noise, and other captions where a task has more: the
+    standard error of a mean over tags, a tag's score being a share of captions / tags draws. nan of one draw a tag. How
+    training varies is not in it."""
     shares = list(row["by_tag"].values())
-    return (sum(p * (1 - p) for p in shares) * len(shares) / captions) ** 0.5 / len(shares)
+    each = captions / len(shares)
+    return (sum(p * (1 - p) for p in shares) / (each - 1)) ** 0.5 / len(shares) if each > 1 else math.nan
 
 
 def entry(scores: Mapping[str, Any], seed: int, machine: str) -> dict[str, Any]:

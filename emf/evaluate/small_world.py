@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ def print_scores(scores: dict[str, Any], recipe: str) -> None:
     recipe: empty where the run's was changed."""
     share, rows, captions = closed(scores), [], scores.get("captions", CAPTIONS)
     for r in scores["rows"]:
-        cells = [f"{x:.3f}" for x in (r["overall"], standard_error(r, captions))]
+        cells = ["–" if math.isnan(x) else f"{x:.3f}" for x in (r["overall"], standard_error(r, captions))]
         cells += [f"{r['by_tag'][tag]:.2f}" for tag in TAGS]
         rows.append([r["model"], str(r["steps"]), *cells, f"{share[r['steps']]:.0%}" if r["model"] == "emf" else ""])
     out = console()
@@ -137,7 +138,7 @@ def print_scores(scores: dict[str, Any], recipe: str) -> None:
             f"recorded: mean and range of {about(runs)} with the recipe {recipe}. Scores differ between machines: "
             "rounding does, and training lets the difference grow."
         )
-    out.print(f"±: a score's standard error over {captions:,} captions, without what training varies")
+    out.print(f"±: a score's standard error by the noise and choice of {captions:,} captions; training's is not in it")
     out.print(
         f"scorer: real scenes {scores['ceiling']:.3f}, noise {scores['noise']:.3f}, "
         f"shuffled captions {scores['shuffled']:.3f}"

@@ -47,3 +47,13 @@ def test_the_record_goes_on_seed_by_seed(
 def test_every_mean_is_a_run_of_its_own() -> None:
     configs = [part.config for part in one_step.parts((0, 1))]
     assert len(configs) == len({repr(config) for config in configs}) == 2 * len(one_step.MEANS)
+
+
+def test_runs_of_another_score_are_not_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those were that were scored on 300 captions."""
+    monkeypatch.setattr(one_step, "RECORD", tmp_path / "record.json")
+    monkeypatch.setattr(one_step, "run_parts", lambda *_, **__: None)
+    write_json(tmp_path / "runs" / "settings.json", dict(steps=500, batch=32, captions=300, guidance=1.25))
+    with pytest.raises(ValueError, match=r"one step: .*captions was 300, is 1200"):
+        one_step.main(["--out", str(tmp_path / "runs")])
+    assert not (tmp_path / "record.json").exists()

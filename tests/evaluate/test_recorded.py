@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def test_a_spread_is_the_mean_and_the_range_of_the_runs() -> None:
         "Of `digits`: 3 runs, 3 seeds, 1 machine.",
         "Too few seeds to be shown: `short`.",
     ]
+    assert table({"short": runs[:2]})[-2:] == ["", "Too few seeds to be shown: `short`."]
 
 
 def test_the_standard_error_is_that_of_a_mean_over_tags() -> None:
@@ -49,7 +51,12 @@ def test_the_standard_error_is_that_of_a_mean_over_tags() -> None:
     generator = np.random.default_rng(0)
     drawn = generator.binomial(50, list(row["by_tag"].values()), size=(20_000, len(TAGS))) / 50
     assert standard_error(row, 300) == pytest.approx(drawn.mean(1).std(), rel=0.02)
-    assert standard_error(row, 1200) == pytest.approx(standard_error(row, 300) / 2)
+    assert standard_error(row, 1200) == pytest.approx(standard_error(row, 300) / 2, rel=0.02)
+    two = [(np.array(tags) / 2).tolist() for tags in np.ndindex(*(3,) * len(TAGS))]  # every outcome of two a tag
+    chances = [np.prod([0.5 if p == 0.5 else 0.25 for p in tags]) for tags in two]
+    squares = [standard_error({"by_tag": dict(zip(TAGS, tags, strict=True))}, 2 * len(TAGS)) ** 2 for tags in two]
+    assert np.dot(chances, squares) == pytest.approx(0.25 / 2 / len(TAGS))  # unbiased, of fair coins
+    assert math.isnan(standard_error(row, len(TAGS)))  # one a tag says nothing
 
 
 def test_the_pages_hold_the_record() -> None:
