@@ -109,15 +109,15 @@ def test_runs_are_added_to_the_record(tmp_path: Path, monkeypatch: pytest.Monkey
         with pytest.raises(ValueError, match=r"recorded: .* has other settings than its recipe digits"):
             renewing.main([str(run), "--machine", "here"])
     assert record.read_text() == kept
-    own = {"recipe": "digits", "seed": 1, "init": "base", "run": {"save_every": 7}}
-    (run / "config.json").write_text(json.dumps(own))
+    same = {"recipe": "digits", "seed": 1, "init": "base", "run": {"save_every": 7}}
+    (run / "config.json").write_text(json.dumps(same))
     renewing.main([str(run), "--machine", "here"])  # these change nothing, or are told with a score
     for seed in range(3):
         (tmp_path / f"{seed}" / "scores.json").write_text(json.dumps(scores(0.6, captions=1200)))
-        (tmp_path / f"{seed}" / "config.json").write_text(json.dumps(own | {"seed": seed}))
+        (tmp_path / f"{seed}" / "config.json").write_text(json.dumps(same | {"seed": seed}))
         renewing.main([str(tmp_path / f"{seed}"), "--machine", "here"])
-    few, many = page.read_text().split("| 1,200 captions, mean (range) |")  # both stand, each with its runs
-    assert "| 300 captions, mean (range) |" in few and "(0.500–" in few and "| digits | 3 runs | 0.600 |" in many
+    fewer, more = page.read_text().split("| 1,200 captions, mean (range) |")  # both stand, each with its runs
+    assert "| 300 captions, mean (range) |" in fewer and "(0.500–" in fewer and "| digits | 3 runs | 0.600 |" in more
     (run / "scores.json").write_text(json.dumps(scores(0.5, captions=6)))
     with pytest.raises(ValueError, match="scores of 6 captions at guidance 1.25; expected an EMF run's of 300"):
         renewing.main([str(run), "--machine", "here"])
