@@ -140,6 +140,8 @@ def plot(runs: Sequence[dict[str, Any]], file: Path) -> None:
             right.plot(steps, [row["error"] for row in run["rows"]], **how)
         left.set(yscale="log", xlabel="step", title="median of |u_dot| / |u|")
         right.set(yscale="log", xlabel="step", title="mean squared error of u")
+        for axes in (left, right):
+            axes.locator_params(axis="x", nbins=5)  # numbers of five digits, which lie over each other else
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
     write_plot(file, draw, (8.4, 3.6), 110)
