@@ -27,8 +27,8 @@ from emf.files import read_json, write_json
 from emf.flow import times
 from emf.flow_config import FlowConfig
 from emf.model.text_to_image import TextToImage
+from emf.paper.runs import train_whole
 from emf.recipes import RECIPES
-from emf.train.loop import train
 from emf.weights.checkpoints import checkpoints, step_of
 from emf.weights.folders import load_run
 from emf_kernels import Dual, path
@@ -85,7 +85,7 @@ def run_config(base: Path, scale: float, how: Any, length: Length) -> Config:
 @torch.no_grad()
 def ratios(network: TextToImage) -> Tensor:
     """|u_dot| / |u| [PROBES] along (v, 0, 1), of a sample's RMS each, at times as EMF draws them at training's end."""
-    x, captions = digits.make_batch(7, PROBES, "test")
+    x, captions = digits.make_batch(7, PROBES)
     generator = torch.Generator().manual_seed(7)
     e = torch.randn(x.shape, generator=generator)
     t, r, _ = times(1.0, PROBES, replace(FlowConfig(), share=(1.0, 1.0)), generator)
@@ -119,7 +119,7 @@ def measured(out: Path, base: Path, scale: float, how: str, length: Length) -> d
     """One run, whole or up to where it was not finite."""
     run, fault = out / f"{how}-{scale:g}", ""
     try:
-        train(run_config(base, scale, how, length), run, resume=bool(checkpoints(run)))
+        train_whole(run_config(base, scale, how, length), run)
     except Diverged as error:
         fault = str(error).replace(str(out), "runs/stability")
     return dict(embedder_init=how, time_scale=scale, fault=fault, rows=probed(run))
@@ -181,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(arguments)
     length = replace(Length(), steps=asked.steps, every=max(10, asked.steps // 20))
     base = asked.out / "base"
-    train(base_config(length), base, resume=bool(checkpoints(base)))
+    train_whole(base_config(length), base)
     old = read_json(asked.record) if asked.record.is_file() else {}
     runs = old.get("runs", []) if old.get("steps") == length.steps else []
     for how, scale in CASES:

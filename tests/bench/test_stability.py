@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.stability import CASES, RECORD, plot, ratios, shown
+from bench.stability import CASES, RECORD, main, plot, ratios, shown
+from emf.config import Config
 from emf.files import read_json
+from emf.train import loop
 from emf_kernels import Dual
 
 
@@ -50,3 +52,16 @@ def test_a_run_that_ended_is_shown_with_its_fault(tmp_path: Path, capsys: pytest
     shown(runs)
     assert "not finite" in capsys.readouterr().out
     assert (tmp_path / "stability.png").stat().st_size > 5000
+
+
+def test_a_run_that_was_asked_to_stop_is_not_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same command goes on with it; a part of a run would stand in the record as the whole of one."""
+
+    def stopped(config: Config, out: Path, **_: object) -> None:
+        reached = config.steps if out.name == "base" else config.steps // 2
+        (out / "checkpoints" / f"step_{reached:07d}").mkdir(parents=True)
+
+    monkeypatch.setattr(loop, "train", stopped)
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path / "runs"), "--steps", "40", "--record", str(tmp_path / "record.json")])
+    assert not (tmp_path / "record.json").exists()
