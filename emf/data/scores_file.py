@@ -29,6 +29,8 @@ ROW = {"model": Literal["fm", "emf"], "steps": Annotated[int, Within(1)], "overa
 def read_scores(file: Path, who: str) -> dict[str, Any] | None:
     """What scores.json holds; None where there is none. who: how the error begins. Raises ValueError, saying what is
     wrong with it and what to do."""
+    if file.is_dir():
+        raise ValueError(f"{who}: {file} is a folder; move it away and call that again")
     if not file.is_file():
         return None
     try:

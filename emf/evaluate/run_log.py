@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,8 +11,8 @@ from emf.limits import Within
 
 METRICS, CURVE = "metrics.jsonl", "curve.jsonl"
 Share = Annotated[float, Within(0, 1)]
-Amount = Annotated[float, Within(0, math.inf)]
-"""Of what grows without an end where training goes wrong, so that its log can be read."""
+Amount = Annotated[float, Within(0, 2.0**128)]
+"""Of what grows where training goes wrong, so that its log can be read: as far as float32 goes, in which it is made."""
 RESUMED = {"step": Annotated[int, Within(1)], "wall_s": Amount | None}
 """What a run that goes on reads of its rows, in both files: key and kind of value; with None it may be missing."""
 ROW = RESUMED | {"loss": float} | dict.fromkeys(("error", "lr", "it_s", "memory_mib"), Amount)

@@ -79,10 +79,11 @@ def test_any_curve(rows: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
         (METRICS, {"step": 0}, "{}:3 has step 0; expected a whole number (at least 1); repair or remove the line"),
         (METRICS, {"step": 2}, "{}:3 has step 2 below one with step 2; expected a later step; repair or remove"),
         (METRICS, {"skipped": -1}, "{}:3 has skipped -1; expected a whole number (at least 0); repair"),
-        (METRICS, {"error": -0.5}, "{}:3 has error -0.5; expected a finite number (at least 0); repair"),
+        (METRICS, {"error": -0.5}, "{}:3 has error -0.5; expected a finite number (at least 0)"),
+        (METRICS, {"it_s": 1e39}, "{}:3 has it_s 1e+39; expected a finite number (at least 0)"),
         (METRICS, {"share": 1.5}, "{}:3 has share 1.5; expected a finite number (at least 0 and at most 1)"),
         (METRICS, {"it_s": -1}, "{}:3 has it_s -1; expected a finite number (at least 0)"),
-        (METRICS, {"wall_s": -1}, "{}:3 has wall_s -1; expected a finite number (at least 0) or null"),
+        (METRICS, {"wall_s": -1}, "{}:3 has wall_s -1; expected a finite number (at least 0)"),
         (CURVE, {"step": -1}, "{}:3 has step -1; expected a whole number (at least 1); repair or remove the line"),
         (CURVE, {"step": 1}, "{}:3 has step 1 below one with step 2; expected a later step; repair or remove"),
         (CURVE, {"overall": {"1": 0.5, "4": 7}}, "overall of {}:3 has 4 7; expected a finite number (at least 0 and"),
@@ -100,7 +101,7 @@ def test_what_no_log_holds(run: Path, name: str, change: dict[str, Any], said: s
     if "step" in change:
         with pytest.raises(ValueError, match="repair or remove the line"):
             Log(run, 1, 2)  # nor is it gone on with
-    huge = {"step": 3, "error": 1e300, "loss": -1e300}  # of a training that goes wrong, whose log is read all the same
+    huge = {"step": 3, "error": 3e38, "loss": -3e38}  # of a training that goes wrong, whose log is read all the same
     (run / name).write_text("".join(json.dumps(row | x) + "\n" for x in ({}, {"step": 2}, huge)))
     assert [x["step"] for x in read(run)] == [1, 2, 3]
 

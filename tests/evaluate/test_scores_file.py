@@ -79,6 +79,12 @@ def test_what_cannot_be(tmp_path: Path, change: dict[str, Any], said: str) -> No
     assert read_scores(tmp_path / SCORES, "report") == WHOLE | HOW | edge | {"rows": rows}
 
 
+def test_a_folder_in_its_place_is_told_before_anything_is_drawn(tmp_path: Path) -> None:
+    (tmp_path / SCORES).mkdir()
+    with pytest.raises(ValueError, match=r"^evaluate: .*scores\.json is a folder; move it away"):
+        refuse_lesser(tmp_path, HOW, FM)
+
+
 def test_a_row_that_is_not_scored_again_is_not_lost(tmp_path: Path) -> None:
     more = WHOLE["rows"] + [ROW | {"model": "emf", "steps": 16}]
     (tmp_path / SCORES).write_text(json.dumps(WHOLE | HOW | {"rows": more}))
