@@ -24,7 +24,9 @@ def add(record: dict[str, list[dict[str, Any]]], run: Path, machine: str) -> Non
     """A run's entry, in the place of one of the same recipe, seed, machine and number of captions. Raises ValueError
     where the run was scored on fewer captions than the others or at another guidance, or was trained otherwise than its
     recipe says."""
-    config, scores = from_file(run / "config.json"), read_object(run / "scores.json", "recorded")
+    config, scores = from_file(run / "config.json"), read_scores(run / SCORES, "recorded")
+    if scores is None:
+        raise ValueError(f"recorded: {run} has no {SCORES}; `emf evaluate digits {run}` writes it")
     if changed(config):
         raise ValueError(
             f"recorded: {run} has other settings than its recipe {config.recipe}; a run without is recorded"

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from emf.config import Config
 from emf.data.digits import TAGS, prompts
-from emf.data.scores_file import EULER, FEW, SCORES, refuse_lesser
+from emf.data.scores_file import CAPTIONS, EULER, FEW, SCORES, refuse_lesser
 from emf.evaluate.digits_scorer import Scorer, calibrate
 from emf.evaluate.recorded import about, recorded, spreads, standard_error
-from emf.evaluate.scores_file import CAPTIONS, EULER, FEW, SCORES, refuse_lesser
 from emf.files import check_writable, write_json
 from emf.idle import chosen
 from emf.recipes import RECIPES
