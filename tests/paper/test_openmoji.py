@@ -133,10 +133,10 @@ def test_the_recorded_runs_are_a_record_to_go_on_with() -> None:
     columns = whole.columns | {"scores": Column(SCORES, ranks), "encoder": Column(ENCODER, lambda tree: None)}
     rows = replace(whole, columns=columns, fixed={}).recorded(folder)
     assert rows.keys() == {part.name for part in whole.parts} and Found(tree, ENCODERS).encoders == [*ENCODERS]
-    # as profiles/LOG.md has it, but for chance: three scores are alike, which more orders match
+    # as profiles/LOG.md has it
     agreed = Found(tree, ENCODERS).agreement(MEASURES[1], "emf", 1)
-    assert (agreed.n, agreed.verdict) == (1, "not told apart") and f"{agreed.seeds.mean:.2f}" == "0.89"
-    assert f"{agreed.captions.low:.2f} {agreed.captions.high:.2f} {agreed.chance:.2f}" == "0.05 1.00 0.10"
+    assert (agreed.n, agreed.verdict) == (1, "not told apart") and f"{agreed.seeds.mean:.2f}" == "0.56"
+    assert f"{agreed.captions.low:.2f} {agreed.captions.high:.2f} {agreed.chance:.2f}" == "0.10 0.90 0.37"
 
 
 def test_what_is_trained_is_what_is_told(out: Path) -> None:
