@@ -35,7 +35,7 @@ class Within:
         if not math.isfinite(x):
             return "must be finite"
         first, last = self.ends
-        if " and " not in self.words:
+        if not all(self.named):
             return f"must be {last if low else first}"  # the other end is one that nobody set
         return f"must be {self.words}"
 
@@ -46,11 +46,14 @@ class Within:
         return first, f"at most {self.most}" if self.below is None else f"below {self.below}"
 
     @property
+    def named(self) -> tuple[bool, bool]:
+        """Whether somebody set where it begins, and where it ends."""
+        return self.above is not None or self.least > -LARGEST, self.below is not None or self.most < LARGEST
+
+    @property
     def words(self) -> str:
         """The ends that somebody set; empty where nobody set one."""
-        first, last = self.ends
-        said = [first] * (self.above is not None or self.least > -LARGEST)
-        return " and ".join(said + [last] * (self.below is not None or self.most < LARGEST))
+        return " and ".join(end for end, named in zip(self.ends, self.named, strict=True) if named)
 
 
 ANY = Within()

@@ -166,7 +166,7 @@ def write_openmoji(
     """Write results.json and report-openmoji.html in `out` from the parts that are done; returns the page's path."""
     whole = study(out, gallery, budget, encoders)
     tree = whole.gather(out, world=gallery.world, source=gallery.source, ceiling=ceiling(gallery))
-    found = Found(tree, dict.fromkeys(part.name.split("/")[1] for part in whole.parts))
+    found = Found(tree, encoders or ENCODERS)
     b, n = budget, len(budget.seeds)
     lead = f"""<h1>Text encoders on named pictures</h1><p class="lead">EMF (arXiv 2604.18168) holds that a text encoder
 that tells captions apart is what few steps need. Here {b.pictures} pictures with several names each are learned with

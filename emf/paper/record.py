@@ -11,6 +11,7 @@ from emf.files import misfit, read_json, write_json
 from emf.paper.parts import Part
 
 RESULTS = "results.json"
+AGAIN = f"move its folder and {RESULTS} away, and the part is made again"
 SCORES, ENCODER = "scores_by_steps.json", "encoder.json"
 """What a part writes in its folder. Not scores.json, which `emf evaluate digits` writes in a run's folder, and which
 its page reads."""
@@ -102,8 +103,7 @@ class Study:
         """What a part has left in its folder. Raises ValueError where that is not what a part writes."""
         row = {k: c.read(folder / c.file) for k, c in self.columns.items() if c.there(folder / c.file)}
         if odd := self._odd(row):
-            again = f"move its folder and {RESULTS} away, and the part is made again"
-            raise ValueError(f"{self.who}: {folder / self.columns[odd[0]].file} {odd[1]}; {again}")
+            raise ValueError(f"{self.who}: {folder / self.columns[odd[0]].file} {odd[1]}; {AGAIN}")
         return row
 
     def _odd(self, row: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -120,8 +120,7 @@ class Study:
         rows |= {name: self.row(out / name) for name in names if (out / name / SCORES).is_file()}
         for name in names:
             if name in rows and (lacks := self._lacks(name, rows[name])):
-                again = f"move its folder and {RESULTS} away, and the part is made again"
-                raise ValueError(f"{self.who}: {out / name} {lacks}; {again}")
+                raise ValueError(f"{self.who}: {out / name} {lacks}; {AGAIN}")
         missing = [name for name in names if name not in rows]
         found = {"budget": asdict(self.budget), **further, **self.fixed, "missing": missing, "parts": rows}
         write_json(out / RESULTS, found)
