@@ -5,8 +5,6 @@ profiles/static/calibration.json.
 
 from __future__ import annotations
 
-import json
-
 from bench.static import Launch, compiled, predict  # isort: skip - first: it decides that kernels are compiled
 
 import torch
@@ -16,6 +14,8 @@ from torch import Tensor
 
 from bench.chips import CHIPS
 from bench.clocks import FILE, Row, measured, summary
+from bench.records import write_record
+from emf.errors import as_command
 
 
 @triton.jit
@@ -128,9 +128,10 @@ def told(rows: list[Row], clocks: dict[str, list[Row]]) -> str:
 def main(write: bool = True) -> None:
     rows = published()
     if write:
-        FILE.write_text(json.dumps(dict(chip=CHIPS["sm_90"].name, rows=rows), indent=1) + "\n")
+        write_record(FILE, dict(chip=CHIPS["sm_90"].name, rows=rows))
     print(told(rows, measured()))
 
 
 if __name__ == "__main__":
-    main()
+    with as_command():
+        main()

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bench.meters import Held
-from bench.ops import OUT, revision
 from bench.providers import (
     SIZES,
     Released,
@@ -31,11 +30,13 @@ from bench.providers import (
     func_jvp,
     no_grad_and_forward,
 )
+from bench.records import PROFILES, revision, write_record
 from bench.step import CAPABILITIES
+from emf.errors import as_command
 from emf.recipes import RECIPES
 from emf.train.zero import Engine, process_group
 
-FILE = OUT / "capabilities.json"
+FILE = PROFILES / "capabilities.json"
 LR = 1e-3
 Made = tuple[Setting, Step, nn.Module]
 
@@ -160,8 +161,9 @@ def main() -> None:
                 rows[way][capability] = attempt(way, capability)
                 print(way, capability, rows[way][capability], sep=" | ", flush=True)
     head = dict(torch=torch.__version__, size="tiny", commit=revision())
-    FILE.write_text(json.dumps(dict(head=head, rows=rows), indent=1) + "\n")
+    write_record(FILE, dict(head=head, rows=rows))
 
 
 if __name__ == "__main__":
-    main()
+    with as_command():
+        main()

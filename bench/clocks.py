@@ -11,9 +11,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from bench.records import PROFILES
 from emf.files import read_json
 
-PROFILES = Path(__file__).parent.parent / "profiles"
 FILE = PROFILES / "static" / "calibration.json"
 TABLES = {"a100": "sm_80", "3090": "sm_86", "4090": "sm_89", "h100": "sm_90", "h200": "sm_90", "b200": "sm_100"}
 """Of a device's name. An H200 is an H100 with faster memory: what is bound by memory is faster there than predicted."""

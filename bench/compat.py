@@ -20,6 +20,9 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from emf.errors import as_command
+from emf.files import write_json, write_text
+
 ROOT = Path(__file__).parent.parent
 PLACE, PAGE = ROOT / ".compat", ROOT / "docs" / "compat.md"
 PAIRS = ("3.11:2.11.0", "3.13:2.15.0")
@@ -142,7 +145,7 @@ def tried(pair: str, now: str) -> dict[str, Any]:
     if not report.is_file():
         raise ValueError(f"compat: pytest did not end with Python {python} and torch {torch}; its message is above")
     row = versions(own) | counts(report) | dict(commit=now, date=datetime.now(UTC).strftime("%Y-%m-%d"))
-    record.write_text(json.dumps(row | dict(seconds=round(time.monotonic() - start))))
+    write_json(record, row | dict(seconds=round(time.monotonic() - start)))
     return row
 
 
@@ -169,11 +172,12 @@ def main() -> None:
             print(f"error: {error}", file=sys.stderr)
             bad = 2
             continue
-        PAGE.write_text(renewed(PAGE.read_text(), row))
+        write_text(PAGE, renewed(PAGE.read_text(), row))
         bad = bad or int(row["failed"] > 0)
     print(f"compat: the table is in {PAGE.relative_to(ROOT)}")
     sys.exit(bad)
 
 
 if __name__ == "__main__":
-    main()
+    with as_command():
+        main()

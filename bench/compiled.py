@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 import time
@@ -22,9 +21,10 @@ from typing import Any
 
 import torch
 
-from bench.ops import OUT, core, revision
 from bench.providers import SIZES, Released, Setting, Step, dual, fm
+from bench.records import PROFILES, core, revision, write_record
 from bench.step import seconds
+from emf.errors import as_command
 from emf.model.transformer import Transformer
 from emf.train.faster import compiled
 
@@ -114,14 +114,15 @@ def main() -> None:
     options = parser.parse_args()
     if min(options.rounds, options.layers + 1) < 1:
         parser.error(f"--rounds {options.rounds} --layers {options.layers}; expected at least 1 and 0")
-    file = OUT / "cpu" / f"compiled-{core()}.json"
+    file = PROFILES / "cpu" / f"compiled-{core()}.json"
     for record in measure(options.size, options.layers, options.rounds, not options.ours):
         print(f"round {record['head']['rounds']} of {options.rounds}", flush=True)
         if options.size == "cpu":
-            file.write_text(json.dumps(record, indent=1) + "\n")
+            write_record(file, record)
     for row in record["rows"]:
         print(f"{row['way']:20} {row['time']:.2f} ({row['low']:.2f} to {row['high']:.2f}) x {row['to']}")
 
 
 if __name__ == "__main__":
-    main()
+    with as_command():
+        main()

@@ -9,15 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.ops import OUT
+from bench.records import PROFILES
 from emf.data.scores_file import CAPTIONS, SCORES, read_scores
+from emf.errors import as_command
 from emf.evaluate.recorded import RECORD, entry, table
 from emf.evaluate.small_world import changed
 from emf.files import read_json, write_json, write_text
 from emf.recipes import from_file
 from emf.sample.sampling_settings import GUIDANCE
 
-PAGES = (OUT.parent / "README.md", OUT.parent / "docs" / "training.md")
+PAGES = (PROFILES.parent / "README.md", PROFILES.parent / "docs" / "training.md")
 
 
 def add(record: dict[str, list[dict[str, Any]]], run: Path, machine: str) -> None:
@@ -69,4 +70,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with as_command():
+        main()

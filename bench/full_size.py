@@ -5,7 +5,6 @@ CPU without bfloat16 units does some of them at 0.4 GFLOP/s."""
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Any
 
@@ -14,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from bench.meters import process_peak_bytes
-from bench.ops import OUT, revision
+from bench.records import PROFILES, revision, write_record
+from emf.errors import as_command
 from emf.flow import FlowConfig, meanflow_loss
 from emf.model.transformer import Transformer, TransformerConfig
 
@@ -69,9 +69,10 @@ def main() -> None:
         u_dot_over_u=(seen["u_dot"].norm() / seen["u"].norm()).item(), peak_gib=None if peak is None else peak / GIB,
         torch=torch.__version__, commit=revision(),
     )  # fmt: skip
-    (OUT / "cpu" / "full-size.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_record(PROFILES / "cpu" / "full-size.json", record)
     print(record)
 
 
 if __name__ == "__main__":
-    main()
+    with as_command():
+        main()

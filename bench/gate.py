@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from bench import calibrate, cycles
-from bench.static import ARCHS, OUT, bench_cases, named, row
+from bench.records import write_record_rows
+from bench.static import ARCHS, STATIC, bench_cases, named, row
 from bench.worse import failures
+from emf.errors import as_command
 from emf_kernels import REGISTRY
 
 KEPT = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "emf-static"
@@ -24,7 +26,7 @@ Row = dict[str, Any]
 
 
 def recorded(arch: str) -> list[Row]:
-    return json.loads((OUT / f"{arch}.json").read_text())
+    return json.loads((STATIC / f"{arch}.json").read_text())
 
 
 def work(task: tuple[str, str, str]) -> list[Row]:
@@ -83,12 +85,11 @@ def main() -> None:
         print(*lost or [f"{len(found)} launches: none is worse than recorded"], sep="\n")
         sys.exit(1 if lost else 0)
     if not options.ops:
-        OUT.mkdir(parents=True, exist_ok=True)
         for arch in archs:
-            lines = ",\n".join(json.dumps(r) for r in found if r["arch"] == arch)
-            (OUT / f"{arch}.json").write_text(f"[\n{lines}\n]\n")
+            write_record_rows(STATIC / f"{arch}.json", (r for r in found if r["arch"] == arch))
         calibrate.main()
 
 
 if __name__ == "__main__":
-    main()
+    with as_command():
+        main()

@@ -10,7 +10,6 @@ profiles/<device>/step-*.json.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import signal
@@ -22,7 +21,9 @@ from collections import Counter, defaultdict
 
 import torch
 
-from bench.ops import OUT, device_name, revision
+from bench.records import PROFILES, device_name, revision, write_record
+from emf.errors import as_command
+from emf.files import write_text
 
 # each with the share of the time after which it ends
 PARTS = {"parity": 0.3, "tune": 0.5, "kernels": 0.6, "ops": 0.75, "graphs": 0.82, "step": 1.0}
@@ -33,8 +34,7 @@ TESTS = [f"tests/kernels/test_{name}.py" for name in ("ops", "kernels", "attenti
 def parity(seconds: float) -> bool:
     """The GPU's tests, spread over the cores: compiling takes the time. What has not run when the time is over is
     counted as not run."""
-    out = OUT / device_name() / "parity.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = PROFILES / device_name() / "parity.json"
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *TESTS, "-k", "not cpu"]
     command += ["-n", str(max(1, (os.cpu_count() or 2) - 2)), "--dist", "worksteal"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -49,11 +49,11 @@ def parity(seconds: float) -> bool:
     watch.cancel()
     child.wait()
     failures = [line.strip() for line in lines if line.startswith(("FAILED", "ERROR"))]
-    (out.parent / "parity.log").write_text("".join(lines))  # the tracebacks of what failed
     head = dict(device=device_name(), torch=torch.__version__, commit=revision(), closing=lines[-1].strip())
     head |= dict(seconds=round(time.monotonic() - started))
     rows = [dict(tests=name, **count) for name, count in sorted(counts.items())]
-    out.write_text(json.dumps(dict(head=head, rows=rows, failures=failures), indent=1) + "\n")
+    write_record(out, dict(head=head, rows=rows, failures=failures))
+    write_text(out.parent / "parity.log", "".join(lines))  # the tracebacks of what failed
     for row in rows:
         print(row, flush=True)
     print(*failures[:40], head["closing"], sep="\n", flush=True)
@@ -85,4 +85,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with as_command():
+        main()

@@ -22,7 +22,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # products in an or
 import torch
 from torch import Tensor
 
-from bench.ops import GPU, OUT, device_name, revision
+from bench.records import GPU, PROFILES, device_name, revision, write_record
+from emf.errors import as_command
 from emf.flow import meanflow_loss
 from emf.flow_config import FlowConfig
 from emf.model.replay import Graphs
@@ -155,22 +156,22 @@ def main() -> None:
     if not GPU:
         parser.error("no GPU here; tests/model/test_graphs.py imitates a recording without one")
     until = time.monotonic() + options.seconds
-    out = OUT / device_name() / "graphs.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = PROFILES / device_name() / "graphs.json"
     head = dict(device=device_name(), torch=torch.__version__, commit=revision())
     record: dict[str, Any] = dict(head=head, right=[], times=[])
     torch.use_deterministic_algorithms(True, warn_only=True)
     for dtype, masked in ((torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)):
         record["right"].append(compare(dtype, masked))
         print(json.dumps(record["right"][-1]), flush=True)
-        out.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(out, record)
     torch.use_deterministic_algorithms(False)
     right = all(row["right"] for row in record["right"])
     if right and time.monotonic() < until:
         record["times"] = timed(options.layers, options.rounds)
-        out.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(out, record)
     sys.exit(0 if right else 1)
 
 
 if __name__ == "__main__":
-    main()
+    with as_command():
+        main()

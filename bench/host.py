@@ -24,7 +24,6 @@ Run it with `python -m bench.host`; it writes profiles/cpu/host.json.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -47,8 +46,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from bench.compiled import with_compiled_blocks
-from bench.ops import OUT, revision
 from bench.providers import Released, Setting, Size, dual, fm
+from bench.records import PROFILES, revision, write_record
+from emf.errors import as_command
 from emf.model.sizes import TransformerConfig
 from emf_kernels import Op
 
@@ -197,10 +197,11 @@ def main() -> None:
             f"{row['way']:16} {row['ms']:7.1f} ms   {row['ratio']:.2f} ({low:.2f} to {high:.2f}) x {BASE}"
             f"   {row['launches']} launches"
         )
-    file = OUT / "cpu" / "host.json"
-    file.write_text(json.dumps(record, indent=1) + "\n")
+    file = PROFILES / "cpu" / "host.json"
+    write_record(file, record)
     print(f"record: {file}")
 
 
 if __name__ == "__main__":
-    main()
+    with as_command():
+        main()

@@ -9,7 +9,6 @@ flushed before each call. Needs torch and triton only (PYTHONPATH=kernels:.).
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections import defaultdict
@@ -20,7 +19,9 @@ import torch
 import triton
 from torch.profiler import ProfilerActivity, profile
 
-from bench.ops import OUT, ceilings, device_name, outputs, require_grad, revision
+from bench.ops import ceilings, outputs, require_grad
+from bench.records import PROFILES, device_name, revision, write_record
+from emf.errors import as_command
 from emf_kernels import REGISTRY, Case, Dual, Op, backend
 
 ROUNDS = 20
@@ -116,7 +117,7 @@ def main() -> None:
     head |= dict(dtype="bfloat16", rounds=ROUNDS) | ceilings(torch.bfloat16)
     print(head, flush=True)
     rows: list[dict[str, Any]] = []
-    out = OUT / device_name() / "kernels.json"
+    out = PROFILES / device_name() / "kernels.json"
     for op in REGISTRY.values():
         for case in op.cases:
             if "bench" not in case.tags or (options.ops and op.name not in options.ops):
@@ -137,9 +138,9 @@ def main() -> None:
             for (launch, provider), us in sums.items():
                 print(op.name, case.name, launch, provider, f"{us:.1f} us", flush=True)
             if not options.ops:  # a part would take the place of the whole record
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_text(json.dumps(dict(head=head, rows=rows), indent=1) + "\n")
+                write_record(out, dict(head=head, rows=rows))
 
 
 if __name__ == "__main__":
-    main()
+    with as_command():
+        main()

@@ -15,20 +15,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.precision import OUT
+from bench.records import PROFILES, begun, write_record
 from emf.config import Config
+from emf.errors import as_command
 from emf.evaluate.recorded import Spread
 from emf.files import claim, read_json, write_json
 from emf.flow_config import FlowConfig
-from emf.paper.parts import Budget, Part
+from emf.paper.parts import Part
 from emf.paper.runs import SCORES, run_parts, train_whole
 from emf.paper.scoring import score
 from emf.recipes import digits, digits_one_step
 from emf.sample.sampling_settings import GUIDANCE
 
-RECORD = OUT / "one-step.json"
+RECORD = PROFILES / "one-step.json"
 STEPS, BATCH, SEEDS, PER_TAG = 500, 32, (0, 1, 2), 200
-COUNTS = ("1", "2", "4")
+COUNTS = (1, 2, 4)
 
 
 def flow(**settings: Any) -> Callable[[Config], Config]:
@@ -65,9 +66,8 @@ def parts(seeds: Sequence[int]) -> list[Part]:
 
 def run_part(part: Part, out: Path) -> None:
     folder = out / part.name
-    folder.mkdir(parents=True, exist_ok=True)
     train_whole(part.config, folder)
-    write_json(folder / SCORES, score(folder, Budget(per_tag=PER_TAG)))
+    write_json(folder / SCORES, score(folder, PER_TAG, COUNTS))
 
 
 def gathered(out: Path, old: Sequence[dict[str, Any]], seeds: Sequence[int]) -> list[dict[str, Any]]:
@@ -88,7 +88,7 @@ def table(rows: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[list[st
     for name in MEANS:
         mine = [row["scores"] for row in rows if row["mean"] == name]
         if mine:
-            cells.append([name, str(len(mine)), *(f"{Spread.of([s[n] for s in mine]):.3f}" for n in COUNTS)])
+            cells.append([name, str(len(mine)), *(f"{Spread.of([s[str(n)] for s in mine]):.3f}" for n in COUNTS)])
     return ("mean, 500 steps of 32", "seeds", *(f"EMF in {n}" for n in COUNTS)), cells
 
 
@@ -101,11 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
     asked = parser.parse_args(arguments)
     head = dict(steps=STEPS, batch=BATCH, captions=6 * PER_TAG, guidance=GUIDANCE)
-    record: dict[str, Any] = read_json(RECORD) if RECORD.is_file() else {**head, "rows": []}
-    if other := [key for key in head if record[key] != head[key]]:
-        raise ValueError(f"one step: {RECORD} has {other[0]} {record[other[0]]}, not {head[other[0]]}; move it away")
+    old = begun(RECORD, head, "one step").get("rows", [])
     claim(asked.out, head, None, who="one step: ", advice="choose another --out")
-    old = record["rows"]
     done = {(row["mean"], row["seed"]) for row in old}
     named = [(name, seed) for seed in asked.seeds for name in MEANS]
     left = [part for key, part in zip(named, parts(asked.seeds), strict=True) if key not in done]
@@ -113,9 +110,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run_parts(asked.out, left, partial(run_part, out=asked.out), asked.jobs, who="one step")
     finally:
         rows = gathered(asked.out, old, asked.seeds)
-        write_json(RECORD, dict(**head, rows=rows), indent=1)
+        write_record(RECORD, dict(**head, rows=rows))
     console().print(terminal(*table(rows), words=(0,)))
 
 
 if __name__ == "__main__":
-    main()
+    with as_command():
+        main()

@@ -9,14 +9,11 @@ SANA's cases are timed at micro-batches of 1, 4 and 16.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,36 +21,17 @@ import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from emf_kernels import REGISTRY, Case, Dual, Op, backend, launch
+from bench.records import DEVICE, GPU, PROFILES, device_name, revision, write_record
+from emf.errors import as_command
+from emf_kernels import REGISTRY, Case, Dual, Op, backend
 
 try:
     from jvp_flash_attention.jvp_attention import JVPAttn
 except ImportError:
     JVPAttn = None
 
-OUT = Path(__file__).parent.parent / "profiles"
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
 WRONG = 0.05  # relative error against the lift above which a provider is not timed
 Call = Callable[[], list[Tensor]]
-
-
-def device_name() -> str:
-    return launch.chips(torch.cuda.current_device())[0] if GPU else "cpu"
-
-
-def core() -> str:
-    """The kind of a CPU's core, by the vector instructions that PyTorch finds: avx512, avx2, default. MKL and the
-    compiler behind torch.compile ask the CPU themselves."""
-    return torch.backends.cpu.get_cpu_capability().lower()
-
-
-def revision() -> str:
-    """The commit, "" where git or the history is not there."""
-    try:
-        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError:
-        return ""
 
 
 def outputs(y: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -264,7 +242,7 @@ def main() -> None:
     print(COLUMNS, flush=True)
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []
-    out = OUT / device_name() / "ops.json"
+    out = PROFILES / device_name() / "ops.json"
     cases = list(bench_cases(options.ops))
     for number, (op, case) in enumerate(cases, 1):
         if time.monotonic() > until:
@@ -277,11 +255,11 @@ def main() -> None:
             shown = (f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items() if k != "shape")
             print(" ".join(shown), flush=True)
         if GPU and not options.ops:  # absolute times of a CPU are no record
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(dict(head=head, rows=rows), indent=1) + "\n")
+            write_record(out, dict(head=head, rows=rows))
     if left_out:
         print("no time left for", ", ".join(left_out), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    with as_command():
+        main()

@@ -8,7 +8,6 @@ profiles/cpu/overlap.json."""
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -18,10 +17,11 @@ from typing import Any
 import torch
 
 from bench.completions import Answer, served
-from bench.ops import OUT, revision
+from bench.records import PROFILES, revision, write_record
 from emf.conditioning.blip3o import Blip3oNext, SpecialTokens
 from emf.conditioning.small import Connector
 from emf.config import ConditionConfig, Config
+from emf.errors import as_command
 from emf.model.sizes import TransformerConfig
 from emf.model.text_to_image import TextToImage
 from emf.model.transformer import Transformer
@@ -140,8 +140,9 @@ def main() -> None:
         commit=revision(),
         rows=rows,
     )
-    (OUT / "cpu" / "overlap.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_record(PROFILES / "cpu" / "overlap.json", record)
 
 
 if __name__ == "__main__":
-    main()
+    with as_command():
+        main()

@@ -9,7 +9,6 @@ the same weights and inputs (rounded alike) in float64: arithmetic is measured, 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,10 +20,11 @@ import torch
 from torch import Tensor
 
 from bench.interpreter import as_on_a_gpu
+from bench.records import PROFILES, write_record_rows
+from emf.errors import as_command
 from emf.model.transformer import Transformer, TransformerConfig
 from emf_kernels import Dual, Op, backend
 
-OUT = Path(__file__).parent.parent / "profiles"
 TIMES = (0.02, 0.5, 0.98)
 DEPTHS = (2, 5, 10, 20)
 
@@ -183,8 +183,8 @@ def main(run: Path | None) -> None:
             network, inputs = trained_network(run)
         measured = measure(network, inputs, t, IN.get(title, IMITATED))
         rows += [dict(network=title, layers=layers) | row for row in measured]
-    (OUT / "precision.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-    plot(rows, OUT / "precision.png")
+    write_record_rows(PROFILES / "precision.json", rows)
+    plot(rows, PROFILES / "precision.png")
     printed = []
     for r in rows:
         errors = (f"{r[k]:.1e}" for k in ("u", "u_dot"))
@@ -195,4 +195,5 @@ def main(run: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+    with as_command():
+        main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)

@@ -10,7 +10,6 @@ forward. The step is eager plain torch on a CPU and the Triton kernels on a GPU.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from functools import partial
 from pathlib import Path
@@ -21,9 +20,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench import plots
-from bench.ops import DEVICE, GPU, OUT, ceilings, device_name, revision
+from bench.ops import ceilings
 from bench.providers import SIZES, Setting
+from bench.records import DEVICE, GPU, PROFILES, device_name, revision
 from bench.roofline import roofline
+from emf.errors import as_command
+from emf.files import make_folder, write_json
 from emf.flow import meanflow_loss
 from emf.show.plot import write_plot
 from emf.train.ranges import mark_network, span
@@ -175,9 +177,9 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(options.out / "trace.json"))
     if options.size != "tiny":
-        file = OUT / device_name() / f"profile-{options.size}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(rounded(record)) + "\n")
+        file = PROFILES / device_name() / f"profile-{options.size}.json"
+        make_folder(file.parent)
+        write_json(file, rounded(record), indent=None)
     for name, draw in dict(breakdown=plots.shares, roofline=plots.roof, memory=plots.memory).items():
         drawn = partial(draw, record=record)
         write_plot(options.out / f"{name}.png", lambda figure, drawn=drawn: drawn(figure.subplots()), (8, 4), 130)
@@ -188,4 +190,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with as_command():
+        main()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.ops import DEVICE, GPU
+from bench.records import DEVICE, GPU
 from emf.flow import FlowConfig, meanflow_loss
 from emf.model.transformer import Transformer, TransformerConfig
 from emf_kernels import backend, meanflow, path

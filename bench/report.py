@@ -10,14 +10,15 @@ from typing import Any
 
 from bench import clocks, plots
 from bench.chips import CHIPS, TRUST
-from bench.ops import OUT
+from bench.records import PROFILES
 from bench.step import CAPABILITIES, table
+from emf.errors import as_command
 from emf.files import read_json, write_text
 from emf.show import page
 from emf.show.page import Html, code, note, words
 from emf.show.plot import plot
 
-BENCHMARKS = OUT.parent / "docs" / "benchmarks.md"
+BENCHMARKS = PROFILES.parent / "docs" / "benchmarks.md"
 NO_GPU = Html(f"No whole step has been timed on a GPU yet; {code('make gpu')} fills those parts.")
 
 
@@ -155,7 +156,7 @@ def trust(found: dict[str, list[dict[str, Any]]]) -> Html:
 
 def static_section() -> Html:
     """What the compiler makes of every kernel, and what binds it."""
-    found = {arch: read_json(OUT / "static" / f"{arch}.json") for arch in CHIPS}
+    found = {arch: read_json(PROFILES / "static" / f"{arch}.json") for arch in CHIPS}
     measured = clocks.measured()
     figures = {}
     for arch in TRUST:
@@ -198,12 +199,12 @@ def static_section() -> Html:
 def precision_section() -> Html:
     alt = "Relative error of u and of du/dt by depth, for four precisions, at three times"
     told = Html(f"A kernel's rounding imitated ({code('python -m bench.precision')}).")
-    drawn = page.wide(page.picture((OUT / "precision.png").read_bytes(), alt))
+    drawn = page.wide(page.picture((PROFILES / "precision.png").read_bytes(), alt))
     return Html(f"<h2>How exact a tangent is</h2>{note(told)}{drawn}")
 
 
 def mutation_section() -> Html:
-    rows = read_json(OUT / "mutations.json")
+    rows = read_json(PROFILES / "mutations.json")
     rows = rows["rows"] if isinstance(rows, dict) else rows
     return Html(f"""<h2>Can the parity tests fail?</h2><p>{len(rows)} mutations of the kernels, one line each; a test
 notices every one ({code("profiles/mutations.json")}, run one by one in {code("make test")}).</p>""")
@@ -211,25 +212,25 @@ notices every one ({code("profiles/mutations.json")}, run one by one in {code("m
 
 def cpu_records() -> list[Path]:
     """Of the size "cpu", one for each kind of core."""
-    return sorted((OUT / "cpu").glob("step-cpu-*.json"))
+    return sorted((PROFILES / "cpu").glob("step-cpu-*.json"))
 
 
 def render() -> str:
-    can = read_json(OUT / "capabilities.json")["rows"]
-    steps = sorted(OUT.glob("*/step-*.json"), key=lambda f: (f.parent.name != "cpu", f.name))
-    devices = sorted({f.parent.name for f in [*steps, *OUT.glob("*/ops.json")]} - {"cpu"})
+    can = read_json(PROFILES / "capabilities.json")["rows"]
+    steps = sorted(PROFILES.glob("*/step-*.json"), key=lambda f: (f.parent.name != "cpu", f.name))
+    devices = sorted({f.parent.name for f in [*steps, *PROFILES.glob("*/ops.json")]} - {"cpu"})
     sections = [lead(read_json(cpu_records()[0]), devices)]
     sections += [step_section(file, can) for file in steps]
     sections += [capability_section(can)]
-    sections += [profile_section(file) for file in sorted(OUT.glob("*/profile-*.json"))]
-    sections += [ops_section(file) for file in sorted(OUT.glob("*/ops.json"))]
+    sections += [profile_section(file) for file in sorted(PROFILES.glob("*/profile-*.json"))]
+    sections += [ops_section(file) for file in sorted(PROFILES.glob("*/ops.json"))]
     sections += [precision_section(), static_section(), mutation_section()]
     return page.page("What a tangent costs: EMF-MeanFlow", *sections)
 
 
 def benchmarks() -> str:
     """docs/benchmarks.md with its generated tables renewed, one for each kind of core."""
-    can = read_json(OUT / "capabilities.json")["rows"]
+    can = read_json(PROFILES / "capabilities.json")["rows"]
     records = [read_json(file) for file in cpu_records()]
     made = "\n\n".join(f"Cores with {r['head']['core']}:\n\n{table(r, can)}" for r in records)
     return re.sub(
@@ -241,10 +242,11 @@ def benchmarks() -> str:
 
 
 def main() -> None:
-    write_text(OUT / "report.html", render())
-    BENCHMARKS.write_text(benchmarks())
-    print(f"open {OUT / 'report.html'}; the table of docs/benchmarks.md is renewed")
+    write_text(PROFILES / "report.html", render())
+    write_text(BENCHMARKS, benchmarks())
+    print(f"open {PROFILES / 'report.html'}; the table of docs/benchmarks.md is renewed")
 
 
 if __name__ == "__main__":
-    main()
+    with as_command():
+        main()

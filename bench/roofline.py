@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.meters import Count
-from bench.ops import GPU
+from bench.records import GPU
 from emf_kernels import Dual, Op, backend
 
 Watch = Callable[[Op, Callable[[], Any], tuple[Any, ...]], Any]

@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.precision import OUT
+from bench.records import PROFILES, begun, write_record
 from emf.config import Config
 from emf.data import digits
-from emf.errors import Diverged
+from emf.errors import Diverged, as_command
 from emf.evaluate.run_log import read_metrics
-from emf.files import read_json, write_json
 from emf.flow import times
 from emf.flow_config import FlowConfig
 from emf.model.text_to_image import TextToImage
@@ -33,7 +32,7 @@ from emf.weights.checkpoints import checkpoints, step_of
 from emf.weights.folders import load_run
 from emf_kernels import Dual, path
 
-RECORD = OUT / "stability.json"
+RECORD = PROFILES / "stability.json"
 CASES = (
     ("duplicate", 1.0),  # EMF's
     ("preserve", 10.0),  # the digits'
@@ -180,19 +179,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--record", type=Path, default=RECORD, help="what is written; a picture lies beside it")
     asked = parser.parse_args(arguments)
     length = replace(Length(), steps=asked.steps, every=max(10, asked.steps // 20))
+    head = dict(steps=length.steps, batch=length.batch)
+    runs = begun(asked.record, head, "stability").get("runs", [])
     base = asked.out / "base"
     train_whole(base_config(length), base)
-    old = read_json(asked.record) if asked.record.is_file() else {}
-    runs = old.get("runs", []) if old.get("steps") == length.steps else []
     for how, scale in CASES:
         if any((run["embedder_init"], run["time_scale"]) == (how, scale) for run in runs):
             continue
         print(f"{how}, time scale {scale:g}", flush=True)
         runs.append(measured(asked.out, base, scale, how, length))
-        write_json(asked.record, dict(steps=length.steps, batch=length.batch, runs=runs), indent=1)
+        write_record(asked.record, dict(**head, runs=runs))
         plot(runs, asked.record.with_suffix(".png"))
     shown(runs)
 
 
 if __name__ == "__main__":
-    main()
+    with as_command():
+        main()

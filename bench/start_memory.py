@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from emf.config import Config
+from emf.errors import as_command
 from emf.model.transformer import Transformer
 from emf.recipes import digits
 from emf.weights.tensors import Item, write
@@ -131,4 +132,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with as_command():
+        main()

@@ -37,11 +37,12 @@ from triton.runtime.jit import JITFunction
 from bench import bounds, cycles
 from bench.chips import CHIPS
 from bench.ops import outputs, require_grad
+from bench.records import PROFILES
 from bench.traffic import SPACE
 from emf_kernels import REGISTRY, Case, Dual, Op, backend, launch
 
 ARCHS = tuple(CHIPS)
-OUT = Path(__file__).parent.parent / "profiles" / "static"
+STATIC = PROFILES / "static"
 TOOL = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 POINTERS = {
     **{torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"},

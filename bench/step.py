@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -21,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from bench.meters import Count, Held, heap_set_aside, kernels_launched, process_peak_bytes
-from bench.ops import GPU, OUT, core, device_name, peak_bytes, revision
+from bench.ops import peak_bytes
 from bench.providers import SIZES, Setting, Step, providers
+from bench.records import GPU, PROFILES, core, device_name, revision, write_record
+from emf.errors import as_command
 from emf.train.hardware import peak_flops
 from emf_kernels import backend
 
@@ -137,9 +138,8 @@ def save(record: dict[str, Any]) -> None:
     head = record["head"]
     other = "" if head["batch"] == SIZES[head["size"]].batch else f"-b{head['batch']}"
     kind = f"-{head['core']}" if "core" in head else ""
-    out = OUT / head["device"] / f"step-{head['size']}{other}{kind}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({k: v for k, v in record.items() if k != "times"}, indent=1) + "\n")
+    out = PROFILES / head["device"] / f"step-{head['size']}{other}{kind}.json"
+    write_record(out, {k: v for k, v in record.items() if k != "times"})
 
 
 def table(record: dict[str, Any], can: dict[str, dict[str, str]]) -> str:
@@ -194,4 +194,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with as_command():
+        main()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bench.ops import GPU
+from bench.records import GPU
 from bench.step import measure, save
 
 pytest_plugins = ["bench.machine_info"]

@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.ops import GPU, OUT, device_name, revision
+from bench.records import GPU, PROFILES, device_name, revision, write_record
 from emf.conditioning.sampling import Sampling, pick
 from emf.conditioning.token_drawing import draw, positions
+from emf.errors import as_command
 
 PROMPT = 60
 """Tokens of the shortest prompt, about those of a short caption in its chat; each further row has 7 more."""
@@ -119,8 +120,7 @@ def main() -> None:
         parser.error("batches and rounds must each be at least 1, tokens at least 2")
     torch.set_num_threads(1)
     head = dict(device=device_name(), torch=torch.__version__, commit=revision())
-    file = OUT / (device_name() if GPU else "cpu") / "token-draws.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file = PROFILES / (device_name() if GPU else "cpu") / "token-draws.json"
     rows = json.loads(file.read_text())["rows"] if file.exists() else []
     # sizes that are not measured anew stay
     record: dict[str, Any] = dict(rows=[row for row in rows if row["size"] not in options.sizes])
@@ -134,9 +134,10 @@ def main() -> None:
                 f"{row['same']:.0%} of the tokens the same",
                 flush=True,
             )
-            file.write_text(json.dumps(record, indent=1) + "\n")
+            write_record(file, record)
     print(f"record: {file}")
 
 
 if __name__ == "__main__":
-    main()
+    with as_command():
+        main()

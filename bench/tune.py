@@ -23,8 +23,10 @@ import torch
 
 from bench.chips import CHIPS
 from bench.kernels import device_us
-from bench.ops import DEVICE, GPU, outputs, require_grad
+from bench.ops import outputs, require_grad
+from bench.records import DEVICE, GPU, write_record_rows
 from bench.static import ARCHS, bench_cases, configured, launches, measure
+from emf.errors import as_command
 from emf_kernels import Case, Dual, Op, launch
 
 Config = dict[str, int]
@@ -159,8 +161,7 @@ def record(chip: str, key: launch.Key, row: dict[str, Any]) -> None:
     file = launch.CONFIGS / f"{chip}.json"
     rows = json.loads(file.read_text()) if file.exists() else []
     rows = {launch.key(chip, r["kernel"], r["shape"]): r for r in rows} | {key: row}
-    file.parent.mkdir(exist_ok=True)
-    file.write_text("[\n" + ",\n".join(json.dumps(rows[k]) for k in sorted(rows)) + "\n]\n")
+    write_record_rows(file, (rows[k] for k in sorted(rows)))
 
 
 def main() -> None:
@@ -194,4 +195,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with as_command():
+        main()

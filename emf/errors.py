@@ -88,6 +88,13 @@ def report_errors() -> Iterator[None]:
 
 
 @contextmanager
+def as_command() -> Iterator[None]:
+    """What a command does in the block: report_errors and cleaned_up."""
+    with report_errors(), cleaned_up():
+        yield
+
+
+@contextmanager
 def cleaned_up() -> Iterator[None]:
     """SIGTERM ends the block by SystemExit(143), so that half a file and processes that were started do not stay. Not
     for ranks, which may wait for each other where Python hears no signal: see ended_anywhere. Where somebody else

@@ -197,6 +197,12 @@ def test_only_zero_imports_deepspeed() -> None:
     }
 
 
+def test_a_bench_ends_as_any_command() -> None:
+    """An error in one line, and after SIGTERM nothing that it began."""
+    ends = {short(p): p.read_text().partition('if __name__ == "__main__":\n')[2] for p in FILES if "bench" in p.parts}
+    assert {file for file, end in ends.items() if end and "with as_command():\n" not in end} == set()
+
+
 def test_nobody_imports_kernels() -> None:
     assert importers("kernels", [*FILES, ROOT / "setup.py"]) == []
 

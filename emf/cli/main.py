@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from emf.arguments import NEEDS_EXTRA, one_line, options_of, spelled
-from emf.errors import cleaned_up, report_errors
+from emf.errors import as_command, report_errors
 from emf.files import check_text
 from emf.limits import check_limit, limits_of
 
@@ -115,7 +115,7 @@ def main() -> None:
     first = arguments[0] if arguments else ""
     if first in GROUPS:
         prog, chosen, arguments = f"emf {first}", GROUPS[first], arguments[1:]
-    with report_errors(), cleaned_up():
+    with as_command():
         if arguments and (command := chosen.get(arguments[0])):
             arguments = [arguments[0], *spelled(arguments[1:], options_of(command))]
         later = {name: _deferred(command, first) for name, command in chosen.items()}

@@ -4,7 +4,6 @@ gone on with."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from emf.paper.openmoji_parts import EMF_STEPS, FM_STEPS, Budget, TextEncoder, p
 from emf.paper.openmoji_record import by_name, held_out, study
 from emf.paper.parts import Part
 from emf.paper.record import ENCODER, SCORES
-from emf.paper.runs import LOG, at_work, run_parts, train_whole
+from emf.paper.runs import at_work, run_parts, train_whole
 from emf.sample.sampler import Sampler, to_uint8
 from emf.sample.sampling_settings import GUIDANCE_PRETRAINED, Settings
 from emf.weights.checkpoints import WEIGHTS, checkpoints
@@ -46,16 +45,14 @@ def run_openmoji(
 
 def run_part(part: Part, out: Path, gallery: Gallery, budget: Budget) -> None:
     """Train a part in the folder out/<name>, or go on with it, and score it. Of a base the text encoder is measured
-    too. What it prints goes to log.txt in that folder."""
+    too."""
     folder, config = out / part.name, part.config
-    folder.mkdir(parents=True, exist_ok=True)
     if part.base is not None:
         config = replace(config, init=checkpoints(out / part.base)[-1] / WEIGHTS)
-    with (folder / LOG).open("a") as log, redirect_stdout(log), redirect_stderr(log):
-        train_whole(config, folder)
-        result = score(folder, gallery, budget)
-        if part.base is None:
-            write_json(folder / ENCODER, measure(load_run(folder)[1].encoder, gallery))
+    train_whole(config, folder)
+    result = score(folder, gallery, budget)
+    if part.base is None:
+        write_json(folder / ENCODER, measure(load_run(folder)[1].encoder, gallery))
     write_json(folder / SCORES, result)
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import partial
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import torch
@@ -58,7 +60,8 @@ def at_work(out: Path, study: Study) -> Iterator[list[Part]]:
 
 def run_parts(out: Path, parts: Sequence[Part], work: Callable[[Part], None], jobs: int, *, who: str = "paper") -> None:
     """Do the work of every part whose folder out/<name> has no scores yet, `jobs` of them at once, a part's base before
-    it. Raises ValueError where a part fails, naming its log. who: how that begins."""
+    it. What a part prints goes to log.txt in its folder. Raises ValueError where a part fails, naming that log, when
+    the others have saved what they have. who: how that begins."""
     every = {p.name: p for p in parts}
     done = {name for name in every if (out / name / SCORES).is_file()}
     waiting = [p for name, p in every.items() if name not in done]
@@ -66,39 +69,57 @@ def run_parts(out: Path, parts: Sequence[Part], work: Callable[[Part], None], jo
     server = multiprocessing.get_context("forkserver")
     # a fresh process for each part, which need not import everything again
     server.set_forkserver_preload(["emf.train.loop", "emf.paper.runs"])
-    with (
-        bars(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()) as progress,
-        ProcessPoolExecutor(jobs, mp_context=server, max_tasks_per_child=1) as pool,
-    ):
+    running: dict[int, tuple[ForkServerProcess, Connection, str]] = {}
+    with bars(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()) as progress:
         task = progress.add_task(who, total=len(every), completed=len(done))
-        running: dict[Future[None], str] = {}
         try:
             while waiting or running:
                 ready = [p for p in waiting if p.base is None or p.base in done][: jobs - len(running)]
                 for part in ready:
                     waiting.remove(part)
-                    running[pool.submit(work, part)] = part.name
-                progress.update(task, description=", ".join(running.values()))
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    name = running.pop(future)
-                    if error := future.exception():
-                        raise ValueError(f"{who}: {name} failed ({error}); see {out / name / LOG}") from None
+                    heard, said = server.Pipe(duplex=False)
+                    process = server.Process(target=_logged, args=(work, part, out / part.name, said))
+                    process.start()
+                    said.close()  # here; the child has its own
+                    running[process.sentinel] = process, heard, part.name
+                progress.update(task, description=", ".join(name for *_, name in running.values()))
+                ended = wait(running)
+                for sentinel in [s for s in running if s in ended]:
+                    process, heard, name = running.pop(sentinel)
+                    process.join()
+                    if process.exitcode:
+                        try:
+                            error = heard.recv()
+                        except EOFError:  # it was asked to stop, or killed
+                            error = f"exit code {process.exitcode}"
+                        raise ValueError(f"{who}: {name} failed ({error}); see {out / name / LOG}")
                     done.add(name)
                     progress.advance(task)
                     if not progress.console.is_terminal:
                         print(f"{len(done)}/{len(every)} {name}", flush=True)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for child in multiprocessing.active_children():
-                child.terminate()  # a part saves, and goes on at the next call
-            raise
+        finally:
+            for process, *_ in running.values():
+                process.terminate()  # a part saves, and goes on at the next call
+            for process, *_ in running.values():
+                process.join()
+
+
+def _logged(work: Callable[[Part], None], part: Part, folder: Path, said: Connection) -> None:
+    """The work of one part, in a process of its own; what it prints goes to a log, and why it failed to `said` too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOG).open("a") as log, redirect_stdout(log), redirect_stderr(log):
+        try:
+            work(part)
+        except (Exception, KeyboardInterrupt) as error:
+            traceback.print_exc()
+            said.send(str(error))
+            sys.exit(1)
 
 
 def run_part(part: Part, out: Path, budget: Budget) -> None:
     """Train a part in the folder out/<name>, or go on with it, and score it. Of a base the text encoder is measured
-    too. What it prints goes to log.txt in that folder."""
+    too."""
     folder, config = out / part.name, part.config
-    folder.mkdir(parents=True, exist_ok=True)
     if part.base is None:
         start = folder / START
         if not start.is_file():
@@ -106,11 +127,10 @@ def run_part(part: Part, out: Path, budget: Budget) -> None:
     else:
         start = checkpoints(out / part.base)[-1] / WEIGHTS
     config = replace(config, init=start)
-    with (folder / LOG).open("a") as log, redirect_stdout(log), redirect_stderr(log):
-        train_whole(config, folder)
-        result = score(folder, budget)
-        if part.base is None:
-            write_json(folder / ENCODER, measure(folder, budget))
+    train_whole(config, folder)
+    result = score(folder, budget.per_tag)
+    if part.base is None:
+        write_json(folder / ENCODER, measure(folder, budget))
     write_json(folder / SCORES, result)
 
 

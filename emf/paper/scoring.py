@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,20 @@ from emf.sample.sampling_settings import GUIDANCE, Settings
 from emf.weights.folders import load_run
 
 
-def score(run: Path, budget: Budget) -> dict[str, Any]:
+def score(run: Path, per_tag: int, counts: Sequence[int] | None = None) -> dict[str, Any]:
     """{steps: {overall, by_tag}} of a run's averaged weights; the same prompts and noise for every part. EMF's own
-    sampler, or Euler's for a base. Keeps samples.npy, one image of each task at each number of steps."""
+    sampler, or Euler's for a base. Keeps samples.npy, one image of each task at each number of steps. counts: the
+    numbers of steps; None is those of the paper in miniature."""
     config, network = load_run(run)
     few = config.objective == "meanflow"
-    specs, scorer, rows, shown = prompts(budget.per_tag), Scorer.fit(), {}, []
+    specs, scorer, rows, shown = prompts(per_tag), Scorer.fit(), {}, []
     texts = [s["prompt"] for s in specs]
-    for steps in EMF_STEPS if few else FM_STEPS:
+    for steps in counts or (EMF_STEPS if few else FM_STEPS):
         how = Settings(steps, GUIDANCE, average=few, batch=150)
         images = Sampler(config, network, source=run).images(texts, how).numpy()
         result = scorer.score(images, specs)
         rows[str(steps)] = {"overall": result["overall"], "by_tag": result["by_tag"]}
-        shown.append(to_uint8(images[:: budget.per_tag][: len(TAGS)]))
+        shown.append(to_uint8(images[::per_tag][: len(TAGS)]))
     with whole_file(run / "samples.npy") as part, part.open("wb") as file:
         np.save(file, np.stack(shown))  # [steps, tasks, H, W, 3]
     return rows

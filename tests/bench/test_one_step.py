@@ -22,7 +22,7 @@ def scored(out: Path, value: float, done: list[str]) -> Callable[..., None]:
         for part in parts:
             done.append(part.name)
             (out / part.name).mkdir(parents=True)
-            write_json(out / part.name / SCORES, {n: {"overall": value} for n in one_step.COUNTS})
+            write_json(out / part.name / SCORES, {str(n): {"overall": value} for n in one_step.COUNTS})
 
     return run
 

@@ -65,3 +65,11 @@ def test_a_run_that_was_asked_to_stop_is_not_recorded(tmp_path: Path, monkeypatc
     with pytest.raises(SystemExit):
         main(["--out", str(tmp_path / "runs"), "--steps", "40", "--record", str(tmp_path / "record.json")])
     assert not (tmp_path / "record.json").exists()
+
+
+def test_a_record_of_another_length_is_not_replaced(tmp_path: Path) -> None:
+    record = tmp_path / "stability.json"
+    record.write_text('{"steps": 20000, "batch": 8, "runs": []}')
+    with pytest.raises(ValueError, match=r"stability: .*stability\.json has steps 20000, not 10; move it away"):
+        main(["--steps", "10", "--record", str(record), "--out", str(tmp_path / "runs")])
+    assert not (tmp_path / "runs").exists()

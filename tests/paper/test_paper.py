@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
+import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,7 @@ from emf.network.build import build
 from emf.paper import paper_record
 from emf.paper import runs as running
 from emf.paper.found import Found, interval, seeds_to_tell, verdicts
-from emf.paper.parts import ABLATIONS, ENCODERS, FULL, QUICK, parts
+from emf.paper.parts import ABLATIONS, ENCODERS, FULL, QUICK, Part, parts
 from emf.paper.results_page import write_paper
 from emf.paper.runs import run_all
 
@@ -110,6 +114,21 @@ def test_the_whole_way(quick: Path) -> None:
     assert done["emf/trained/0"]["curve"]["at"][-1] == QUICK.emf_steps
     assert all(f"<h2>{title}" in page for title in ("Tables 1 and 2", "Table 3", "Table 5", "Ablations", "Samples"))
     assert 'src="data:' in page and 'src="http' not in page and "href=" not in page
+
+
+@pytest.mark.parametrize(
+    ("work", "reason", "logged"),
+    [(attrgetter("nothing"), "'Part' .* 'nothing'", "AttributeError"), (sys.exit, "exit code 1", "")],
+)
+def test_a_part_that_fails_is_told_with_its_log(
+    work: Callable[[Part], None], reason: str, logged: str, tmp_path: Path
+) -> None:
+    """By name, with what was wrong; how it came to that stands in the log, and no process is left."""
+    first = parts(QUICK)[:1]
+    with pytest.raises(ValueError, match=rf"paper: (\S+) failed \({reason}\); see .*/\1/log\.txt"):
+        running.run_parts(tmp_path, first, work, 1)
+    assert logged in (tmp_path / first[0].name / "log.txt").read_text()
+    assert not multiprocessing.active_children()
 
 
 def test_another_budget_and_another_folder_are_refused(quick: Path, tmp_path: Path) -> None:
