@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from bench.meters import Held
@@ -38,7 +39,7 @@ from emf.train.zero import Engine, process_group
 
 FILE = PROFILES / "capabilities.json"
 LR = 1e-3
-Made = tuple[Setting, Step, nn.Module]
+Made = tuple[Setting, Step, Any]
 
 
 def own(step: Callable[[Callable[[Setting], Any]], Step]) -> Callable[[], Made]:
@@ -59,7 +60,7 @@ def on_diffusers() -> Made:
 
 WAYS: dict[str, Callable[[], Made]] = {
     "fm": own(fm),
-    **{f"dual {share:g}": own(lambda net, share=share: dual(share, net)) for share in (1, 0.75, 0.5, 0.25, 0)},
+    **{f"dual {share:g}": own(partial(dual, share)) for share in (1, 0.75, 0.5, 0.25, 0)},
     "paper": on_diffusers,
     "func.jvp": own(lambda _: func_jvp),
     "no_grad jvp + forward": own(lambda _: no_grad_and_forward),
@@ -72,7 +73,7 @@ def difference(a: Tensor, b: Tensor) -> float:
     return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
 
 
-def stepped(made: Made, stage: int) -> tuple[Tensor, Tensor]:
+def stepped(made: Made, stage: Literal[0, 3]) -> tuple[Tensor, Tensor]:
     """(u_dot, the weights) after one optimizer step under DeepSpeed."""
     s, step, module = made
     config = RECIPES["digits"]()

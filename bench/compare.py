@@ -16,6 +16,8 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,8 @@ def serve(size: str, names: list[str]) -> None:
 
     from bench import step
 
-    try:
-        from bench import providers as ways
-    except ImportError:  # commits in which they stood in bench.step
-        ways = step
+    # there are commits in which they stood in bench.step
+    ways = import_module("bench.providers" if find_spec("bench.providers") else "bench.step")
     s = ways.Setting(ways.SIZES[size], torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     found = ways.providers(s, compile=False)[0]
     chosen = {name: found[name] for name in names if name in found}
@@ -73,7 +73,8 @@ class Server:
         # -P: else this file's own folder would stand in front of the other commit's
         command = [sys.executable, "-P", __file__, "--serve", size, *names]
         pipes: dict[str, Any] = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.process: Any = stack.enter_context(subprocess.Popen(command, cwd=path, env=env, **pipes))
+        process: Any = subprocess.Popen(command, cwd=path, env=env, **pipes)
+        self.process = stack.enter_context(process)
         stack.callback(self.process.stdin.close)
         self.names: list[str] = self.answer()
 

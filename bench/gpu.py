@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
+from typing import Any
 
 import torch
 
@@ -49,9 +50,9 @@ def parity(seconds: float) -> bool:
     watch.cancel()
     child.wait()
     failures = [line.strip() for line in lines if line.startswith(("FAILED", "ERROR"))]
-    head = dict(device=device_name(), torch=torch.__version__, commit=revision(), closing=lines[-1].strip())
-    head |= dict(seconds=round(time.monotonic() - started))
-    rows = [dict(tests=name, **count) for name, count in sorted(counts.items())]
+    head: dict[str, Any] = dict(device=device_name(), torch=torch.__version__, commit=revision())
+    head |= dict(closing=lines[-1].strip(), seconds=round(time.monotonic() - started))
+    rows: list[dict[str, Any]] = [{"tests": name, **count} for name, count in sorted(counts.items())]
     write_record(out, dict(head=head, rows=rows, failures=failures))
     write_text(out.parent / "parity.log", "".join(lines))  # the tracebacks of what failed
     for row in rows:

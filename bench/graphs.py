@@ -134,7 +134,7 @@ def timed(layers: int, rounds: int) -> list[dict[str, Any]]:
                     took[way].append(1e3 * (time.perf_counter() - start))
                     peak[way] = torch.cuda.max_memory_allocated()
         ratios = sorted(g / e for g, e in zip(took["graphs"], took["eager"], strict=True))
-        row = dict(micro_batch=n, b=b, layers=layers, rounds=rounds)
+        row: dict[str, Any] = dict(micro_batch=n, b=b, layers=layers, rounds=rounds)
         row |= {f"{way}_ms": statistics.median(ms) for way, ms in took.items()}
         row |= dict(ratio=statistics.median(ratios), ratio_low=ratios[0], ratio_high=ratios[-1])
         rows.append(row | {f"{way}_peak_bytes": bytes for way, bytes in peak.items()})

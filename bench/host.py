@@ -29,6 +29,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -46,7 +47,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from bench.compiled import with_compiled_blocks
-from bench.providers import Released, Setting, Size, dual, fm
+from bench.providers import Released, Setting, Size, Step, dual, fm
 from bench.records import PROFILES, revision, write_record
 from emf.errors import as_command
 from emf.model.sizes import TransformerConfig
@@ -124,6 +125,10 @@ def compiling_for_triton(names: list[str]) -> Iterator[None]:
         torch._dynamo.reset()
 
 
+def _loss(step: Step, s: Setting) -> Tensor:
+    return step(s)[0]
+
+
 def ways(s: Setting) -> dict[str, Callable[[], Tensor]]:
     """By name: a step's loss, with its graph."""
     own = lambda s: s.net  # noqa: E731
@@ -132,7 +137,7 @@ def ways(s: Setting) -> dict[str, Callable[[], Tensor]]:
         ours["dual 0.5"] = dual(0.5, own)
     net = with_compiled_blocks(s.net)
     ours["dual 1, compiled"] = dual(1, lambda _: net)
-    made: dict[str, Callable[[], Tensor]] = {name: (lambda step=step: step(s)[0]) for name, step in ours.items()}
+    made: dict[str, Callable[[], Tensor]] = {name: partial(_loss, step, s) for name, step in ours.items()}
     theirs = Released(s)
 
     def velocity(z: Tensor, t: Tensor, r: Tensor) -> Tensor:
@@ -173,10 +178,10 @@ def measure(layers: int = LAYERS, batch: int = 1, rounds: int = 15) -> dict[str,
     finally:
         torch.set_num_threads(threads)
     rows = []
-    for name, took in times.items():
-        ratios = sorted(a / b for a, b in zip(took, times[BASE], strict=True))
-        row: dict[str, Any] = dict(way=name, ms=1e3 * statistics.median(took), ms_low=1e3 * min(took))
-        row |= dict(ms_high=1e3 * max(took), ratio=statistics.median(ratios), ratio_low=ratios[0])
+    for name, taken in times.items():
+        ratios = sorted(a / b for a, b in zip(taken, times[BASE], strict=True))
+        row: dict[str, Any] = dict(way=name, ms=1e3 * statistics.median(taken), ms_low=1e3 * min(taken))
+        row |= dict(ms_high=1e3 * max(taken), ratio=statistics.median(ratios), ratio_low=ratios[0])
         rows.append(row | dict(ratio_high=ratios[-1], launches=launches[name]))
     head = dict(layers=layers, batch=batch, rounds=rounds, torch=torch.__version__, commit=revision())
     return dict(head=head, rows=rows)

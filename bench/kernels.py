@@ -13,6 +13,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,13 +83,13 @@ def measure(op: Op, case: Case) -> list[dict[str, Any]]:
 
         def ours(name: Any = name) -> dict[str, Call]:
             with backend(name):
-                return {k: (lambda f=f: _within(name, f)) for k, f in parts(op, case).items()}
+                return {k: partial(_within, name, f) for k, f in parts(op, case).items()}
 
         ways[name] = ours
     if op.name == "attention" and not case.shape.get("masked"):
         ways["PyTorch's fused attention"] = lambda: fused(case)
     for provider, make in ways.items():
-        title = dict(op=op.name, case=case.name, provider=provider)
+        title: dict[str, Any] = dict(op=op.name, case=case.name, provider=provider)
         try:
             for launch, call in make().items():
                 for kernel, (us, count) in device_us(call).items():

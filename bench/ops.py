@@ -104,7 +104,7 @@ def providers(op: Op, case: Case, args: dict[str, Any], dots: dict[str, Tensor])
                 y = fn(**(args | dict(zip(live, values, strict=True))))
                 return y if isinstance(y, tuple) else (y,)
 
-            y, y_dot = torch.func.jvp(f, tuple(args[k] for k in live), tuple(dots[k] for k in live))
+            y, y_dot = torch.func.jvp(f, tuple(args[k] for k in live), tuple(dots[k] for k in live))[:2]
             return [*y, *y_dot]
 
         return call
@@ -135,7 +135,7 @@ def providers(op: Op, case: Case, args: dict[str, Any], dots: dict[str, Tensor])
 
         def math(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
             with sdpa_kernel(SDPBackend.MATH):
-                sdpa = torch.nn.functional.scaled_dot_product_attention
+                sdpa: Any = torch.nn.functional.scaled_dot_product_attention
                 return sdpa(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
         ways["sdpa math under jvp"] = func_jvp(math)

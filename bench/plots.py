@@ -11,8 +11,10 @@ from matplotlib.axes import Axes
 
 from emf.show.plot import EMF, FM, GREY, INK
 
-KINDS = ("GEMM", "attention", "conv", "norm and modulate", "activation", "copies", "elementwise", "communication")
-KINDS += ("optimizer", "launch gaps", "other")
+KINDS = (
+    *("GEMM", "attention", "conv", "norm and modulate", "activation", "copies", "elementwise", "communication"),
+    *("optimizer", "launch gaps", "other"),
+)
 
 
 def shares(axes: Axes, record: dict[str, Any]) -> None:
@@ -51,7 +53,7 @@ def roof(axes: Axes, record: dict[str, Any]) -> None:
     axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="share of the product's rate")
     axes.set_ylim(min(r["product_share"] for r in record["roofline"]) / 3, 3)
     legend = axes.legend(title="op, share of the forward", bbox_to_anchor=(1.01, 1), loc="upper left", fontsize=8)
-    for handle in legend.legend_handles:
+    for handle in filter(None, legend.legend_handles):
         handle.set_visible(False)
 
 
@@ -80,7 +82,7 @@ def floors(axes: Axes, rows: list[dict[str, Any]], clocks: dict[tuple[str, ...],
         times = [clocks.get((r["op"], r["case"], r["kernel"], r["launch"]), np.nan) for r in rows]
         axes.barh(where + thick / 2, times, thick, color=FM, label="measured")
     bounds = [max(r["bounds_us"].values()) for r in rows]
-    marks = dict(linestyle="none", markersize=11, markeredgewidth=2)
+    marks: dict[str, Any] = dict(linestyle="none", markersize=11, markeredgewidth=2)
     axes.plot(bounds, where, marker="|", color=EMF, label="bound by the unit named (predicted)", **marks)
     axes.plot([r["floor_us"] for r in rows], where, marker="|", color=INK, label="its bytes, each once", **marks)
     for i, r in enumerate(rows):

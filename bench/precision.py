@@ -139,7 +139,7 @@ def trained_network(run: Path) -> tuple[Transformer, dict[str, Tensor]]:
     from emf.weights.folders import load_run
 
     config, network = load_run(run)
-    x, captions = digits.make_batch(7, 16, "test", config.world)
+    x, captions = digits.make_batch(7, 16, world=config.world)
     with torch.no_grad():
         c, _ = network.encoder(*digits.WORDS.encode(captions))
     return network.transformer, dict(x=x, e=torch.randn(x.shape, generator=torch.Generator().manual_seed(7)), c=c)

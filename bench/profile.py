@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch.profiler import ProfilerActivity, profile
 
 from bench import plots
@@ -154,6 +157,10 @@ def rounded(x: Any) -> Any:
     return float(f"{x:.4g}") if isinstance(x, float) else x
 
 
+def _alone(draw: Callable[[Axes], None], figure: Figure) -> None:
+    draw(figure.subplots())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.profile", description=__doc__)
     parser.add_argument("size", nargs="?", default="cpu", choices=list(SIZES))
@@ -182,7 +189,7 @@ def main() -> None:
         write_json(file, rounded(record), indent=None)
     for name, draw in dict(breakdown=plots.shares, roofline=plots.roof, memory=plots.memory).items():
         drawn = partial(draw, record=record)
-        write_plot(options.out / f"{name}.png", lambda figure, drawn=drawn: drawn(figure.subplots()), (8, 4), 130)
+        write_plot(options.out / f"{name}.png", partial(_alone, drawn), (8, 4), 130)
     for phase, kinds in record["shares"].items():
         print(f"{phase:10} {sum(kinds.values()):5.1%}  " + "  ".join(f"{k} {v:.1%}" for k, v in kinds.items()))
     print(f"at most {record['peak_bytes'] / 2**20:.0f} MiB beyond weights and batch ({DEVICE})")

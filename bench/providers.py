@@ -98,7 +98,8 @@ class Setting:
 
     def jvp(self) -> tuple[Tensor, Tensor]:
         def both(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-            return torch.func.jvp(self._plain, (z, t), (self.v, torch.ones_like(t)))
+            u, u_dot = torch.func.jvp(self._plain, (z, t), (self.v, torch.ones_like(t)))[:2]
+            return u, u_dot
 
         return self.wrap(both)(self.z, self.t)
 
@@ -173,7 +174,7 @@ class _DualTime(nn.Module):
 @contextmanager
 def products_in_tf32(on: bool) -> Iterator[None]:
     """PyTorch's two switches, of matrix products and of convolutions."""
-    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [switch.allow_tf32 for switch in switches]
     for switch in switches:
         switch.allow_tf32 = on
@@ -197,7 +198,8 @@ class Released:
         self.tf32 = tf32
 
         c = s.size.transformer
-        self.net = diffusers.SanaTransformer2DModel(
+        model: Any = diffusers.SanaTransformer2DModel
+        self.net = model(
             in_channels=c.in_channels, out_channels=c.out_channels, num_attention_heads=c.num_attention_heads,
             attention_head_dim=c.attention_head_dim, num_layers=c.num_layers,
             num_cross_attention_heads=c.num_cross_attention_heads,

@@ -87,13 +87,13 @@ def roofline(forward: Callable[[], Any], ceiling: dict[str, float], rounds: int 
     runs = [seconds(forward) for _ in range(rounds)]
     took = [statistics.median(times) for times in zip(*runs, strict=True)]
     sums: dict[str, list[float]] = {}
-    for (name, flops, moved), t in zip(counted, took, strict=True):
-        row = sums.setdefault(name, [0, 0, 0, 0])
-        for i, x in enumerate((1, flops, moved, t)):
-            row[i] += x
+    for (name, *counts), t in zip(counted, took, strict=True):
+        total = sums.setdefault(name, [0, 0, 0, 0])
+        for i, x in enumerate((1, *counts, t)):
+            total[i] += x
     rows = []
     for name, (calls, flops, moved, t) in sorted(sums.items(), key=lambda item: -item[1][3]):
-        row = dict(op=name, calls=int(calls), intensity=flops / moved, time_share=t / sum(took))
+        row: dict[str, Any] = dict(op=name, calls=int(calls), intensity=flops / moved, time_share=t / sum(took))
         row |= dict(product_share=flops / t / ceiling["flop_s"], copy_share=moved / t / ceiling["bytes_s"])
         rows.append(row | (dict(ms=1e3 * t) if GPU else {}))
     return rows

@@ -19,7 +19,7 @@ import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -35,7 +35,7 @@ MIB = 2**20
 def wide(layers: int) -> Config:
     """The digits' recipe with the width of SANA-1.5 1.6B, and this many of its 20 layers."""
     config = digits()
-    sizes = dict(num_attention_heads=70, attention_head_dim=32, num_cross_attention_heads=20)
+    sizes: dict[str, Any] = dict(num_attention_heads=70, attention_head_dim=32, num_cross_attention_heads=20)
     sizes |= dict(cross_attention_head_dim=112, num_layers=layers)
     return replace(config, embedder_init="duplicate", transformer=replace(config.transformer, **sizes))
 
@@ -54,7 +54,7 @@ def write_base(folder: Path, config: Config) -> int:
     return sum(v.numel() for v in state.values())
 
 
-def start(base: Path, layers: int, stage: int) -> None:
+def start(base: Path, layers: int, stage: Literal[0, 1, 2, 3]) -> None:
     """What a rank does up to its first step; prints by how much its own memory grew, at most, until its network was
     there, and until the first step."""
     from emf.train import loop

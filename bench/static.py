@@ -238,7 +238,7 @@ MODEL = ("arithmetic", "bounds", "chips", "cycles", "emulate", "predicates", "re
 def model() -> str:
     """The text that a prediction comes from, and what else it depends on."""
     text = "".join((Path(__file__).parent / f"{name}.py").read_text() for name in MODEL)
-    text += "".join(map(inspect.getsource, (arguments, compiled, figures, predict)))
+    text += "".join(inspect.getsource(f) for f in (arguments, compiled, figures, predict))
     return f"{text} {triton.__version__} {cycles.njit is not None}"
 
 

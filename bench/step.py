@@ -101,8 +101,8 @@ def measure(
                 without[provider] = f"{type(error).__name__}: {str(error).splitlines()[0]}"[:200]
                 del ways[provider]
                 continue
-            error = rows[provider]["u_dot_error"]
-            say(f"  {provider}: error of du/dt {'none' if error is None else format(error, '.1e')}")
+            wrong = rows[provider]["u_dot_error"]
+            say(f"  {provider}: error of du/dt {'none' if wrong is None else format(wrong, '.1e')}")
     times: dict[str, list[float]] = {provider: [] for provider in ways}
     for i in range(rounds + 1):  # the first warms up
         for provider, (step, module) in ways.items():

@@ -33,7 +33,7 @@ PROMPT = 60
 """Tokens of the shortest prompt, about those of a short caption in its chat; each further row has 7 more."""
 SHARED = 35
 """Of them the chat up to the caption."""
-SIZES: dict[str, dict[str, int]] = {
+SIZES: dict[str, dict[str, Any]] = {
     "narrow": dict(
         vocab_size=2000, hidden_size=64, intermediate_size=128, num_hidden_layers=28, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16,
