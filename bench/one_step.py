@@ -37,17 +37,21 @@ def flow(**settings: Any) -> Callable[[Config], Config]:
     return lambda c: replace(c, flow=replace(FlowConfig(guidance=GUIDANCE), **settings))
 
 
-def matched(config: Config) -> Config:
-    return replace(flow()(config), match=digits_one_step().match)
+def matched(**settings: Any) -> Callable[[Config], Config]:
+    """The same, and distribution matching as the recipe digits-one-step has it."""
+    return lambda c: replace(flow(**settings)(c), match=digits_one_step().match)
 
 
 MEANS: dict[str, Callable[[Config], Config]] = {
     "as EMF": lambda c: c,
+    "the tangent along the network": lambda c: replace(c, flow=FlowConfig(along="network")),
     "guidance in the target": flow(),
-    "the same, and distribution matching": matched,
+    "the same, and distribution matching": matched(),
     "guidance, and the tangent along the network": flow(along="network"),
+    "that, and distribution matching": matched(along="network"),
     "guidance, and alpha-Flow's start": flow(derivative="alpha"),
-    "guidance, and kappa 0.5": flow(guidance=1 + (GUIDANCE - 1) / 2, kappa=0.5),
+    # of the same guidance, omega / (1 - kappa)
+    "guidance, and kappa 0.5": flow(guidance=GUIDANCE / 2, kappa=0.5),
     "guidance, and a third of the conditions dropped": lambda c: replace(flow()(c), drop=1 / 3),
     "guidance, and no adaptive weight": flow(weight_p=0.0),
 }
