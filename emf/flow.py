@@ -18,7 +18,8 @@ from emf.flow_config import FlowConfig
 from emf_kernels import Dual, meanflow, path, primal
 
 Network = Callable[[Any, Any, Tensor | None], Any]
-"""(z [B, C, H, W], t [B], r [B] or None) -> velocity [B, C, H, W]; Duals in, Dual out."""
+"""(z [B, C, H, W], t [B], r [B] or None) -> velocity [B, C, H, W]; Duals in, Dual out. It knows each sample's
+condition; of fewer samples than there are conditions, those are the first."""
 Times = tuple[Tensor, Tensor, int]
 """(t [B], r [B], b): the first b samples have r < t, the others r = t."""
 
@@ -81,18 +82,19 @@ def meanflow_loss(
     t, r, b = when
     z, data = path(x, e, t)
     v = target_velocity(network, null, z, data, t, flow, dropped=dropped)
-    # MeanFlow's tangent runs along the velocity of its target, guidance included; TiM's difference along the path.
-    along = data if flow.derivative == "difference" else v
-    if flow.along == "network":
-        along = instantaneous(network, z, t)
     scale = torch.ones_like(t)
     alpha = alpha_at(progress, flow) if flow.derivative == "alpha" else 0.0
+    own = flow.along == "network"
     if flow.derivative != "difference" and not alpha:
-        dual = network(Dual(z, along[:b]), Dual(t, torch.ones_like(t[:b])), r)
+        # MeanFlow's tangent runs along the velocity of its target, guidance included
+        along = instantaneous(network, z, t, b) if own else v[:b]
+        dual = network(Dual(z, along), Dual(t, torch.ones_like(t[:b])), r)
         u, u_dot = dual.primal, dual.tangent
     else:
         u = network(z, t, r)
         if flow.derivative == "difference":
+            # TiM's runs along the path
+            along = instantaneous(network, z, t, len(t)) if own else data
             u_dot = difference(network, z, t, r, along, flow.difference_step)
         else:
             u_dot = alpha_derivative(network, z, t, r, v, alpha)
@@ -105,9 +107,11 @@ def meanflow_loss(
 
 
 @torch.no_grad()
-def instantaneous(network: Network, z: Tensor, t: Tensor) -> Tensor:
-    """v(z, t) = u(z, t, t)."""
-    return network(z, t, t)
+def instantaneous(network: Network, z: Tensor, t: Tensor, b: int) -> Tensor:
+    """v(z, t) = u(z, t, t) of the first b samples [b, ...]. Where b is 0 one is evaluated: under ZeRO 3 every rank must
+    call the network as often as the others, whatever its b."""
+    n = max(b, 1)
+    return network(z[:n], t[:n], t[:n])[:b]
 
 
 @torch.no_grad()

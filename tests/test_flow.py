@@ -23,7 +23,7 @@ from emf.flow import (
     times,
 )
 from emf.model.transformer import Transformer
-from emf_kernels import Dual
+from emf_kernels import Dual, primal
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def toy() -> Any:
     net = Transformer(tiny_sana()).double()
     x, e, c = torch.randn(4, 3, 4, 4).double(), torch.randn(4, 3, 4, 4).double(), torch.randn(4, 3, 12).double()
     t, r = torch.tensor([0.9, 0.5, 0.7, 0.3]).double(), torch.tensor([0.1, 0.2, 0.6, 0.3]).double()
-    network, null = (lambda z, t, r, c=c: net(z, t, r, c) for c in (c, torch.zeros_like(c)))
+    network, null = (lambda z, t, r, c=c: net(z, t, r, c[: len(primal(z))]) for c in (c, torch.zeros_like(c)))
     return network, null, x, e, t, r
 
 
@@ -238,6 +238,21 @@ def test_v_loss_is_improved_meanflow(toy: Any) -> None:
     torch.testing.assert_close(loss, want)
     plain, _ = meanflow_loss(network, null, x, e, (t, r, 3), FlowConfig(weight_p=0.0))
     assert (plain[:3] != loss[:3]).all() and plain[3] == loss[3]
+
+
+@pytest.mark.parametrize(("derivative", "b", "asked"), [("jvp", 3, 3), ("jvp", 0, 1), ("difference", 3, 4)])
+def test_the_own_velocity_is_computed_of_samples_that_need_it(toy: Any, derivative: Any, b: int, asked: int) -> None:
+    """Of those with a tangent; of one where there is none, so that ranks call a network that is cut up alike."""
+    network, null, x, e, t, r = toy
+    seen: list[int] = []
+
+    def watched(z: Any, t: Any, r: Any) -> Any:
+        if not torch.is_grad_enabled() and torch.equal(t, r):
+            seen.append(len(z))
+        return network(z, t, r)
+
+    meanflow_loss(watched, null, x, e, (t, r, b), FlowConfig(along="network", derivative=derivative))
+    assert seen == [asked]
 
 
 def test_a_difference_is_the_derivative_to_second_order(toy: Any) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from emf.config import Config
 from emf.flow import flow_matching_loss, meanflow_loss
 from emf.train.batch import Batch
+from emf_kernels import primal
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -58,8 +59,9 @@ def losses(config: Config, network: Any, batch: Batch, progress: float) -> Losse
     b = carried(b, len(t)) if config.compile else b
 
     def velocity(z: Any, t: Any, r: Tensor | None) -> Any:
+        n = len(primal(t))
         if not weight or not torch.is_grad_enabled():
-            return network(z, t, r, ids, mask, drop)
+            return network(z, t, r, ids[:n], mask[:n], drop[:n])
         u, loss = network(z, t, r, ids, mask, drop, own_loss=True)
         own.append(loss)
         return u

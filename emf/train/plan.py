@@ -248,13 +248,14 @@ def _text(config: Config, network: TextToImage, micro: int) -> tuple[dict[str, f
     return {"text encoder": config.batch_size * flops}, kept
 
 
-def _further(config: Config) -> int:
-    """Evaluations of the network without gradient that a step's loss asks for, beside the one that is trained."""
+def _further(config: Config) -> float:
+    """Evaluations of the network without gradient that a step's loss asks for, beside the one that is trained. Along
+    the network's own velocity, those samples are evaluated that carry a tangent."""
     f = config.flow
     if config.objective != "meanflow":
         return 0
     guided = (f.guidance != 1 or f.kappa != 0) + (f.kappa != 0)
-    along = f.along == "network" and f.derivative != "alpha"
+    along = {"jvp": sum(f.share) / 2, "difference": 1, "alpha": 0}[f.derivative] * (f.along == "network")
     return guided + along + {"jvp": 0, "difference": 2, "alpha": 1}[f.derivative]
 
 
