@@ -43,12 +43,15 @@ def parity(seconds: float) -> bool:
     watch.start()
     started, counts, lines = time.monotonic(), defaultdict[str, Counter[str]](Counter), []
     assert child.stdout is not None
-    for line in child.stdout:
-        lines.append(line)
-        if ran := re.search(r"^\[gw\d+\].*? (PASSED|FAILED|ERROR|SKIPPED) \S+::(test_\w+)(?:\[(\w+))?", line):
-            counts[ran[3] or ran[2]][ran[1].lower()] += 1
-    watch.cancel()
-    child.wait()
+    try:
+        for line in child.stdout:
+            lines.append(line)
+            if ran := re.search(r"^\[gw\d+\].*? (PASSED|FAILED|ERROR|SKIPPED) \S+::(test_\w+)(?:\[(\w+))?", line):
+                counts[ran[3] or ran[2]][ran[1].lower()] += 1
+    finally:
+        watch.cancel()
+        child.terminate()  # what this command was asked to end; else it has ended
+        child.wait()
     failures = [line.strip() for line in lines if line.startswith(("FAILED", "ERROR"))]
     head: dict[str, Any] = dict(device=device_name(), torch=torch.__version__, commit=revision())
     head |= dict(closing=lines[-1].strip(), seconds=round(time.monotonic() - started))

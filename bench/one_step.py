@@ -51,7 +51,7 @@ MEANS: dict[str, Callable[[Config], Config]] = {
     "that, and distribution matching": matched(along="network"),
     "guidance, and alpha-Flow's start": flow(derivative="alpha"),
     # of the same guidance, omega / (1 - kappa)
-    "guidance, and kappa 0.5": flow(guidance=GUIDANCE / 2, kappa=0.5),
+    "guidance with kappa 0.5": flow(guidance=GUIDANCE / 2, kappa=0.5),
     "guidance, and a third of the conditions dropped": lambda c: replace(flow()(c), drop=1 / 3),
     "guidance, and no adaptive weight": flow(weight_p=0.0),
 }

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -108,7 +109,11 @@ def measure(base: Path, layers: int, stage: int, ranks: int) -> list[tuple[str, 
         )
         for rank in range(ranks)
     ]
-    said = "\n".join(process.communicate()[0] for process in processes)
+    try:
+        said = "\n".join(process.communicate()[0] for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
     return sorted(re.findall(r"^rank (\d+) (\d+) (\d+)$", said, re.MULTILINE))
 
 
@@ -121,6 +126,7 @@ def main() -> None:
     parser.add_argument("--stage", type=int, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.base is not None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a rank waits for others where Python hears no signal
         return start(asked.base, asked.layers, asked.stage)
     with tempfile.TemporaryDirectory() as folder:
         count = write_base(Path(folder) / "base", wide(asked.layers))

@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"  # decided when emf_kernels is first imported
@@ -137,7 +137,11 @@ def sweep(keys: list[tuple[Op, Case, launch.Key, Config]], chips: Chips, until: 
     """Every kernel's configurations by time, as many kernels at once as there are cores."""
     context = multiprocessing.get_context("spawn")
     workers = max(1, min(len(keys), (os.cpu_count() or 2) - 2))
-    with ProcessPoolExecutor(workers, context, initializer=_share, initargs=(context.Lock(),)) as pool:
+    with (
+        ProcessPoolExecutor(workers, context, initializer=_share, initargs=(context.Lock(),)) as pool,
+        ExitStack() as last,
+    ):
+        last.callback(pool.shutdown, wait=False, cancel_futures=True)  # where it is asked to end, nothing more begins
         jobs = {
             pool.submit(by_time, op, case, chips, key, config, until): (op, case, key) for op, case, key, config in keys
         }

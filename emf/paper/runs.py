@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -12,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -62,6 +65,8 @@ def run_parts(out: Path, parts: Sequence[Part], work: Callable[[Part], None], jo
     """Do the work of every part whose folder out/<name> has no scores yet, `jobs` of them at once, a part's base before
     it. What a part prints goes to log.txt in its folder. Raises ValueError where a part fails, naming that log, when
     the others have saved what they have. who: how that begins."""
+    if jobs < 1:
+        raise ValueError(f"{who}: {jobs} jobs at once; expected at least 1")
     every = {p.name: p for p in parts}
     done = {name for name in every if (out / name / SCORES).is_file()}
     waiting = [p for name, p in every.items() if name not in done]
@@ -89,10 +94,14 @@ def run_parts(out: Path, parts: Sequence[Part], work: Callable[[Part], None], jo
                     process.join()
                     if process.exitcode:
                         try:
-                            error = heard.recv()
+                            error = heard.recv() if heard.poll() else ""
                         except EOFError:  # it was asked to stop, or killed
-                            error = f"exit code {process.exitcode}"
-                        raise ValueError(f"{who}: {name} failed ({error}); see {out / name / LOG}")
+                            error = ""
+                        log = out / name / LOG
+                        raise ValueError(
+                            f"{who}: {name} failed ({error or f'exit code {process.exitcode}'})"
+                            + f"; see {log}" * log.is_file()
+                        )
                     done.add(name)
                     progress.advance(task)
                     if not progress.console.is_terminal:
@@ -105,15 +114,23 @@ def run_parts(out: Path, parts: Sequence[Part], work: Callable[[Part], None], jo
 
 
 def _logged(work: Callable[[Part], None], part: Part, folder: Path, said: Connection) -> None:
-    """The work of one part, in a process of its own; what it prints goes to a log, and why it failed to `said` too."""
+    """The work of one part, in a process of its own, which ends with the one that began it. What it prints goes to a
+    log, and the first line of why it failed to `said` too."""
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOG).open("a") as log, redirect_stdout(log), redirect_stderr(log):
         try:
             work(part)
         except (Exception, KeyboardInterrupt) as error:
             traceback.print_exc()
-            said.send(str(error))
+            said.send("".join(str(error).splitlines()[:1])[:500])  # a pipe holds little until somebody reads it
             sys.exit(1)
+
+
+def _end_with(parent: BaseProcess) -> None:
+    """As run_parts ends its processes, where it could not: it was killed, or ended while this one was started."""
+    wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def run_part(part: Part, out: Path, budget: Budget) -> None:

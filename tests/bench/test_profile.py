@@ -72,5 +72,5 @@ def test_kinds(name: str, want: str) -> None:
 def test_the_page_and_the_table_are_of_the_records() -> None:
     """`make report` renews both. Pictures are compared by what their alternative text says."""
     bare = lambda page: re.sub(r'src="data:[^"]*"', "", page)  # noqa: E731
-    assert bare((report.OUT / "report.html").read_text()) == bare(report.render())
+    assert bare((report.PROFILES / "report.html").read_text()) == bare(report.render())
     assert report.BENCHMARKS.read_text() == report.benchmarks()

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import multiprocessing
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable
+import time
 from dataclasses import asdict, replace
-from operator import attrgetter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -29,6 +31,7 @@ from emf.paper.found import Found, interval, seeds_to_tell, verdicts
 from emf.paper.parts import ABLATIONS, ENCODERS, FULL, QUICK, Part, parts
 from emf.paper.results_page import write_paper
 from emf.paper.runs import run_all
+from emf.train.launcher import ended
 
 
 def encoder(**further: Any) -> SmallEncoder:
@@ -116,19 +119,59 @@ def test_the_whole_way(quick: Path) -> None:
     assert 'src="data:' in page and 'src="http' not in page and "href=" not in page
 
 
-@pytest.mark.parametrize(
-    ("work", "reason", "logged"),
-    [(attrgetter("nothing"), "'Part' .* 'nothing'", "AttributeError"), (sys.exit, "exit code 1", "")],
-)
-def test_a_part_that_fails_is_told_with_its_log(
-    work: Callable[[Part], None], reason: str, logged: str, tmp_path: Path
-) -> None:
-    """By name, with what was wrong; how it came to that stands in the log, and no process is left."""
-    first = parts(QUICK)[:1]
-    with pytest.raises(ValueError, match=rf"paper: (\S+) failed \({reason}\); see .*/\1/log\.txt"):
-        running.run_parts(tmp_path, first, work, 1)
-    assert logged in (tmp_path / first[0].name / "log.txt").read_text()
+def fails_beside_another(part: Part, out: Path) -> None:
+    """Work of two parts, each in a process of its own."""
+    if part.name == "long":
+        time.sleep(600)
+    while not (out / "long" / "log.txt").is_file():
+        time.sleep(0.1)
+    if part.name == "wrong":
+        raise ValueError("x" * 100_000 + "\nfurther")
+    sys.exit(1)
+
+
+@pytest.mark.parametrize(("name", "reason"), [("wrong", "x{500}"), ("stopped", "exit code 1")])
+def test_a_part_that_fails_is_told_with_its_log(name: str, reason: str, tmp_path: Path) -> None:
+    """By the first line of what was wrong, whose rest stands in the log; the part beside it is ended."""
+    both = [Part(part, parts(QUICK)[0].config) for part in ("long", name)]
+    with pytest.raises(ValueError, match=rf"^paper: {name} failed \({reason}\); see .*/{name}/log\.txt$"):
+        running.run_parts(tmp_path, both, partial(fails_beside_another, out=tmp_path), 2)
     assert not multiprocessing.active_children()
+    assert ("further" in (tmp_path / name / "log.txt").read_text()) == (name == "wrong")
+
+
+LONG = """
+import os, sys, time
+from pathlib import Path
+from emf.paper.parts import QUICK, Part, parts
+from emf.paper.runs import run_parts
+
+out = Path(sys.argv[1])
+
+def work(part):
+    (out / "number").write_text(str(os.getpid()))
+    time.sleep(600)
+
+if __name__ == "__main__":
+    run_parts(out, [Part("long", parts(QUICK)[0].config)], work, 1)
+"""
+
+
+def test_a_part_ends_with_a_command_that_is_killed(tmp_path: Path) -> None:
+    """Else it would train on beside the same command called again."""
+    (tmp_path / "long.py").write_text(LONG)
+    command = subprocess.Popen([sys.executable, tmp_path / "long.py", tmp_path])
+    number = tmp_path / "number"
+    until = time.monotonic() + 120
+    while not (number.is_file() and number.read_text()):
+        assert command.poll() is None and time.monotonic() < until
+        time.sleep(0.1)
+    command.kill()
+    command.wait()
+    of = psutil.Process(int(number.read_text()))
+    while not ended(of):
+        assert time.monotonic() < until
+        time.sleep(0.1)
 
 
 def test_another_budget_and_another_folder_are_refused(quick: Path, tmp_path: Path) -> None:
