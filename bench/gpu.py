@@ -48,10 +48,10 @@ def parity(seconds: float) -> bool:
             lines.append(line)
             if ran := re.search(r"^\[gw\d+\].*? (PASSED|FAILED|ERROR|SKIPPED) \S+::(test_\w+)(?:\[(\w+))?", line):
                 counts[ran[3] or ran[2]][ran[1].lower()] += 1
+        child.wait()
     finally:
         watch.cancel()
-        child.terminate()  # what this command was asked to end; else it has ended
-        child.wait()
+        child.terminate()  # where this command was asked to end; else it has ended
     failures = [line.strip() for line in lines if line.startswith(("FAILED", "ERROR"))]
     head: dict[str, Any] = dict(device=device_name(), torch=torch.__version__, commit=revision())
     head |= dict(closing=lines[-1].strip(), seconds=round(time.monotonic() - started))

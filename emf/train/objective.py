@@ -59,8 +59,8 @@ def losses(config: Config, network: Any, batch: Batch, progress: float) -> Losse
     b = carried(b, len(t)) if config.compile else b
 
     def velocity(z: Any, t: Any, r: Tensor | None) -> Any:
-        n = len(primal(t))
         if not weight or not torch.is_grad_enabled():
+            n = len(primal(t))
             return network(z, t, r, ids[:n], mask[:n], drop[:n])
         u, loss = network(z, t, r, ids, mask, drop, own_loss=True)
         own.append(loss)

@@ -140,6 +140,12 @@ def test_a_part_that_fails_is_told_with_its_log(name: str, reason: str, tmp_path
     assert ("further" in (tmp_path / name / "log.txt").read_text()) == (name == "wrong")
 
 
+def test_no_jobs_at_once_are_refused(tmp_path: Path) -> None:
+    """They would wait for nothing, without end."""
+    with pytest.raises(ValueError, match="paper: 0 jobs at once; expected at least 1"):
+        running.run_parts(tmp_path, parts(QUICK)[:1], sys.exit, 0)
+
+
 LONG = """
 import os, sys, time
 from pathlib import Path
