@@ -89,7 +89,7 @@ def ratios(network: TextToImage) -> Tensor:
     e = torch.randn(x.shape, generator=generator)
     t, r, _ = times(1.0, PROBES, replace(FlowConfig(), share=(1.0, 1.0)), generator)
     z, v = path(x, e, t)
-    u = network(Dual(z, v), Dual(t, torch.ones_like(t)), r, *digits.WORDS.encode(captions))
+    u = network(Dual(z, v), Dual(t, torch.ones_like(t)), r, network.read(*digits.WORDS.encode(captions)))
     size, speed = (a.flatten(1).square().mean(1).sqrt() for a in (u.primal, u.tangent))
     return speed / size
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from emf.conditioning.encoder import Encoder, is_frozen, set_frozen
+from emf.conditioning.encoder import Encoder, States, is_frozen, set_frozen
 from emf.conditioning.sampling import Sampling, uniforms
 from emf.conditioning.small import Connector
 from emf.conditioning.token_drawing import draw, positions
@@ -218,19 +218,16 @@ class Blip3oNext(Encoder):
             )
         return hidden[:, -count:] if self.window == "released" else hidden[:, start : start + count]
 
-    def states(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, None]:
+    def states(self, ids: Tensor, mask: Tensor, drop: Tensor | None = None) -> tuple[Tensor, None]:
         return self.select(self.hidden(ids, mask), ids), None
 
-    def condition(self, states: Tensor, drop: Tensor | None = None) -> tuple[Tensor, None]:
-        """Selected states [B, 1 + n, hidden] -> condition states [B, 1 + n, C]; drop [B] bool zeroes a sample's states
-        before the connector."""
+    def condition(self, states: States, drop: Tensor | None = None) -> tuple[Tensor, None]:
+        """Selected states [B, 1 + n, hidden] -> condition states [B, 1 + n, C]; no key mask: all are attended to. drop
+        [B] bool zeroes a sample's states before the connector."""
+        selected, _ = states
         if drop is not None:
-            states = torch.where(drop[:, None, None], 0.0, states)
-        return self.connector(states.to(self.connector.norm.weight.dtype)), None
-
-    def forward(self, ids: Tensor, mask: Tensor, drop: Tensor | None = None) -> tuple[Tensor, None]:
-        """ids, mask [B, L] of `tokenize` -> condition states [B, 1 + n, C]; no key mask: all are attended to."""
-        return self.condition(self.states(ids, mask)[0], drop)
+            selected = torch.where(drop[:, None, None], 0.0, selected)
+        return self.connector(selected.to(self.connector.norm.weight.dtype)), None
 
     def text_states(self, captions: Sequence[str], template: bool = True) -> tuple[Tensor, Tensor]:
         """Of the chat prompt before <im_start>, or of the caption alone; see Encoder."""
@@ -251,7 +248,7 @@ class Blip3oNext(Encoder):
         (BLIP3o-NEXT's second loss).
 
         hidden: that of `hidden(ids, mask)`, where it is there already: one pass of the language model serves both
-                losses by `condition(select(hidden, ids), drop)`.
+                losses by `condition((select(hidden, ids), None), drop)`.
         Logits are made row by row and again in backward: 217,210 words times 800 positions are 0.7 GB in float32.
         """
         hidden = self.hidden(ids, mask) if hidden is None else hidden

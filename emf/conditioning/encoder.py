@@ -15,7 +15,9 @@ States = tuple[Tensor, Tensor | None]
 
 
 class Encoder(nn.Module):
-    """Captions -> tokenize -> (ids, mask) -> forward -> condition states [B, M, channels] and key mask."""
+    """Captions -> tokenize -> (ids, mask) -> states -> condition -> condition states [B, M, channels] and key mask.
+
+    Reading, which is `states`, is what costs: what asks for several conditions of a caption reads it once."""
 
     channels: int
     """Channels of the states that forward returns; the transformer's caption_channels."""
@@ -42,14 +44,25 @@ class Encoder(nn.Module):
         """
         raise NotImplementedError
 
-    def states(self, ids: Tensor, mask: Tensor) -> States:
-        """Last hidden states of the M positions that condition the transformer, before dropout and connector: what a
-        cache may keep."""
+    def states(self, ids: Tensor, mask: Tensor, drop: Tensor | None = None) -> States:
+        """Last hidden states of the M positions that condition the transformer, before dropout and connector. drop [B]
+        bool: samples whose null condition an encoder may read here, in the place of their caption."""
         raise NotImplementedError
 
-    def forward(self, ids: Tensor, mask: Tensor, drop: Tensor | None = None) -> States:
-        """Condition states [B, M, channels] and key mask; drop [B] bool: samples that get the null condition."""
+    def condition(self, states: States, drop: Tensor | None = None) -> States:
+        """Condition states [B, M, channels] and key mask, of what `states` gave for the same drop [B] bool: samples
+        that get the null condition."""
         raise NotImplementedError
+
+    def null(self, states: States) -> States:
+        """The null condition of as many samples, whatever was dropped."""
+        return self.condition(states, torch.ones(len(states[0]), dtype=torch.bool, device=states[0].device))
+
+    def forward(self, ids: Tensor, mask: Tensor, drop: Tensor | None = None, *, null: bool = False) -> Any:
+        """The condition of rows of `tokenize`, States; null: (that, the null condition), from one reading."""
+        states = self.states(ids, mask, drop)
+        condition = self.condition(states, drop)
+        return (condition, self.null(states)) if null else condition
 
     def text_states(self, captions: Sequence[str], template: bool = True) -> tuple[Tensor, Tensor]:
         """Last hidden states [B, L, hidden] of the captions' tokens, and their mask [B, L] bool.

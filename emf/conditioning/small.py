@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from emf.conditioning.encoder import Encoder
+from emf.conditioning.encoder import Encoder, States
 from emf.conditioning.words import Words
 from emf.files import make_folder, whole_file, write_json
 from emf.model.layers import Linear, RMSNorm
@@ -84,17 +84,18 @@ class SmallEncoder(Encoder):
         """Right-padded. Raises ValueError on a word that is none of the world's."""
         return self.words.encode(captions)
 
-    def states(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def states(self, ids: Tensor, mask: Tensor, drop: Tensor | None = None) -> tuple[Tensor, Tensor]:
         ids = ids if self.read_as is None else self.read_as[ids]
         return self.language_model(input_ids=ids, attention_mask=mask).last_hidden_state, mask
 
-    def forward(self, ids: Tensor, mask: Tensor, drop: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def condition(self, states: States, drop: Tensor | None = None) -> States:
         """drop [B] bool: samples whose states are zeroed before the connector (condition dropout, the null condition);
         they attend to all M positions, so that the length of the dropped caption does not show."""
-        states, mask = self.states(ids, mask)
+        read, mask = states
+        assert mask is not None
         if drop is not None:
-            states, mask = torch.where(drop[:, None, None], 0.0, states), mask | drop[:, None]
-        return self.connector(states), mask
+            read, mask = torch.where(drop[:, None, None], 0.0, read), mask | drop[:, None]
+        return self.connector(read), mask
 
     def text_states(self, captions: Sequence[str], template: bool = True) -> tuple[Tensor, Tensor]:
         return self.states(*(x.to(self.device) for x in self.tokenize(captions)))

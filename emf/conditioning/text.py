@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from emf.conditioning.encoder import Encoder, is_frozen, set_frozen
+from emf.conditioning.encoder import Encoder, States, is_frozen, set_frozen
 
 
 def sana_instruction() -> str:
@@ -68,6 +68,8 @@ class TextEncoder(Encoder):
         ids, mask = self._tokens([""], self.row)
         self.register_buffer("empty_ids", ids[0], persistent=False)
         self.register_buffer("empty_mask", mask[0], persistent=False)
+        self._empty: tuple[Tensor, Tensor] | None = None
+        self.register_load_state_dict_post_hook(TextEncoder._forget)
         if freeze:
             set_frozen(model)
 
@@ -99,7 +101,12 @@ class TextEncoder(Encoder):
     def tokenize(self, captions: Sequence[str], image_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._tokens([self.instruction + c for c in self._clean(captions)], self.row)
 
-    def states(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def states(self, ids: Tensor, mask: Tensor, drop: Tensor | None = None) -> States:
+        """drop [B] bool: samples for which a model that is trained reads "" in the place of their caption, where that
+        is the null condition."""
+        if drop is not None and self.null_kind == "empty" and not is_frozen(self.model):
+            dropped = drop[:, None]
+            ids, mask = torch.where(dropped, self.empty_ids, ids), torch.where(dropped, self.empty_mask, mask)
         return self._states(ids, mask, ids.shape[1])
 
     def _states(self, ids: Tensor, mask: Tensor, row: int) -> tuple[Tensor, Tensor]:
@@ -111,15 +118,41 @@ class TextEncoder(Encoder):
         last = row - self.length + 1
         return torch.cat([states[:, :1], states[:, last:]], 1), torch.cat([mask[:, :1], mask[:, last:]], 1)
 
-    def forward(self, ids: Tensor, mask: Tensor, drop: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """ids, mask [B, L] of `tokenize` -> states [B, M, C] and key mask [B, M]."""
+    def condition(self, states: States, drop: Tensor | None = None) -> States:
+        """states [B, M, C] and key mask [B, M]."""
+        read, mask = states
+        assert mask is not None
         if drop is None:
-            return self.states(ids, mask)
+            return states
         if self.null_kind == "zeros":
-            states, mask = self.states(ids, mask)
-            return torch.where(drop[:, None, None], 0.0, states), mask | drop[:, None]
-        dropped = drop[:, None]
-        return self.states(torch.where(dropped, self.empty_ids, ids), torch.where(dropped, self.empty_mask, mask))
+            return torch.where(drop[:, None, None], 0.0, read), mask | drop[:, None]
+        if not is_frozen(self.model):
+            return states  # which were read so
+        empty, attended = self.empty()
+        return torch.where(drop[:, None, None], empty, read), torch.where(drop[:, None], attended, mask)
+
+    def null(self, states: States) -> States:
+        if self.null_kind == "zeros":
+            return super().null(states)
+        n, (empty, attended) = len(states[0]), self.empty()
+        return empty.expand(n, -1, -1), attended.expand(n, -1)
+
+    def empty(self) -> tuple[Tensor, Tensor]:
+        """States [1, M, C] and key mask [1, M] of the caption "". A frozen model reads it once, and again where it was
+        moved, cast or loaded by load_state_dict since."""
+        found, frozen = self._empty, is_frozen(self.model)
+        if found is None or not frozen:
+            found = self._states(self.empty_ids[None], self.empty_mask[None], len(self.empty_ids))
+            self._empty = found if frozen else None
+        return found
+
+    def _forget(self, *_: Any) -> None:
+        """The weights are others now, or lie elsewhere."""
+        self._empty = None
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        self._forget()
+        return super()._apply(fn, recurse)
 
     def text_states(self, captions: Sequence[str], template: bool = True) -> tuple[Tensor, Tensor]:
         """See Encoder; the template is the instruction. L is that of the longest caption: padding is not computed."""

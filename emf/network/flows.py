@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emf.conditioning.encoder import States
 from emf.config import Config
 from emf.flow import guided
 from emf.matching import matching_loss
@@ -31,17 +32,13 @@ class Matched(TextToImage):
         self.fake = deepcopy(base).requires_grad_(True)
         self.base = base.requires_grad_(False)
 
-    def forward(self, *args: Any, matching: bool = False, **kwargs: Any) -> Any:
-        """As TextToImage; matching: emf.matching's two losses."""
-        return self.matching(*args, **kwargs) if matching else super().forward(*args, **kwargs)
-
     def matching(
-        self, noise: Tensor, tau: Tensor, again: Tensor, ids: Tensor, mask: Tensor, *, guidance: float, steps: int
+        self, noise: Tensor, tau: Tensor, again: Tensor, read: States, *, guidance: float, steps: int
     ) -> tuple[Tensor, Tensor]:
-        """See matching_loss, for captions [k, M]. The text encoder reads them once."""
+        """See matching_loss, for k captions as TextToImage.read gave them."""
         with torch.no_grad():
-            states = self.encoder(ids, mask, None)
-            null = self.encoder(ids, mask, torch.ones_like(ids[:, 0], dtype=torch.bool)) if guidance != 1 else states
+            states = self.encoder.condition(read)
+            null = self.encoder.null(read) if guidance != 1 else states
 
         def of(transformer: Transformer, states: Any) -> Any:
             return lambda z, t, r: transformer(z, t, r, *states)

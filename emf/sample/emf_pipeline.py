@@ -16,12 +16,12 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from PIL import Image
 from torch import Tensor
 
-from emf.conditioning.encoder import Encoder
+from emf.conditioning.encoder import Encoder, States
 from emf.flow import seed_of
 from emf.model.autoencoder import decode, load_dcae
 from emf.model.sizes import TransformerConfig
 from emf.model.transformer import Transformer
-from emf.sample.sampler import States, check_finite, conditions_of, latents_of, noise_of, to_uint8
+from emf.sample.sampler import check_finite, conditions_of, latents_of, noise_of, to_uint8
 from emf.sample.sampling_settings import Settings, default_guidance, latent_shape
 from emf.weights.carried.flow_map_pipeline import seed_in
 from emf.weights.diffusers_folder import load_exported_transformer

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from emf.conditioning.encoder import States
 from emf.config import Config, Scale
 from emf.device import device as find_device
 from emf.errors import NotFinite
@@ -39,9 +40,6 @@ from emf.weights.tensors import module_stamp
 
 TOKENS_APART = 2**40  # is added to an image's seed for its image tokens, which must not follow its noise
 
-States = tuple[Tensor, Tensor | None]
-"""Condition states [B, M, C], and their key mask [B, M] bool; None: all M are attended to."""
-
 
 @torch.no_grad()
 def conditions_of(
@@ -57,8 +55,7 @@ def conditions_of(
     once. Raises ValueError on a caption that the encoder cannot read, and where the engine gives no tokens."""
     token_seeds = [TOKENS_APART + n for n in seeds]
     ids, mask = (x.to(device) for x in tokenize(encoder, captions, token_seeds, progress=True, engine=engine))
-    dropped = torch.ones(len(captions), dtype=torch.bool, device=device)
-    (c, kept), (null, null_kept) = encoder(ids, mask), encoder(ids, mask, dropped)
+    (c, kept), (null, null_kept) = encoder(ids, mask, null=True)  # a call, before which accelerate fetches weights
     return (c.to(dtype), kept), (null.to(dtype), null_kept)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
+from emf.conditioning.encoder import States
 from emf.config import Config
 from emf.flow import flow_matching_loss, meanflow_loss
 from emf.train.batch import Batch
+from emf.train.ranges import span
 from emf_kernels import primal
 
 
@@ -52,33 +53,39 @@ def descended(loss: Tensor, squared: Tensor) -> Tensor:
     return mean * (1 + 0 * (mean.detach() + squared.mean()))
 
 
+def first(states: States, n: int) -> States:
+    """Of the first n captions."""
+    read, mask = states
+    return read[:n], None if mask is None else mask[:n]
+
+
 def losses(config: Config, network: Any, batch: Batch, progress: float) -> Losses:
     """What a micro-batch comes to at a training progress in [0, 1]."""
     x, e, t, r, b, ids, mask, drop, made_in, *draws = batch
-    weight, own = config.condition.ar_weight, []
+    weight, own_loss = config.condition.ar_weight, None
     b = carried(b, len(t)) if config.compile else b
+    with span("encode"):
+        states = network.read(ids, mask, drop, own_loss=bool(weight))
+    if weight:
+        states, own_loss = states
 
     def velocity(z: Any, t: Any, r: Tensor | None) -> Any:
-        if not weight or not torch.is_grad_enabled():
-            n = len(primal(t))
-            return network(z, t, r, ids[:n], mask[:n], drop[:n])
-        u, loss = network(z, t, r, ids, mask, drop, own_loss=True)
-        own.append(loss)
-        return u
+        n = len(primal(t))
+        return network(z, t, r, first(states, n), drop[:n])
 
     def null(z: Any, t: Any, r: Tensor | None) -> Any:
-        return network(z, t, r, ids, mask, torch.ones_like(drop))
+        return network(z, t, r, states, null=True)
 
     if config.objective == "flow_matching":
         loss, squared = flow_matching_loss(velocity, x, e, t)
     else:
         loss, squared = meanflow_loss(velocity, null, x, e, (t, r, b), config.flow, progress=progress, dropped=drop)
     further: dict[str, Tensor] = {}
-    if own:
-        loss, further = loss + weight * own[-1], {"lm_loss": own[-1].detach()}
+    if own_loss is not None:
+        loss, further = loss + weight * own_loss, {"lm_loss": own_loss.detach()}
     if batch.noise is not None:
         k, guidance = len(batch.noise), config.match.guidance
-        term, fake = network(*draws, ids[:k], mask[:k], guidance=guidance, steps=made_in, matching=True)
+        term, fake = network.matching(*draws, first(states, k), guidance=guidance, steps=made_in)
         loss = loss + config.match.weight_at(progress) * term.mean() + fake.mean()
         further |= {"match": term.detach(), "fake_error": fake.detach(), "match_steps": fake.new_full((1,), made_in)}
     return Losses(loss, squared, further)

@@ -223,7 +223,8 @@ def _beside(config: Config) -> tuple[list[Part], dict[str, float]]:
 
 
 def _text(config: Config, network: TextToImage, micro: int) -> tuple[dict[str, float], float]:
-    """({"text encoder": operations of a step}, bytes that it keeps for backward at a micro-batch)."""
+    """({"text encoder": operations of a step}, bytes that it keeps for backward at a micro-batch). A step reads its
+    captions once; the connector, which each evaluation of the network asks again, is counted with that."""
     (length, _), encoder = tokens_of(config), network.encoder
     ids = torch.zeros(1, length, dtype=torch.int64, device="meta")
 
@@ -238,7 +239,7 @@ def _text(config: Config, network: TextToImage, micro: int) -> tuple[dict[str, f
     forward, kept = counted(encoder, read)
     total = sum(p.numel() for p in encoder.parameters())
     share = sum(p.numel() for p in encoder.parameters() if p.requires_grad) / total
-    flops, kept = forward * (1 + _further(config) + 2 * _matched(config) + (1 + share if share else 0)), micro * kept
+    flops, kept = forward * (1 + (1 + share if share else 0)), micro * kept
     if config.condition.ar_weight:
         sizes = encoder.language_model.config
         # the logits of one row at a time, in bfloat16 and float32, with their softmax and gradient; made again in

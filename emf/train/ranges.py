@@ -31,10 +31,8 @@ def mark(module: nn.Module, name: str) -> None:
 
 
 def mark_network(network: nn.Module) -> None:
-    """The text encoder and every block."""
+    """Every block."""
     for name, module in network.named_modules():
         parent, _, last = name.rpartition(".")
-        if name == "encoder":
-            mark(module, "encode")
-        elif parent.endswith("transformer_blocks"):
+        if parent.endswith("transformer_blocks"):
             mark(module, f"block {last}")

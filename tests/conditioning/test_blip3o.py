@@ -192,7 +192,7 @@ def test_the_trainers_loss_takes_any_encoder(which: str) -> None:
     drop = torch.tensor([False, True, False])
 
     def velocity(z, t, r):
-        return network(z, t, r, ids, mask, drop)
+        return network(z, t, r, network.read(ids, mask), drop)
 
     loss, _ = meanflow_loss(velocity, velocity, x, e, (t, r, 1), FlowConfig())
     loss.mean().backward()

@@ -72,6 +72,39 @@ def test_null_of_text_encoders(text_model: TextModel, kind: Literal["empty", "ze
         torch.testing.assert_close(states[1][mask[1]], plain, **CLOSE)
 
 
+@torch.no_grad()
+def test_a_frozen_model_reads_its_null_once() -> None:
+    """And again where its weights are others."""
+    model, tokenizer = gemma()
+    encoder = TextEncoder(model, tokenizer, 20)
+    rows: list[int] = []
+    model.register_forward_hook(lambda _, args, kwargs, out: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
+    captions, drop = encoder.tokenize(CAPTIONS), torch.tensor([False, True, True])
+    states = encoder.states(*captions, drop)
+    first, again = (encoder.condition(states, drop)[0] for _ in range(2))
+    assert rows == [3, 1] and torch.equal(first, again) and torch.equal(encoder.null(states)[0][0], first[1])
+
+    def now() -> torch.Tensor:
+        return encoder.states(encoder.empty_ids[None], encoder.empty_mask[None])[0]
+
+    encoder.load_state_dict({name: 1.5 * x for name, x in encoder.state_dict().items()})
+    loaded = encoder.empty()[0]
+    torch.testing.assert_close(loaded, now())
+    assert not torch.allclose(loaded, first[1], atol=1e-3)
+    encoder.double()
+    assert encoder.empty()[0].dtype == torch.float64
+    torch.testing.assert_close(encoder.empty()[0], now())
+    rows.clear()
+    model.requires_grad_(True)  # what is trained has other weights at every step, and reads it with the captions
+    states = encoder.states(*captions, drop)
+    kept = encoder.condition(states, drop)[0]
+    assert rows == [3] and torch.equal(kept, states[0])
+    torch.testing.assert_close(kept[1:2], now())
+    rows.clear()
+    encoder.null(states), encoder.null(states)
+    assert rows == [1, 1]
+
+
 @every_text_model
 @torch.no_grad()
 def test_the_mean_is_over_the_captions_tokens(text_model: TextModel) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,15 @@ def test_the_whole_way_is_the_one_written_out(network: TextToImage, how: Setting
         for numbers in (range(5), [7, 3, 11, 0, 5]):
             want = by_hand(network, config, CAPTIONS, how, numbers)
             assert torch.equal(Sampler(config, network).images(CAPTIONS, how, numbers=numbers), want)
+
+
+def test_captions_are_read_once_and_by_a_call(network: TextToImage) -> None:
+    """For guidance too. accelerate, which diffusers moves models to the GPU with, does so before a call."""
+    network, seen = deepcopy(network), list[str]()
+    for name, module in (("encoder", network.encoder), ("model", network.encoder.language_model)):
+        module.register_forward_hook(lambda *_, name=name: seen.append(name))
+    Sampler(small_config(), network).images(CAPTIONS, Settings(guidance=2.0, batch=len(CAPTIONS)))
+    assert seen == ["model", "encoder"]
 
 
 def test_an_image_depends_on_its_own_number_seed_and_caption(sampler: Sampler) -> None:

@@ -11,6 +11,8 @@ import pytest
 
 pytest.importorskip("deepspeed")
 
+from training import metrics, train
+
 from emf.config import Config
 from emf.recipes import digits
 from emf.train.zero.settings import OVERRULED, OWN_KEYS, engine_config, known_keys, overruled
@@ -108,3 +110,24 @@ def test_what_overrules_the_config_is_said(tmp_path: Path) -> None:
     assert str(told.value) == line
     assert overruled(replace(config, optim=replace(config.optim, clip=0.5)))[0].startswith("optimizer.params.betas")
     assert {name.split(".")[0] for name in OVERRULED.values()} == {"optim", "zero"}
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ["--freeze-encoder", "False", "--flow.guidance", "1.5", "--flow.along", "network"],
+        ["--match.weight", "1", "--match.begin", "0.4", "--match.share", "0.5"],
+    ],
+    ids=["a trained encoder", "distribution matching"],
+)
+def test_deepspeeds_timers_take_a_step_of_several_parts(recipe: list[str], parts: list[str], tmp_path: Path) -> None:
+    """They expect one forward with gradient a micro-batch. The steps are the same at stage 3 on two ranks."""
+    (tmp_path / "own.json").write_text(json.dumps({"wall_clock_breakdown": True}))
+    flags, rows = [*recipe, *parts, "--zero.json", str(tmp_path / "own.json")], []
+    for stage, ranks in ((0, 1), (3, 2)):
+        run = tmp_path / f"stage {stage}"
+        result = train(tmp_path, *flags, "--out", str(run), "--zero.stage", str(stage), ranks=ranks)
+        assert result.code == 0, result.text
+        rows.append([(row["loss"], row["error"], row["grad_norm"]) for row in metrics(run)])
+    for one, two in zip(*rows, strict=True):
+        assert one == pytest.approx(two, rel=1e-3)

@@ -217,7 +217,7 @@ def test_the_kinds_of_a_step(small: Any) -> None:
     assert lora.flops["transformer"] == pytest.approx(2 * forward, rel=1e-2)
     difference = small("sana-1.5-1.6b", flow=dict(derivative="difference", guidance=2.0))
     assert "tangents" not in difference.flops and difference.flops["further evaluations"] == pytest.approx(3 * forward)
-    assert difference.flops["text encoder"] == pytest.approx(4 * none.flops["text encoder"])
+    assert difference.flops["text encoder"] == none.flops["text encoder"]  # a step reads its captions once
     own = small("sana-1.5-1.6b", flow=dict(along="network"))  # of the half of the samples that carry a tangent
     assert own.flops["further evaluations"] == pytest.approx(forward / 2)
     tuned, with_loss = (small("blip3o-next-3b", condition=dict(ar_weight=w)) for w in (0.0, 1.0))

@@ -172,6 +172,16 @@ class Engine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.engine(*args, **kwargs)
 
+    def read(self, *args: Any, **kwargs: Any) -> Any:
+        """TextToImage.read. Neither this nor `matching` is a forward to DeepSpeed, whose timers take one with gradient
+        a micro-batch, and whose ZeRO 3 foresees what it fetches by the forward before; the modules below fetch their
+        weights themselves."""
+        return self.engine.module.read(*args, **kwargs)
+
+    def matching(self, *args: Any, **kwargs: Any) -> Any:
+        """Of emf.network.flows."""
+        return self.engine.module.matching(*args, **kwargs)
+
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
 
