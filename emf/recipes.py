@@ -76,17 +76,17 @@ def digits_full() -> Config:
 
 
 def digits_one_step() -> Config:
-    """Stage 2 for one step and few: guidance inside the target, and in the second half of the run distribution matching
-    of pictures of 1, 2 and 4 steps."""
+    """Stage 2 for one step and few: guidance inside the target, the tangent along the network's own velocity, and in
+    the second half of the run distribution matching of pictures of 1, 2 and 4 steps."""
     config = digits()
     return replace(
         config,
         recipe="digits-one-step",
-        steps=1500,
-        flow=replace(config.flow, guidance=1.25),
+        steps=1000,
+        flow=replace(config.flow, guidance=1.25, along="network"),
         match=MatchConfig(weight=1.0, share=0.375, steps=(1, 2, 4), begin=0.5),
         optim=replace(config.optim, ema=0.995),
-        run=replace(config.run, save_every=100, eval_every=300),
+        run=replace(config.run, save_every=100, eval_every=200),
     )
 
 
