@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,9 +105,11 @@ class TextEncoder(Encoder):
     def states(self, ids: Tensor, mask: Tensor, drop: Tensor | None = None) -> States:
         """drop [B] bool: samples for which a model that is trained reads "" in the place of their caption, where that
         is the null condition."""
-        if drop is not None and self.null_kind == "empty" and not is_frozen(self.model):
-            dropped = drop[:, None]
-            ids, mask = torch.where(dropped, self.empty_ids, ids), torch.where(dropped, self.empty_mask, mask)
+        if self.null_kind == "empty" and not is_frozen(self.model):
+            self._forget()
+            if drop is not None:
+                dropped = drop[:, None]
+                ids, mask = torch.where(dropped, self.empty_ids, ids), torch.where(dropped, self.empty_mask, mask)
         return self._states(ids, mask, ids.shape[1])
 
     def _states(self, ids: Tensor, mask: Tensor, row: int) -> tuple[Tensor, Tensor]:
@@ -138,11 +141,13 @@ class TextEncoder(Encoder):
         return empty.expand(n, -1, -1), attended.expand(n, -1)
 
     def empty(self) -> tuple[Tensor, Tensor]:
-        """States [1, M, C] and key mask [1, M] of the caption "". A frozen model reads it once, and again where it was
-        moved, cast or loaded by load_state_dict since."""
+        """States [1, M, C] and key mask [1, M] of the caption "". A frozen model reads it once, and again where this
+        module was moved, cast, loaded or trained since."""
         found, frozen = self._empty, is_frozen(self.model)
         if found is None or not frozen:
-            found = self._states(self.empty_ids[None], self.empty_mask[None], len(self.empty_ids))
+            # what is kept must serve a later training step too
+            with torch.inference_mode(False) if frozen else nullcontext():
+                found = self._states(self.empty_ids[None], self.empty_mask[None], len(self.empty_ids))
             self._empty = found if frozen else None
         return found
 

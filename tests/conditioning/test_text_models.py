@@ -103,6 +103,21 @@ def test_a_frozen_model_reads_its_null_once() -> None:
     rows.clear()
     encoder.null(states), encoder.null(states)
     assert rows == [1, 1]
+    model.requires_grad_(False)
+    with torch.inference_mode():
+        encoder.empty()
+    model.requires_grad_(True)
+    encoder.states(*captions)
+    next(model.parameters()).mul_(2)
+    model.requires_grad_(False)
+    torch.testing.assert_close(encoder.empty()[0], now())  # not what it read before it was trained
+
+
+def test_a_null_that_was_read_in_inference_mode_serves_training() -> None:
+    encoder = TextEncoder(*gemma(), 20)
+    with torch.inference_mode():
+        empty = encoder.empty()[0]
+    (empty * torch.ones(1, requires_grad=True)).sum().backward()
 
 
 @every_text_model
