@@ -113,6 +113,11 @@ def closed(scores: dict[str, Any]) -> dict[int, float]:
     }
 
 
+def percent(share: float) -> str:
+    """Of the gap; where flow matching has the same score in one step and 30 there is none."""
+    return "no gap" if math.isnan(share) else f"{share:.0%}"
+
+
 def print_scores(scores: dict[str, Any], recipe: str) -> None:
     """The scores as a table in the terminal; then the overall ones beside those that runs of the recipe had.
 
@@ -121,7 +126,7 @@ def print_scores(scores: dict[str, Any], recipe: str) -> None:
     for r in scores["rows"]:
         cells = ["–" if math.isnan(x) else f"{x:.3f}" for x in (r["overall"], standard_error(r, captions))]
         cells += [f"{r['by_tag'][tag]:.2f}" for tag in TAGS]
-        rows.append([r["model"], str(r["steps"]), *cells, f"{share[r['steps']]:.0%}" if r["model"] == "emf" else ""])
+        rows.append([r["model"], str(r["steps"]), *cells, percent(share[r["steps"]]) if r["model"] == "emf" else ""])
     out = console()
     out.print(terminal(("model", "steps", "overall", "±", *TAGS, "gap closed"), rows, words=(0,)))
     if runs := recorded(recipe, scores):
@@ -129,7 +134,7 @@ def print_scores(scores: dict[str, Any], recipe: str) -> None:
         rows = []
         for r in scores["rows"]:
             model, n = r["model"], r["steps"]
-            cells = [f"{share[n]:.0%}", f"{gap[n]:.0%}"] if model == "emf" and n in gap else ["", ""]
+            cells = [percent(share[n]), f"{gap[n]:.0%}"] if model == "emf" and n in gap else ["", ""]
             if n in beside[model]:
                 rows.append([model, str(n), f"{r['overall']:.3f}", f"{beside[model][n]:.3f}", *cells])
         out.print(terminal(("model", "steps", "overall", "recorded", "gap closed", "recorded"), rows, words=(0,)))

@@ -73,7 +73,10 @@ def check_same_run(config: Config, checkpoint: Path) -> None:
     if differ:
         of_model = {"objective", "transformer", "encoder"} & {name.partition(".")[0] for name in differ}
         other = "another model" if of_model else "another run"
-        raise ValueError(f"resume: {checkpoint} is of {other} ({', '.join(differ)} differ); choose another --out")
+        raise ValueError(
+            f"resume: {checkpoint} is of {other} ({', '.join(differ)} differ); say what its config.json has, or choose "
+            "another --out"
+        )
 
 
 def _differing(made: Any, now: Any, name: str) -> list[str]:

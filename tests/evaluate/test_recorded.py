@@ -89,6 +89,15 @@ def test_a_run_stands_beside_the_record_of_its_recipe(capsys: pytest.CaptureFixt
         assert "differ between machines" in said or not there
 
 
+def test_without_a_gap_none_is_closed(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = scores(0.5)
+    for row in asked["rows"]:
+        row["overall"] = 0.5
+    print_scores(asked, "digits")
+    said = capsys.readouterr().out
+    assert "no gap" in said and "nan" not in said
+
+
 def test_runs_are_added_to_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page, record = tmp_path / "page.md", tmp_path / "record.json"
     page.write_text("a\n<!-- digits-scores -->\nold\n<!-- /digits-scores -->\nb\n")
