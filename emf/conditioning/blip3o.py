@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from emf.conditioning.encoder import Encoder, States, is_frozen, set_frozen
+from emf.conditioning.encoder import Encoder, is_frozen, set_frozen
 from emf.conditioning.sampling import Sampling, uniforms
 from emf.conditioning.small import Connector
 from emf.conditioning.token_drawing import draw, positions
 from emf.files import read_json, write_json
+from emf.model.layers import States
 
 SYSTEM = "You are a helpful assistant."
 REQUEST = "Please generate image based on the following caption: {}"

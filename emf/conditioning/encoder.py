@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-States = tuple[Tensor, Tensor | None]
-"""States [B, M, C] and their key mask [B, M] bool; None: all M are attended to."""
+from emf.model.layers import States
 
 
 class Encoder(nn.Module):

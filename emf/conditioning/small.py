@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from emf.conditioning.encoder import Encoder, States
+from emf.conditioning.encoder import Encoder
 from emf.conditioning.words import Words
 from emf.files import make_folder, whole_file, write_json
-from emf.model.layers import Linear, RMSNorm
+from emf.model.layers import Linear, RMSNorm, States
 from emf.model.sizes import EncoderConfig
 
 

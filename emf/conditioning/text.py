@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from emf.conditioning.encoder import Encoder, States, is_frozen, set_frozen
+from emf.conditioning.encoder import Encoder, is_frozen, set_frozen
+from emf.model.layers import States
 
 
 def sana_instruction() -> str:

@@ -20,6 +20,8 @@ from emf.model.sizes import TransformerConfig
 from emf_kernels import Dual, each
 
 Value = Tensor | Dual
+States = tuple[Tensor, Tensor | None]
+"""Condition states [B, M, C] and their key mask [B, M] bool; None: all M are attended to."""
 
 
 class Linear(nn.Linear):

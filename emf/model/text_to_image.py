@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from emf.conditioning.encoder import States
-from emf.model.layers import Value
+from emf.model.layers import States, Value
 from emf.model.transformer import Transformer
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emf.conditioning.encoder import States
 from emf.config import Config
 from emf.flow import guided
 from emf.matching import matching_loss
+from emf.model.layers import States
 from emf.model.text_to_image import TextToImage
 from emf.model.transformer import Transformer
 

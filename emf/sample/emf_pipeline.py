@@ -16,9 +16,10 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from PIL import Image
 from torch import Tensor
 
-from emf.conditioning.encoder import Encoder, States
+from emf.conditioning.encoder import Encoder
 from emf.flow import seed_of
 from emf.model.autoencoder import decode, load_dcae
+from emf.model.layers import States
 from emf.model.sizes import TransformerConfig
 from emf.model.transformer import Transformer
 from emf.sample.sampler import check_finite, conditions_of, latents_of, noise_of, to_uint8

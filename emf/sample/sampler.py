@@ -20,13 +20,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from emf.conditioning.encoder import States
 from emf.config import Config, Scale
 from emf.device import device as find_device
 from emf.errors import NotFinite
 from emf.flow import guided, sample
 from emf.idle import refuse_idle
 from emf.model.autoencoder import Latent, load_dcae
+from emf.model.layers import States
 from emf.model.text_to_image import TextToImage
 from emf.sample.ahead import GoOn, Result, nothing, work_aside
 from emf.sample.image_batches import Batch, batches_of

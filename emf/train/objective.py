@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from emf.conditioning.encoder import States
 from emf.config import Config
 from emf.flow import flow_matching_loss, meanflow_loss
+from emf.model.layers import States
 from emf.train.batch import Batch
 from emf.train.ranges import span
 from emf_kernels import primal

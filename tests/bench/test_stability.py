@@ -20,7 +20,10 @@ from emf_kernels import Dual
 class Known(nn.Module):
     """u = 2 z + t, whose derivative along (v, 0, 1) is 2 v + 1."""
 
-    def forward(self, z: Dual, t: Dual, r: Tensor, *_: Tensor) -> Dual:
+    def read(self, *captions: Tensor) -> tuple[Tensor, ...]:
+        return captions
+
+    def forward(self, z: Dual, t: Dual, r: Tensor, *_: tuple[Tensor, ...]) -> Dual:
         self.seen = t.primal, r, z
         u = 2 * z.primal + t.primal.reshape(-1, 1, 1, 1)
         return Dual(u, 2 * z.tangent + t.tangent.reshape(-1, 1, 1, 1))
