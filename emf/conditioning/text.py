@@ -106,16 +106,17 @@ class TextEncoder(Encoder):
     def states(self, ids: Tensor, mask: Tensor, drop: Tensor | None = None) -> States:
         """drop [B] bool: samples for which a model that is trained reads "" in the place of their caption, where that
         is the null condition."""
-        if self.null_kind == "empty" and not is_frozen(self.model):
+        frozen = is_frozen(self.model)
+        if not frozen:
             self._forget()
-            if drop is not None:
+            if drop is not None and self.null_kind == "empty":
                 dropped = drop[:, None]
                 ids, mask = torch.where(dropped, self.empty_ids, ids), torch.where(dropped, self.empty_mask, mask)
-        return self._states(ids, mask, ids.shape[1])
+        return self._states(ids, mask, ids.shape[1], frozen)
 
-    def _states(self, ids: Tensor, mask: Tensor, row: int) -> tuple[Tensor, Tensor]:
+    def _states(self, ids: Tensor, mask: Tensor, row: int, frozen: bool) -> tuple[Tensor, Tensor]:
         """States of rows of `row` tokens, of which padding that no caption reaches may be cut off."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(self.model)):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             states = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         if row <= self.length:
             return states, mask
@@ -130,7 +131,8 @@ class TextEncoder(Encoder):
             return states
         if self.null_kind == "zeros":
             return torch.where(drop[:, None, None], 0.0, read), mask | drop[:, None]
-        if not is_frozen(self.model):
+        # is_frozen looks at every weight, a millisecond of a step; a null that is kept says that the model is frozen
+        if self._empty is None and not is_frozen(self.model):
             return states  # which were read so
         empty, attended = self.empty()
         return torch.where(drop[:, None, None], empty, read), torch.where(drop[:, None], attended, mask)
@@ -144,11 +146,12 @@ class TextEncoder(Encoder):
     def empty(self) -> tuple[Tensor, Tensor]:
         """States [1, M, C] and key mask [1, M] of the caption "". A frozen model reads it once, and again where this
         module was moved, cast, loaded or trained since."""
-        found, frozen = self._empty, is_frozen(self.model)
-        if found is None or not frozen:
+        found = self._empty
+        if found is None:
+            frozen = is_frozen(self.model)
             # what is kept must serve a later training step too
             with torch.inference_mode(False) if frozen else nullcontext():
-                found = self._states(self.empty_ids[None], self.empty_mask[None], len(self.empty_ids))
+                found = self._states(self.empty_ids[None], self.empty_mask[None], len(self.empty_ids), frozen)
             self._empty = found if frozen else None
         return found
 
@@ -164,7 +167,8 @@ class TextEncoder(Encoder):
         """See Encoder; the template is the instruction. L is that of the longest caption: padding is not computed."""
         ids, mask = self.tokenize(captions) if template else self._tokens(self._clean(captions), self.length)
         longest = int(mask.sum(1).max())
-        return self._states(ids[:, :longest].to(self.device), mask[:, :longest].to(self.device), ids.shape[1])
+        ids, mask, row = ids[:, :longest].to(self.device), mask[:, :longest].to(self.device), ids.shape[1]
+        return self._states(ids, mask, row, is_frozen(self.model))
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder / "text_encoder")

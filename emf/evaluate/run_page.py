@@ -20,7 +20,7 @@ from emf.data.digits import TAGS
 from emf.data.scores_file import CAPTIONS, EULER, SCORES, read_scores
 from emf.evaluate.published import FEW_STEP, FLOW_MATCHING, by_steps
 from emf.evaluate.run_log import read_curve, read_metrics
-from emf.evaluate.small_world import closed
+from emf.evaluate.small_world import closed, percent
 from emf.files import write_text
 from emf.recipes import from_file
 from emf.show import page
@@ -101,7 +101,7 @@ def _overall(scores: dict[str, Any], model: str) -> dict[int, float]:
 
 
 def _percent(x: float) -> str:
-    return "no gap" if np.isnan(x) else f"{x:.0%}".replace("%", " %")
+    return percent(x).replace("%", " %")
 
 
 def _header(

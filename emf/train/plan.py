@@ -224,7 +224,8 @@ def _beside(config: Config) -> tuple[list[Part], dict[str, float]]:
 
 def _text(config: Config, network: TextToImage, micro: int) -> tuple[dict[str, float], float]:
     """({"text encoder": operations of a step}, bytes that it keeps for backward at a micro-batch). A step reads its
-    captions once; the connector, which each evaluation of the network asks again, is counted with that."""
+    captions once. Not counted: the connector once more for each further evaluation of the network, and the null
+    caption, which an encoder in training reads beside where guidance in the target asks for it."""
     (length, _), encoder = tokens_of(config), network.encoder
     ids = torch.zeros(1, length, dtype=torch.int64, device="meta")
 
