@@ -100,8 +100,9 @@ def test_the_norm_of_queries_cancels() -> None:
         results.append([o, o_dot, *torch.autograd.grad(f(*leaves).square().sum(), leaves)])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
-    with pytest.raises(ValueError, match="eps is 0.01; expected at most 1e-9"):
-        linear_attention(q, k, v, q_weight, k_weight, D, 0.01)
+    for eps, weight, most in ((1e-9, q_weight, "1e-12, beside which q's norm cancels"), (0.01, None, "1e-09")):
+        with pytest.raises(ValueError, match=f"eps is {eps}; expected at most {most}$"):
+            linear_attention(q, k, v, weight, k_weight, D, eps)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="emulates a GPU's products")
