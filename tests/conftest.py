@@ -64,7 +64,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if not item.get_closest_marker("gpu")]
 
 
-@pytest.fixture(scope="module")
+# of a worker, not of a module: many modules train from the one and compare with the other, and none writes there
+@pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A flow-matching run's weights."""
     from training import TINY, train
@@ -75,7 +76,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run" / "checkpoints" / "step_0000006" / "model.safetensors"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def recipe(base: Path) -> list[str]:
     """What a tiny MeanFlow run is called with."""
     from training import TINY
@@ -83,7 +84,7 @@ def recipe(base: Path) -> list[str]:
     return ["digits", "--init", str(base), *TINY]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def straight(recipe: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run to compare with: one rank, no ZeRO, six steps without a stop."""
     from training import train
