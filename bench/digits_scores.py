@@ -18,13 +18,15 @@ from emf.files import read_json, write_json, write_text
 from emf.recipes import from_file
 from emf.sample.sampling_settings import GUIDANCE
 
+BASE_ROUNDING = 0.02
+"""By how much the shipped base's own scores may differ: only rounding, between machines, makes them other ones."""
 PAGES = (PROFILES.parent / "README.md", PROFILES.parent / "docs" / "training.md")
 
 
 def add(record: dict[str, list[dict[str, Any]]], run: Path, machine: str) -> None:
     """A run's entry, in the place of one of the same recipe, seed, machine and number of captions. Raises ValueError
-    where the run was scored on fewer captions than the others or at another guidance, or was trained otherwise than its
-    recipe says."""
+    where the run was scored on fewer captions than the others, at another guidance, before its last step or with other
+    noise, or was trained otherwise than its recipe says or from another base."""
     config, scores = from_file(run / "config.json"), read_scores(run / SCORES, "recorded")
     if scores is None:
         raise ValueError(f"recorded: {run} has no {SCORES}; `emf evaluate digits {run}` writes it")
@@ -37,6 +39,18 @@ def add(record: dict[str, list[dict[str, Any]]], run: Path, machine: str) -> Non
         raise ValueError(
             f"recorded: {run} has scores of {made['captions']} captions at guidance {made['guidance']}; expected an "
             f"EMF run's of {CAPTIONS} or more at {GUIDANCE}, as `emf evaluate digits {run}` makes them"
+        )
+    if scores.get("step") not in (None, config.steps) or scores.get("seed") not in (None, 0):
+        raise ValueError(
+            f"recorded: {run} has scores of step {scores.get('step')} of {config.steps}, drawn with seed "
+            f"{scores.get('seed')}; expected its last step's and seed 0's, as `emf evaluate digits {run}` makes them "
+            "of a run that is done"
+        )
+    base = next((old["fm"] for old in record.get(config.recipe, []) if old["captions"] == made["captions"]), made["fm"])
+    if any(abs(score - base.get(steps, score)) > BASE_ROUNDING for steps, score in made["fm"].items()):
+        raise ValueError(
+            f"recorded: {run} has {made['fm']} of its base, where the recipe's has {base}; a run from the shipped base "
+            "is recorded"
         )
     same = ("seed", "machine", "captions")
     runs = record.setdefault(config.recipe, [])
@@ -64,9 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     record = read_json(RECORD)
     for run in asked.runs:
         add(record, run, asked.machine)
+    pages = {file: renewed(file.read_text(), record) for file in PAGES}
     write_json(RECORD, record)
-    for file in PAGES:
-        write_text(file, renewed(file.read_text(), record))
+    for file, text in pages.items():
+        write_text(file, text)
 
 
 if __name__ == "__main__":

@@ -82,8 +82,8 @@ def gathered(out: Path, old: Sequence[dict[str, Any]], seeds: Sequence[int]) -> 
         if (file := out / part.name / SCORES).is_file():
             scores = {n: round(found["overall"], 4) for n, found in read_json(file).items()}
             rows[key] = dict(mean=key[0], seed=key[1], scores=scores)
-    order = list(MEANS)
-    return sorted(rows.values(), key=lambda row: (order.index(row["mean"]), row["seed"]))
+    order = {name: place for place, name in enumerate(MEANS)}  # a mean that is there no more stands last
+    return sorted(rows.values(), key=lambda row: (order.get(row["mean"], len(order)), row["mean"], row["seed"]))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[list[str]]]:
@@ -113,7 +113,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         run_parts(asked.out, left, partial(run_part, out=asked.out), asked.jobs, who="one step")
     finally:
-        rows = gathered(asked.out, old, asked.seeds)
+        # read again: another command may have recorded other seeds meanwhile
+        rows = gathered(asked.out, begun(RECORD, head, "one step").get("rows", []), asked.seeds)
         write_record(RECORD, dict(**head, rows=rows))
     console().print(terminal(*table(rows), words=(0,)))
 

@@ -165,10 +165,12 @@ def shown(runs: Sequence[dict[str, Any]]) -> None:
     for run in runs:
         rows = run["rows"]
         medians = [row["median"] for row in rows]
-        figures = [f"{x:.3g}" for x in (medians[0], medians[-1], min(medians), max(medians))]
-        figures += [f"{max(row['gradient'] for row in rows):.3g}", f"{rows[-1]['error']:.3g}"]
-        said = [run["embedder_init"], f"{run['time_scale']:g}", str(rows[-1]["step"]), *figures, run["fault"]]
-        printed.append(said)
+        steps, figures = "0", ["–"] * 6  # of a run that was not finite before its first checkpoint
+        if rows:
+            figures = [f"{x:.3g}" for x in (medians[0], medians[-1], min(medians), max(medians))]
+            figures += [f"{max(row['gradient'] for row in rows):.3g}", f"{rows[-1]['error']:.3g}"]
+            steps = str(rows[-1]["step"])
+        printed.append([run["embedder_init"], f"{run['time_scale']:g}", steps, *figures, run["fault"]])
     console().print(terminal(heads, printed, words=(0, 9)))
 
 

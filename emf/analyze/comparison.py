@@ -17,7 +17,7 @@ from emf.analyze.discriminability import run_discriminability
 from emf.analyze.disentanglement import run_disentanglement
 from emf.analyze.names import EncoderName
 from emf.analyze.outcome import HOW, RESULTS, TABLE, Row, alone, check_out
-from emf.analyze.ranking import Ranking, rank
+from emf.analyze.ranking import FEWEST, Ranking, rank
 from emf.show.table import Markdown, bold, console, markdown, terminal
 
 SCORES = ("discriminability", "disentanglement")
@@ -29,6 +29,7 @@ def compare_encoders(
     data: Path | None = None,
     prompts: Path | None = None,
     *,
+    split: str = Protocol.split,
     dino: str = DINO,
     seed: int = 0,
     embedding: Embedding | None = None,
@@ -38,6 +39,8 @@ def compare_encoders(
     is given: results.json and results.md in `out`, and each analysis in a folder of its name in it. Stopped, it goes
     on; more encoders can be named later. Returns the rankings by score; "centred" ones are of embeddings less their
     mean.
+
+    split: of COCO's, see Protocol.
 
     Raises ValueError where one of data and prompts is given alone, something is missing, or `out` holds something
     else."""
@@ -53,12 +56,13 @@ def compare_encoders(
         k: DIGITS if place is None else str(files.whole_path(place)) for k, place in read.items()
     }
     settings |= {"analysis": "encoders", "seed": seed, "dino": files.place_or_name(dino) if data else ""}
+    settings |= {"split": split} if split != Protocol.split else {}
     settings |= {"dtype": compute.dtype, "text": asdict(embedding), "encoders": {e.name: e.place for e in encoders}}
     check_out(out, ())
     files.check_claim(out, settings, (RESULTS, TABLE), growing="encoders", **HOW)
-    folders = [out / score for score in SCORES]
+    folders, protocol = [out / score for score in SCORES], Protocol(split=split, seed=seed)
     with alone(out):
-        found = run_discriminability(encoders, data, folders[0], Protocol(seed=seed), embedding, dino, compute=compute)
+        found = run_discriminability(encoders, data, folders[0], protocol, embedding, dino, compute=compute)
         apart = run_disentanglement(encoders, prompts, folders[1], Shortening(seed=seed), embedding, compute=compute)
         rows = dict(zip(SCORES, (found, apart), strict=True))
         files.claim(out, settings, (RESULTS, TABLE), growing="encoders", **HOW)
@@ -102,7 +106,8 @@ def _write(out: Path, rows: dict[str, list[Row]], rankings: dict[str, Ranking], 
         "",
         f"In brackets the {LEVEL:.0%} bootstrap interval. > stands between neighbours that are told apart: the",
         "interval of their difference, by the same queries or prompts, excludes 0, at a level that holds for all",
-        "pairs together. ~ stands between neighbours that are not.",
+        "pairs together. ~ stands between neighbours that are not; fewer than "
+        f"{FEWEST} queries or prompts tell none apart.",
         "",
         f"Read from: {settings['data']}; {settings['prompts']}. Higher is better in the paper's reading. An",
         "encoder that gives every text nearly the same vector has a plain disentanglement near 1, so read it",

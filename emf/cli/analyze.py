@@ -38,6 +38,7 @@ def compare(
     data: Path | None = None,
     prompts: Path | None = None,
     *,
+    split: str = Protocol.split,
     dino: str = DINO,
     seed: DrawSeed = 0,
     embedding: Reading = Embedding(),  # noqa: B008 (frozen)
@@ -54,6 +55,7 @@ def compare(
         out: folder for results.json and results.md, and the two analyses' own folders
         data: for discriminability, see emf analyze discriminability; default: the digits' scenes
         prompts: for disentanglement, see emf analyze disentanglement; default: the digits' captions
+        split: which of COCO's splits is read; the paper reads train2017
         dino: folder or Hub name of a DINOv3 or DINOv2, for data that is given
         seed: seed of the queries, the removals and the bootstrap
     """
@@ -61,7 +63,7 @@ def compare(
     from emf.analyze.names import parse_encoders
 
     _check_dino(data, dino)
-    how: Any = dict(dino=dino, seed=seed, embedding=embedding, compute=compute)
+    how: Any = dict(split=split, dino=dino, seed=seed, embedding=embedding, compute=compute)
     compare_encoders(parse_encoders(encoders), out, data, prompts, **how)
     print(f"open {out / 'results.md'}")
 

@@ -48,6 +48,12 @@ def standard_error(row: Mapping[str, Any], captions: int) -> float:
     return (sum(p * (1 - p) for p in shares) / (each - 1)) ** 0.5 / len(shares) if each > 1 else math.nan
 
 
+def share_of_gap(score: float, first: float, last: float) -> float:
+    """How much of the gap between flow matching's scores in one step and in 30 a score closes; nan where there is
+    none."""
+    return (score - first) / (last - first) if last != first else math.nan
+
+
 def entry(scores: Mapping[str, Any], seed: int, machine: str) -> dict[str, Any]:
     """What is recorded of a run's scores.json."""
     told: dict[str, Any] = {"seed": seed, "machine": machine}
@@ -71,7 +77,7 @@ def spreads(runs: Sequence[Mapping[str, Any]], model: str) -> dict[int, Spread]:
     for run in runs:
         first, last = run["fm"]["1"], run["fm"]["30"]
         for steps, score in run["emf" if model == "gap" else model].items():
-            found.setdefault(int(steps), []).append((score - first) / (last - first) if model == "gap" else score)
+            found.setdefault(int(steps), []).append(share_of_gap(score, first, last) if model == "gap" else score)
     return {steps: Spread.of(values) for steps, values in sorted(found.items())}
 
 
@@ -107,7 +113,7 @@ def _one_table(captions: int, record: Mapping[str, Sequence[Mapping[str, Any]]])
     rows += [line(recipe, runs, "emf", ".3f") for recipe, runs in record.items()]
     rows += [line(f"gap closed, {recipe}", runs, "gap", ".0%") for recipe, runs in record.items()]
     paper, fm = by_steps("GenEval", FEW_STEP), by_steps("GenEval", FLOW_MATCHING)
-    share = {n: f"{(score - fm[1]) / (fm[30] - fm[1]):.0%}" for n, score in paper.items()}
+    share = {n: f"{share_of_gap(score, fm[1], fm[30]):.0%}" for n, score in paper.items()}
     rows.append(["gap closed, the paper's 3B", "", *(share.get(n, "") for n in COUNTS)])
     told = "; ".join(f"`{recipe}`: {about(runs)}" for recipe, runs in record.items())
     last = [f"Of {told}."] * bool(told)

@@ -19,6 +19,7 @@ from emf.config import read
 from emf.data.digits import TAGS
 from emf.data.scores_file import CAPTIONS, EULER, SCORES, read_scores
 from emf.evaluate.published import FEW_STEP, FLOW_MATCHING, by_steps
+from emf.evaluate.recorded import share_of_gap
 from emf.evaluate.run_log import read_curve, read_metrics
 from emf.evaluate.small_world import closed, percent
 from emf.files import write_text
@@ -146,10 +147,10 @@ def _key_figures(scores: dict[str, Any] | None, past: Html) -> Html:
             for n, score in fm.items()
         ]
         return Html(f"<h2>How well it draws</h2>{past}{_caution(scores)}{page.cards(cards)}")
-    gap, cards = PAPER_FM[30] - PAPER_FM[1], []
+    cards = []
     for n, score in PAPER.items():
         if n in few:
-            paper = (score - PAPER_FM[1]) / gap
+            paper = share_of_gap(score, PAPER_FM[1], PAPER_FM[30])
             theirs = page.quiet(f"grey, the paper: {_percent(paper)}, GenEval {score:.2f}")
             bars = page.bar(share[n]) + page.bar(paper, "paper")
             said = Html(f"of the gap closed in {_steps(n)}; score {few[n]:.2f}{bars}{theirs}")

@@ -15,7 +15,7 @@ from emf.config import Config
 from emf.data.digits import TAGS, prompts
 from emf.data.scores_file import CAPTIONS, EULER, FEW, SCORES, refuse_lesser
 from emf.evaluate.digits_scorer import Scorer, calibrate
-from emf.evaluate.recorded import about, recorded, spreads, standard_error
+from emf.evaluate.recorded import about, recorded, share_of_gap, spreads, standard_error
 from emf.files import check_writable, write_json
 from emf.idle import chosen
 from emf.recipes import RECIPES
@@ -107,10 +107,8 @@ def changed(config: Config) -> bool:
 def closed(scores: dict[str, Any]) -> dict[int, float]:
     """By number of steps: the fraction of the gap from one-step to 30-step flow matching that EMF closes."""
     fm = {r["steps"]: r["overall"] for r in scores["rows"] if r["model"] == "fm"}
-    gap = fm[EULER[-1]] - fm[1]
-    return {
-        r["steps"]: (r["overall"] - fm[1]) / gap if gap else float("nan") for r in scores["rows"] if r["model"] == "emf"
-    }
+    ends = fm[1], fm[EULER[-1]]
+    return {r["steps"]: share_of_gap(r["overall"], *ends) for r in scores["rows"] if r["model"] == "emf"}
 
 
 def percent(share: float) -> str:

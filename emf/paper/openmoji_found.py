@@ -11,16 +11,13 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
-from emf.analyze.bootstrap import LEVEL, Interval, bootstrap
-from emf.paper.found import MEASURES, BySeed, interval
+from emf.analyze.bootstrap import LEVEL, Interval
+from emf.paper.found import MEASURES, SEEDS, BySeed, interval
 from emf.paper.record import Rows
 
 SCORED = (("base", 30), ("emf", 1), ("emf", 2), ("emf", 4))
 """The scores that are ranked: flow matching at 30 steps, EMF at 1, 2 and 4."""
 RESAMPLES = 2000
-SEEDS = 3
-"""Fewer tell nothing apart. Correlations of few encoders have few values: two seeds often agree to the last digit, and
-Student's interval of them is a point."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +27,8 @@ class Agreement:
 
     seeds: Interval
     """Student's over seeds, within -1 and 1; of one seed it is all of that."""
-    captions: Interval
-    """The bootstrap's over captions, the seeds as they are."""
+    pictures: Interval
+    """The bootstrap's over pictures with all their captions, the seeds as they are."""
     chance: float
     """The share of all orders of the encoders, the same in every seed, that is at least as far from 0, to either
     side."""
@@ -48,9 +45,9 @@ class Agreement:
             return "not run"
         if self.n < SEEDS or self.chance > 1 - LEVEL:
             return "not told apart"
-        if self.seeds.low > 0 and self.captions.low > 0:
+        if self.seeds.low > 0 and self.pictures.low > 0:
             return "agrees"
-        if self.seeds.high < 0 and self.captions.high < 0:
+        if self.seeds.high < 0 and self.pictures.high < 0:
             return "does not"
         return "not told apart"
 
@@ -62,7 +59,7 @@ class Agreement:
             over += f", {self.n} of {self.of} seeds"
         elif self.n == 1:
             over += ", one seed"
-        return f"{over}\ncaptions {self.captions.low:+.2f} to {self.captions.high:+.2f}\nby chance {self.chance:.2f}"
+        return f"{over}\npictures {self.pictures.low:+.2f} to {self.pictures.high:+.2f}\nby chance {self.chance:.2f}"
 
 
 class Found(Rows):
@@ -72,6 +69,8 @@ class Found(Rows):
         """encoders: those of the study; results.json may have rows of others."""
         super().__init__(tree)
         self.kinds = np.array([c["kind"] for c in tree["captions"]])
+        self.asked = np.array([c["picture"] for c in tree["captions"]])
+        """[captions] the picture of each, of those that are scored."""
         self.named: list[str] = [name for name in encoders if self.of(f"base/{name}", "encoder")]
         """The text encoders with a base that is done."""
         self.done: dict[str, set[int]] = {}
@@ -101,10 +100,18 @@ class Found(Rows):
         rows = self.of(f"base/{encoder}", "encoder")
         return {seed: np.array(row[name]) for seed, row in rows.items()}
 
+    def over_asked(self, by_seed: dict[int, np.ndarray]) -> Interval:
+        """See over_pictures, of values of the captions that are scored."""
+        return over_pictures(by_seed, self.asked)
+
+    def over_named(self, name: str, by_seed: dict[int, np.ndarray]) -> Interval:
+        """See over_pictures, of a measure's values."""
+        return over_pictures(by_seed, np.array(self.tree["measured"][name]))
+
     def agreement(self, measure: str, group: str, steps: int) -> Agreement:
         """Of a measure with a score, in the seeds in which every encoder is done and not all score alike. For the
-        interval over captions those of the measure and those of the score are drawn anew, the same for every encoder
-        and seed."""
+        interval over pictures these are drawn anew, the same for the measure and the score and every encoder and
+        seed."""
         seeds = sorted(set.intersection(*self.done.values())) if self.done else []
         nothing = interval([])
         if not seeds:
@@ -121,29 +128,47 @@ class Found(Rows):
         if not told.any():
             return Agreement(nothing, nothing, float("nan"), 0, len(seeds))
         own, scores = own[told], scores[told]
-        rng = np.random.default_rng(0)
-        means = [drawn_anew(values, rng) for values in (own, scores)]
+        of = np.array(self.tree["measured"][measure]), self.asked
+        times = drawn(1 + max(int(some.max()) for some in of))
+        means = [mean_of_drawn(values, times[:, some]) for values, some in zip((own, scores), of, strict=True)]
         over = interval(correlated[told].tolist())
         seen = Interval(over.mean, max(over.low, -1.0), min(over.high, 1.0))
-        drawn = spearman(*means).mean(-1)  # [RESAMPLES], nan where a draw is all ties
-        edges = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
-        low, high = (float("nan"),) * 2 if np.isnan(drawn).all() else np.nanquantile(drawn, edges).tolist()
+        low, high = edges(spearman(*means).mean(-1))  # nan where a draw is all ties
         chance = by_chance(own.mean(-1), scores.mean(-1))
         return Agreement(seen, Interval(over.mean, low, high), chance, len(own), len(seeds))
 
 
-def over_captions(by_seed: dict[int, np.ndarray]) -> Interval:
-    """The mean over seeds and captions, with its interval over captions, the seeds as they are; nan of no seed."""
-    return bootstrap(np.mean([*by_seed.values()], 0) if by_seed else [])
+def over_pictures(by_seed: dict[int, np.ndarray], of: np.ndarray) -> Interval:
+    """The mean over seeds and captions, with the bootstrap's interval over pictures, the seeds as they are; nan of no
+    seed. of [captions]: the picture of each. A picture's captions are drawn together: what one of them is taken for,
+    the others often are too."""
+    if not by_seed:
+        return interval([])
+    values = np.mean([*by_seed.values()], 0)
+    return Interval(float(values.mean()), *edges(mean_of_drawn(values, drawn(1 + int(of.max()))[:, of])))
 
 
-def drawn_anew(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """[RESAMPLES, ...]: the means of values [..., n] over n captions drawn with replacement, the same ones of every
-    row."""
+def drawn(n: int) -> np.ndarray:
+    """[RESAMPLES, n]: how often each of n is there when n are drawn with replacement (Efron 1979); always the same."""
+    which = np.random.default_rng(0).integers(n, size=(RESAMPLES, n)) + n * np.arange(RESAMPLES)[:, None]
+    return np.bincount(which.ravel(), minlength=n * RESAMPLES).reshape(RESAMPLES, n).astype(float)
+
+
+def mean_of_drawn(values: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """[RESAMPLES, ...]: the means of values [..., captions] that are drawn `times` [RESAMPLES, captions]; nan where
+    none is."""
     n = values.shape[-1]
-    drawn = rng.integers(n, size=(RESAMPLES, n)) + n * np.arange(RESAMPLES)[:, None]
-    times = np.bincount(drawn.ravel(), minlength=n * RESAMPLES).reshape(RESAMPLES, n)  # how often each is drawn
-    return (times.astype(float) @ values.reshape(-1, n).T / n).reshape(RESAMPLES, *values.shape[:-1])
+    with np.errstate(invalid="ignore"):
+        means = times @ values.reshape(-1, n).T / times.sum(1, keepdims=True)
+    return means.reshape(RESAMPLES, *values.shape[:-1])
+
+
+def edges(values: np.ndarray) -> tuple[float, float]:
+    """Of the middle LEVEL of values [n] that are not nan; nan where all are."""
+    if np.isnan(values).all():
+        return float("nan"), float("nan")
+    low, high = np.nanquantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+    return low, high
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:

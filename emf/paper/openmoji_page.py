@@ -13,10 +13,10 @@ from matplotlib.axes import Axes
 from emf.analyze.bootstrap import Interval
 from emf.data.gallery import Gallery
 from emf.files import write_text
-from emf.paper.found import MEASURES, mean
-from emf.paper.openmoji_found import SCORED, SEEDS, Found, by_chance, label, over_captions, verdicts
+from emf.paper.found import MEASURES, SEEDS, mean
+from emf.paper.openmoji_found import SCORED, Found, by_chance, label, verdicts
 from emf.paper.openmoji_parts import EMF_STEPS, ENCODERS, FM_STEPS, QUICK, Budget, TextEncoder
-from emf.paper.openmoji_record import ceiling, held_out, study
+from emf.paper.openmoji_record import ceiling, held_out, measured, study
 from emf.paper.openmoji_runs import shown_of
 from emf.paper.results_page import said, section, seed_drawn, shortfall
 from emf.sample.sampling_settings import GUIDANCE_PRETRAINED
@@ -37,16 +37,17 @@ def spread_told(found: Found) -> str:
     """What the lines below a mean are, in a sentence."""
     many = len(found.tree["budget"]["seeds"]) > 1
     first = "Below a mean is its range over seeds" if many else "There is one seed, so no range over seeds"
-    return f"{first}; the row below has the interval over captions."
+    return f"{first}; the row below has the interval over pictures, whose captions are drawn together."
 
 
 def encoder_table(found: Found) -> Html:
     """What the text encoders are."""
     rows: list[list[Any]] = []
     for e in found.named:
-        own = [found.measured(e, m) for m in MEASURES]
-        rows.append([e, "", *(said({seed: float(x.mean()) for seed, x in by_seed.items()}) for by_seed in own)])
-        rows.append(["", "captions", *(over(over_captions(by_seed), 3) for by_seed in own)])
+        own = {m: found.measured(e, m) for m in MEASURES}
+        means = [{seed: float(x.mean()) for seed, x in by_seed.items()} for by_seed in own.values()]
+        rows.append([e, "", *map(said, means)])
+        rows.append(["", "pictures", *(over(found.over_named(m, by_seed), 3) for m, by_seed in own.items())])
     told = "".join(f"<li><b>{page.words(k)}</b>: {page.words(v.told)}</li>" for k, v in ENCODERS.items())
     note = page.note(
         "Discriminability: cosine of a picture's smoothed pixels, less the mean picture's, with those of the picture "
@@ -59,12 +60,12 @@ def encoder_table(found: Found) -> Html:
 
 
 def score_table(found: Found) -> Html:
-    """Top-1 by text encoder and steps, with its range over seeds and its interval over captions."""
+    """Top-1 by text encoder and steps, with its range over seeds and its interval over pictures."""
     every = [("base", n) for n in FM_STEPS[::-1]] + [("emf", n) for n in EMF_STEPS]
     rows: list[list[Any]] = []
     for e in found.named:
         rows.append([e, "all", *(said(found.score(g, e, n), 2) for g, n in every)])
-        rows.append(["", "captions", *(over(over_captions(found.hits(g, e, n))) for g, n in every)])
+        rows.append(["", "pictures", *(over(found.over_asked(found.hits(g, e, n))) for g, n in every)])
         rows.append(["", "top-5", *(said(found.score(g, e, n, 5), 2) for g, n in every)])
         for kind in ("reworded", "alias"):
             rows.append(["", kind, *(said(found.score(g, e, n, kind=kind), 2) for g, n in every)])
@@ -96,7 +97,7 @@ def answer(found: Found) -> Html:
     perfect = np.arange(n)[None]
     note = page.note(
         f"Spearman's rank correlation over the {n} encoders, the mean of every seed's, with its interval of 95 % over "
-        "seeds (Student's) and over captions, and how often chance gives one as far from 0 (every order of the "
+        "seeds (Student's) and over pictures, and how often chance gives one as far from 0 (every order of the "
         "encoders, the same in all seeds). Agrees, does not: both intervals lie on one side of 0, and chance is below "
         f"5 %; fewer than {SEEDS} seeds tell nothing apart, as two of them often agree exactly by chance. These are "
         f"{len(MEASURES) * len(SCORED)} questions, each asked at 5 % by itself: a single one that is told apart may "
@@ -165,7 +166,8 @@ def write_openmoji(
 ) -> Path:
     """Write results.json and report-openmoji.html in `out` from the parts that are done; returns the page's path."""
     whole = study(out, gallery, budget, encoders)
-    tree = whole.gather(out, world=gallery.world, source=gallery.source, ceiling=ceiling(gallery))
+    told = {"ceiling": ceiling(gallery), "measured": measured(gallery)}
+    tree = whole.gather(out, world=gallery.world, source=gallery.source, **told)
     found = Found(tree, encoders or ENCODERS)
     b, n = budget, len(budget.seeds)
     lead = f"""<h1>Text encoders on named pictures</h1><p class="lead">EMF (arXiv 2604.18168) holds that a text encoder

@@ -23,9 +23,7 @@ from emf.paper.record import ENCODER, SCORES, Column, Study
 def study(out: Path, gallery: Gallery, budget: Budget, encoders: Mapping[str, TextEncoder] | None = None) -> Study:
     """Its rows have scores, {steps: the rank of the picture asked for, by caption}, and of a base its encoder,
     {measure: values by caption}."""
-    asked, named = held_out(gallery, budget), [c.text for c in by_name(gallery)]
-    shortened = len(usable(named, Shortening())[0])
-    values = {name: shortened if name.startswith("disentanglement") else len(named) for name in MEASURES}
+    asked, values = held_out(gallery, budget), {name: len(of) for name, of in measured(gallery).items()}
     columns = {
         "scores": Column(SCORES, partial(odd_ranks, captions=len(asked), pictures=len(gallery))),
         "encoder": Column(ENCODER, partial(odd_measures, values=values)),
@@ -46,6 +44,14 @@ def by_name(gallery: Gallery) -> list[Caption]:
     """The captions on which a text encoder is measured: names and other names."""
     train, rest = gallery.captions()
     return [c for c in (*train, *rest) if c.kind in ("name", "alias")]
+
+
+def measured(gallery: Gallery) -> dict[str, list[int]]:
+    """By measure of a text encoder, the picture of each caption that it has a value of."""
+    named = by_name(gallery)
+    every = [c.picture for c in named]
+    shortened = [every[i] for i in usable([c.text for c in named], Shortening())[0]]
+    return {name: shortened if name.startswith("disentanglement") else every for name in MEASURES}
 
 
 def odd_ranks(scores: Any, captions: int, pictures: int) -> str | None:

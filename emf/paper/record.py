@@ -11,7 +11,7 @@ from emf.files import misfit, read_json, write_json
 from emf.paper.parts import Part
 
 RESULTS = "results.json"
-AGAIN = f"move its folder and {RESULTS} away, and the part is made again"
+AGAIN = f"move its folder away and take its row out of {RESULTS}, and the part is made again"
 SCORES, ENCODER = "scores_by_steps.json", "encoder.json"
 """What a part writes in its folder. Not scores.json, which `emf evaluate digits` writes in a run's folder, and which
 its page reads."""
@@ -112,12 +112,14 @@ class Study:
         return next(((key, said) for key, said in every if said), None)
 
     def gather(self, out: Path, **further: Any) -> dict[str, Any]:
-        """What the parts that are done have found, written to results.json too: a row a part, by its name, of this
-        folder or of the results.json that was there. Its key `missing` names the parts that are not done. Raises
+        """What the parts that are done have found, written to results.json too: a row a part, by its name, of the
+        results.json that was there or else of this folder. Its key `missing` names the parts that are not done. Raises
         ValueError as `recorded` and `row` do, and where a part's folder lacks something."""
         names = [part.name for part in self.parts]
-        rows = self.recorded(out)
-        rows |= {name: self.row(out / name) for name in names if (out / name / SCORES).is_file()}
+        # a base that is trained again for a part that is not recorded is another one by rounding, and its row stays
+        known = self.recorded(out)
+        rows = {name: self.row(out / name) for name in names if (out / name / SCORES).is_file()}
+        rows = known | {name: row | known.get(name, {}) for name, row in rows.items()}
         for name in names:
             if name in rows and (lacks := self._lacks(name, rows[name])):
                 raise ValueError(f"{self.who}: {out / name} {lacks}; {AGAIN}")

@@ -35,10 +35,12 @@ def test_a_ranking_tells_apart_what_differs_in_the_same_queries() -> None:
     assert made.order == ["high", "noisy", "low"] and made == rank(values, seed=3)
     assert made.alike == {"high": ["noisy"], "noisy": ["high", "low"], "low": ["noisy"]}
     assert str(made).startswith("high ~ noisy ~ low; the whole order in ") and 0.2 < made.sure < 0.99
-    plain = rank({"a": np.array([0.0, 1.0]), "b": np.array([0.0, 1.0]), "c": np.array([-3.0, -2.0])})
+    plain = rank({"a": np.tile([0.0, 1.0], 10), "b": np.tile([0.0, 1.0], 10), "c": np.tile([-3.0, -2.0], 10)})
     assert plain.alike == {"a": ["b"], "b": ["a"], "c": []} and str(plain).startswith(
         "a ~ b > c; the whole order in 0%"
     )
+    few = rank({"a": np.array([0.5, 0.6, 0.7]), "b": np.array([0.1, 0.2, 0.3])})  # of which a resample knows nothing
+    assert few.order == ["a", "b"] and few.alike == {"a": ["b"], "b": ["a"]}
     assert rank({"alone": np.ones(3)}).sure == 1
     with pytest.raises(ValueError, match="expected finite numbers"):
         rank({"a": np.array([np.nan])})

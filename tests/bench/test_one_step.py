@@ -39,6 +39,20 @@ def test_the_record_goes_on_seed_by_seed(
     assert capsys.readouterr().out.count("0.500 (0.250–0.750)") == len(one_step.MEANS) * len(one_step.COUNTS)
     tree = json.loads(record.read_text())
     assert [row["seed"] for row in tree["rows"]] == [0, 1] * len(one_step.MEANS)
+    # another command records a seed meanwhile, and a mean of earlier versions keeps its row
+    more = [
+        dict(mean="as EMF", seed=7, scores={"1": 0.5}),
+        dict(mean="gone", seed=0, scores={"1": 0.1, "2": 0, "4": 0}),
+    ]
+
+    def meanwhile(*_: Any, **__: Any) -> None:
+        record.write_text(json.dumps(tree | {"rows": tree["rows"] + more}))
+
+    monkeypatch.setattr(one_step, "run_parts", meanwhile)
+    monkeypatch.setattr(one_step, "table", lambda rows: (("",), []))
+    one_step.main(["--out", str(out), "--seeds", "0"])
+    rows = json.loads(record.read_text())["rows"]
+    assert more[0] in rows and rows[-1] == more[1] and len(rows) == len(tree["rows"]) + 2
     record.write_text(json.dumps(tree | {"captions": 300}))
     with pytest.raises(ValueError, match=r"one step: .*record\.json has captions 300, not 1200; move it away"):
         one_step.main(["--out", str(out)])

@@ -51,9 +51,11 @@ def test_the_record_has_every_run_to_its_end_or_its_fault() -> None:
 def test_a_run_that_ended_is_shown_with_its_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     row = dict(step=1000, median=0.5, most=2.0, error=0.1, gradient=3.0)
     runs: list[dict[str, Any]] = [dict(embedder_init="duplicate", time_scale=1000.0, fault="not finite", rows=[row])]
+    runs.append(runs[0] | dict(fault="not finite at once", rows=[]))  # before the first checkpoint
     plot(runs, tmp_path / "stability.png")
     shown(runs)
-    assert "not finite" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "not finite" in said and said.count("–") == 6
     assert (tmp_path / "stability.png").stat().st_size > 5000
 
 

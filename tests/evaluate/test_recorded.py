@@ -127,6 +127,19 @@ def test_runs_are_added_to_the_record(tmp_path: Path, monkeypatch: pytest.Monkey
         renewing.main([str(tmp_path / f"{seed}"), "--machine", "here"])
     fewer, more = page.read_text().split("| 1,200 captions, mean (range) |")  # both stand, each with its runs
     assert "| 300 captions, mean (range) |" in fewer and "(0.500–" in fewer and "| digits | 3 runs | 0.600 |" in more
+    for own, said in (
+        ({"step": 300}, "has scores of step 300 of 500"),
+        ({"seed": 7}, "drawn with seed 7; expected its last step's and seed 0's"),
+    ):
+        (run / "scores.json").write_text(json.dumps(scores(0.5) | own))
+        with pytest.raises(ValueError, match=f"recorded: .*{said}"):
+            renewing.main([str(run), "--machine", "here"])
+    other, kept = scores(0.5), record.read_text()
+    other["rows"][0]["overall"] = other["rows"][2]["overall"] = 0.0  # of a base that draws nothing: there is no gap
+    (run / "scores.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match=r"recorded: .* of its base, where the recipe's has \{'1': 0.25, '4': 0.5"):
+        renewing.main([str(run), "--machine", "here"])
+    assert record.read_text() == kept
     (run / "scores.json").write_text(json.dumps(scores(0.5, captions=6)))
     with pytest.raises(ValueError, match="scores of 6 captions at guidance 1.25; expected an EMF run's of 300"):
         renewing.main([str(run), "--machine", "here"])

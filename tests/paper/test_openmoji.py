@@ -22,7 +22,7 @@ from emf.network.build import build
 from emf.network.outline import outline, tokens_of
 from emf.paper import openmoji_runs
 from emf.paper.found import MEASURES
-from emf.paper.openmoji_found import SCORED, Agreement, Found, by_chance, over_captions, spearman, verdicts
+from emf.paper.openmoji_found import SCORED, Agreement, Found, by_chance, over_pictures, spearman, verdicts
 from emf.paper.openmoji_page import write_openmoji
 from emf.paper.openmoji_parts import ENCODERS, FULL, QUICK, parts
 from emf.paper.openmoji_record import odd_ranks, study
@@ -113,7 +113,7 @@ def test_a_record_is_gone_on_with(out: Path, tmp_path: Path, monkeypatch: pytest
     write_openmoji(tmp_path, shapes(), QUICK, few)  # now its run is there
     (tmp_path / "base" / "bag of words" / "0" / ENCODER).unlink()
     (tmp_path / "results.json").unlink()
-    with pytest.raises(ValueError, match="bag of words/0 has no encoder; move its folder and results.json away"):
+    with pytest.raises(ValueError, match="bag of words/0 has no encoder; move its folder away and take its row"):
         write_openmoji(tmp_path, shapes(), QUICK, few)
     shutil.rmtree(tmp_path / "base")
     (tmp_path / "results.json").write_text(json.dumps({"budget": {}, "ranks": {}}))
@@ -181,7 +181,8 @@ def found(*better: float, encoders: int = 5) -> Found:
     """Encoders, told well apart, whose scores rise with the measure (better 1), fall (-1), or are all alike, by
     seed."""
     rng, tree = np.random.default_rng(0), dict[str, Any](parts={}, budget={"seeds": [*range(len(better))]})
-    tree["captions"] = [{"kind": "alias"}] * 400
+    tree["captions"] = [{"kind": "alias", "picture": i} for i in range(400)]
+    tree["measured"] = dict.fromkeys(MEASURES, [*range(400)])
     for k, name in enumerate("abcde"[:encoders]):
         measured = {m: (0.2 * k + 0.05 * rng.normal(size=400)).tolist() for m in MEASURES}
         for seed, b in enumerate(better):
@@ -211,7 +212,7 @@ def exact(*shares: list[float]) -> Found:
         ((1, 1), "not told apart"),  # two often agree exactly by chance
         ((0, 0, 0), "not told apart"),
         ((1,), "not told apart"),  # of another training one seed knows nothing
-        ((1, 1, -1), "not told apart"),  # captions say so of the mean, seeds do not
+        ((1, 1, -1), "not told apart"),  # pictures say so of the mean, seeds do not
         ((), "not run"),
     ],
 )
@@ -223,7 +224,7 @@ def test_verdicts_can_say_no(better: tuple[float, ...], how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seeds", "captions", "chance", "n", "how"),
+    ("seeds", "pictures", "chance", "n", "how"),
     [
         ((0.8, 1), (0.1, 1), 0.05, 3, "agrees"),
         ((-1, -0.8), (-1, -0.1), 0.05, 3, "does not"),
@@ -237,10 +238,10 @@ def test_verdicts_can_say_no(better: tuple[float, ...], how: str) -> None:
     ],
 )
 def test_a_verdict_asks_all(
-    seeds: tuple[float, float], captions: tuple[float, float], chance: float, n: int, how: str
+    seeds: tuple[float, float], pictures: tuple[float, float], chance: float, n: int, how: str
 ) -> None:
     """Both intervals on one side of 0, chance below 5 %, and three seeds: one alone that fails is enough."""
-    assert Agreement(Interval(0.0, *seeds), Interval(0.0, *captions), chance, n, 3).verdict == how
+    assert Agreement(Interval(0.0, *seeds), Interval(0.0, *pictures), chance, n, 3).verdict == how
 
 
 def test_chance_is_that_of_the_mean_of_every_seeds_order() -> None:
@@ -254,7 +255,7 @@ def test_a_seed_in_which_all_score_alike_is_left_out() -> None:
     rising, alike = [0, 0.2, 0.4, 0.6, 0.8], 5 * [0.5]
     none, some = (exact(*x).agreement(MEASURES[0], "emf", 1) for x in ([alike], [rising, alike, rising]))
     assert (str(none), none.verdict) == ("all score alike", "not told apart")
-    assert str(some).startswith("+1.00 [+1.00, +1.00], 2 of 3 seeds\ncaptions +") and "nan" not in str(some)
+    assert str(some).startswith("+1.00 [+1.00, +1.00], 2 of 3 seeds\npictures +") and "nan" not in str(some)
     assert (some.n, some.of, some.verdict) == (2, 3, "not told apart")
 
 
@@ -271,7 +272,7 @@ def test_the_correlation_is_the_mean_of_every_seeds() -> None:
     some.tree["parts"]["emf/c/3"]["scores"].pop("2")
     agreed = Found(some.tree, "abcde").agreement(MEASURES[0], "emf", 1)
     assert (agreed.n, agreed.seeds.mean, agreed.seeds.low, agreed.seeds.high) == (3, pytest.approx(1 / 3), -1, 1)
-    assert str(agreed).startswith("+0.33 [-1.00, +1.00]\ncaptions +0.3")
+    assert str(agreed).startswith("+0.33 [-1.00, +1.00]\npictures +0.3")
     alone = found(1).agreement(MEASURES[0], "emf", 1)
     assert str(alone).startswith("+1.00, one seed\n") and (alone.seeds.low, alone.seeds.high) == (-1, 1)
     rho = [
@@ -288,4 +289,17 @@ def test_scores_by_kind_and_a_missing_one() -> None:
     assert min(some.score("emf", "e", 1).values()) > 0.8 > max(some.score("emf", "a", 1).values())
     assert some.score("emf", "c", 1, top=8) == {0: 1, 1: 1} and some.score("emf", "f", 1) == {}
     assert some.score("emf", "c", 1, kind="reworded") == {}
-    assert over_captions(some.hits("emf", "c", 1, top=8)).low == 1 and np.isnan(over_captions({}).mean)
+    assert some.over_asked(some.hits("emf", "c", 1, top=8)).low == 1
+    assert np.isnan(some.over_named(MEASURES[0], {}).mean)
+
+
+def test_captions_of_one_picture_are_drawn_together() -> None:
+    """Two captions a picture that say the same are no more evidence than one of them; of pictures with several captions
+    the mean is over captions."""
+    values = np.random.default_rng(0).random(50)
+    one = over_pictures({0: values}, np.arange(50))
+    two = over_pictures({0: np.repeat(values, 2)}, np.repeat(np.arange(50), 2))
+    assert (two.mean, two.low, two.high) == pytest.approx((one.mean, one.low, one.high))
+    assert one.high - one.low == pytest.approx(2 * 1.96 * values.std() / 50**0.5, rel=0.1)
+    few = over_pictures({0: np.array([1.0, 1.0, 1.0, 0.0])}, np.array([0, 0, 0, 1]))
+    assert (few.mean, few.low, few.high) == (0.75, 0, 1)
