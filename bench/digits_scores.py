@@ -46,11 +46,12 @@ def add(record: dict[str, list[dict[str, Any]]], run: Path, machine: str) -> Non
             f"{scores.get('seed')}; expected its last step's and seed 0's, as `emf evaluate digits {run}` makes them "
             "of a run that is done"
         )
-    base = next((old["fm"] for old in record.get(config.recipe, []) if old["captions"] == made["captions"]), made["fm"])
+    every = [old for runs in record.values() for old in runs]
+    base = next((old["fm"] for old in every if old["captions"] == made["captions"]), made["fm"])
     if any(abs(score - base.get(steps, score)) > BASE_ROUNDING for steps, score in made["fm"].items()):
         raise ValueError(
-            f"recorded: {run} has {made['fm']} of its base, where the recipe's has {base}; a run from the shipped base "
-            "is recorded"
+            f"recorded: {run} has {made['fm']} of its base, where the recorded runs have {base}; a run from the "
+            "shipped base is recorded"
         )
     same = ("seed", "machine", "captions")
     runs = record.setdefault(config.recipe, [])

@@ -17,7 +17,7 @@ from emf.analyze.discriminability import run_discriminability
 from emf.analyze.disentanglement import run_disentanglement
 from emf.analyze.names import EncoderName
 from emf.analyze.outcome import HOW, RESULTS, TABLE, Row, alone, check_out
-from emf.analyze.ranking import FEWEST, Ranking, rank
+from emf.analyze.ranking import Ranking, rank
 from emf.show.table import Markdown, bold, console, markdown, terminal
 
 SCORES = ("discriminability", "disentanglement")
@@ -100,16 +100,16 @@ def _write(out: Path, rows: dict[str, list[Row]], rankings: dict[str, Ranking], 
     shown.print(terminal(heads, cells, words=(0,)))
     for line in told:
         shown.print(line)
+    source = ", ".join(settings[k] for k in ("data", "split") if k in settings)
     lines = ["# Text encoders, compared", "", *markdown(heads, [[bold(row[0]), *row[1:]] for row in cells]), ""]
     lines += [f"- {line}" for line in map(Markdown, told)]
     lines += [
         "",
         f"In brackets the {LEVEL:.0%} bootstrap interval. > stands between neighbours that are told apart: the",
         "interval of their difference, by the same queries or prompts, excludes 0, at a level that holds for all",
-        "pairs together. ~ stands between neighbours that are not; fewer than "
-        f"{FEWEST} queries or prompts tell none apart.",
+        "pairs together (Student's). ~ stands between neighbours that are not.",
         "",
-        f"Read from: {settings['data']}; {settings['prompts']}. Higher is better in the paper's reading. An",
+        f"Read from: {source}; {settings['prompts']}. Higher is better in the paper's reading. An",
         "encoder that gives every text nearly the same vector has a plain disentanglement near 1, so read it",
         "beside the centred one. The intervals hold the chance of the queries and prompts alone.",
         "",

@@ -7,12 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import t as student
 
 from emf.analyze.bootstrap import CHUNK, LEVEL
 from emf.analyze.choices import RESAMPLES
-
-FEWEST = 20
-"""Of fewer queries or prompts no two encoders are told apart: the bootstrap of a few values is far too narrow."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +36,11 @@ class Ranking:
 def rank(values: Mapping[str, np.ndarray], *, resamples: int = RESAMPLES, seed: int = 0) -> Ranking:
     """Encoders by the mean of their values [n], one for each query or prompt, the same ones for every encoder.
 
-    Two encoders are told apart where the percentile bootstrap's interval of their difference (Efron 1979) excludes 0.
-    The n are drawn anew with replacement, alike for all encoders: what makes a query hard for all of them is no
-    difference between them. The level is such that all pairs together are told right at LEVEL (Bonferroni); of many
-    encoders more resamples are drawn, so that ten lie beyond it to either side. Of fewer than FEWEST none are told
-    apart. Raises ValueError on none, and on values that are not finite or of another number.
+    Two encoders are told apart where Student's interval of the mean of their differences, one for each query, excludes
+    0: what makes a query hard for all of them is no difference between them. The level is such that all pairs together
+    are told right at LEVEL (Bonferroni). How sure the whole order is, is asked of the bootstrap (Efron 1979), whose n
+    are drawn with replacement, alike for all encoders. Raises ValueError on none, and on values that are not finite or
+    of another number.
     """
     names, sizes = list(values), {len(x) for x in values.values()}
     if len(sizes) != 1 or 0 in sizes or not all(np.isfinite(x).all() for x in values.values()):
@@ -50,18 +48,18 @@ def rank(values: Mapping[str, np.ndarray], *, resamples: int = RESAMPLES, seed: 
     every = np.stack([np.asarray(values[name], np.float64) for name in names])  # [E, n]
     order = sorted(range(len(names)), key=lambda i: -every[i].mean())
     n, rng, parts = every.shape[1], np.random.default_rng(seed), []
-    tail = (1 - LEVEL) / 2 / max(1, len(names) * (len(names) - 1) // 2)
-    resamples = max(resamples, math.ceil(10 / tail))
     step = max(1, CHUNK // (n * len(names)))
     for start in range(0, resamples, step):
         drawn = rng.integers(n, size=(min(step, resamples - start), n))
         parts.append(every[:, drawn].mean(2))
     means = np.concatenate(parts, 1)[order]  # [E, resamples], the highest first
+    tail = (1 - LEVEL) / 2 / max(1, len(names) * (len(names) - 1) // 2)
+    reach = student.ppf(1 - tail, n - 1) / n**0.5 if n > 1 else math.inf
     alike: dict[str, list[str]] = {names[i]: [] for i in order}
     for a, i in enumerate(order):
-        for b, j in enumerate(order[a + 1 :], a + 1):
-            low, high = np.quantile(means[a] - means[b], [tail, 1 - tail])
-            if low <= 0 <= high or n < FEWEST:
+        for j in order[a + 1 :]:
+            apart = every[i] - every[j]
+            if n == 1 or abs(apart.mean()) <= reach * apart.std(ddof=1):
                 alike[names[i]].append(names[j])
                 alike[names[j]].append(names[i])
     sure = float((means[:-1] > means[1:]).all(0).mean())

@@ -15,6 +15,8 @@ from emf.paper.record import Rows
 
 SEEDS = 3
 """Fewer tell nothing apart: two often agree to the last digit by chance, and Student's interval of them is a point."""
+ALIKE = 6
+"""So many seeds of one sign come by chance in 3 of 100 cases; fewer that are all the same tell nothing apart."""
 POWER = 0.8
 """How often the seeds that would tell do so."""
 MEASURES = ("discriminability", "discriminability, centred", "disentanglement", "disentanglement, centred")
@@ -82,7 +84,7 @@ def verdicts(found: Found) -> list[tuple[str, str, str]]:
         over = interval(gaps)
         if len(gaps) == 1:
             return claim, "not told apart", f"{told}: {gaps[0]:+.3f}, one seed"
-        if np.ptp(gaps) < 1e-9:  # figures are of few values, so that seeds often agree by chance
+        if np.ptp(gaps) < 1e-9 and len(gaps) < ALIKE:  # figures are of few values, and seeds often agree by chance
             return claim, "not told apart", f"{told}: {over.mean:+.3f} in each of {len(gaps)} seeds"
         whole = "agrees" if over.low > 0 else "does not" if over.high < 0 else "not told apart"
         whole = whole if len(gaps) >= SEEDS else "not told apart"

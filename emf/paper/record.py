@@ -11,7 +11,7 @@ from emf.files import misfit, read_json, write_json
 from emf.paper.parts import Part
 
 RESULTS = "results.json"
-AGAIN = f"move its folder away and take its row out of {RESULTS}, and the part is made again"
+AGAIN = "move its folder away, and the part is made again"
 SCORES, ENCODER = "scores_by_steps.json", "encoder.json"
 """What a part writes in its folder. Not scores.json, which `emf evaluate digits` writes in a run's folder, and which
 its page reads."""
@@ -116,10 +116,14 @@ class Study:
         results.json that was there or else of this folder. Its key `missing` names the parts that are not done. Raises
         ValueError as `recorded` and `row` do, and where a part's folder lacks something."""
         names = [part.name for part in self.parts]
-        # a base that is trained again for a part that is not recorded is another one by rounding, and its row stays
+        # A base that is trained again, for a part that is not recorded, is another one by rounding. Where parts of the
+        # old one are recorded its row stays, since they are compared with it.
         known = self.recorded(out)
-        rows = {name: self.row(out / name) for name in names if (out / name / SCORES).is_file()}
-        rows = known | {name: row | known.get(name, {}) for name, row in rows.items()}
+        bases, kept = (
+            {part.base for part in some} for some in (self.parts, [p for p in self.parts if p.name in known])
+        )
+        own = [name for name in names if name not in known or (name in bases and name not in kept)]
+        rows = known | {name: self.row(out / name) for name in own if (out / name / SCORES).is_file()}
         for name in names:
             if name in rows and (lacks := self._lacks(name, rows[name])):
                 raise ValueError(f"{self.who}: {out / name} {lacks}; {AGAIN}")

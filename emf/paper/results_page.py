@@ -221,9 +221,9 @@ on a learned detector, {6 * b.per_tag} captions. The tables have means over seed
             "Where the toy agrees with the paper, and where it does not",
             page.note(
                 "In brackets the interval of 95 % over seeds (Student's). Agrees, does not: it leaves 0 out. Not told "
-                f"apart: it does not, or the seeds are fewer than {SEEDS} or all the same. As many seeds as would tell do "
-                f"so in {POWER:.0%} of cases, were mean and spread of all seeds these. These are {len(rows)} claims, "
-                "each asked at 5 % by itself: a single one that is told apart may well be chance."
+                f"apart: it does not, or the seeds are fewer than {SEEDS}, or few and all the same. With the number of "
+                f"seeds named {POWER:.0%} of such studies would tell, if all seeds had this mean and spread. These are "
+                f"{len(rows)} claims, each asked at 5 % by itself: a single one that is told apart may well be chance."
             ),
             page.table(("the paper's claim", "here", "figures"), rows, told=(2,)),
         ),

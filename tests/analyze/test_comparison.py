@@ -39,8 +39,10 @@ def test_a_ranking_tells_apart_what_differs_in_the_same_queries() -> None:
     assert plain.alike == {"a": ["b"], "b": ["a"], "c": []} and str(plain).startswith(
         "a ~ b > c; the whole order in 0%"
     )
-    few = rank({"a": np.array([0.5, 0.6, 0.7]), "b": np.array([0.1, 0.2, 0.3])})  # of which a resample knows nothing
-    assert few.order == ["a", "b"] and few.alike == {"a": ["b"], "b": ["a"]}
+    # three prompts of which every resample says the same, and one
+    few = rank({"a": np.array([0.5, 0.6, 0.7]), "b": np.array([0.4, 0.2, 0.1])})
+    assert few.order == ["a", "b"] and few.alike == {"a": ["b"], "b": ["a"]} and few.sure == 1
+    assert rank({"a": np.ones(1), "b": np.zeros(1)}).alike == {"a": ["b"], "b": ["a"]}
     assert rank({"alone": np.ones(3)}).sure == 1
     with pytest.raises(ValueError, match="expected finite numbers"):
         rank({"a": np.array([np.nan])})

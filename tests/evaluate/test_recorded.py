@@ -96,6 +96,7 @@ def test_without_a_gap_none_is_closed(capsys: pytest.CaptureFixture[str]) -> Non
     print_scores(asked, "digits")
     said = capsys.readouterr().out
     assert "no gap" in said and "nan" not in said
+    assert math.isnan(spreads([entry(asked, 0, "here")], "gap")[1].mean)
 
 
 def test_runs_are_added_to_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +138,9 @@ def test_runs_are_added_to_the_record(tmp_path: Path, monkeypatch: pytest.Monkey
     other, kept = scores(0.5), record.read_text()
     other["rows"][0]["overall"] = other["rows"][2]["overall"] = 0.0  # of a base that draws nothing: there is no gap
     (run / "scores.json").write_text(json.dumps(other))
-    with pytest.raises(ValueError, match=r"recorded: .* of its base, where the recipe's has \{'1': 0.25, '4': 0.5"):
+    with pytest.raises(
+        ValueError, match=r"recorded: .* of its base, where the recorded runs have \{'1': 0.25, '4': 0.5"
+    ):
         renewing.main([str(run), "--machine", "here"])
     assert record.read_text() == kept
     (run / "scores.json").write_text(json.dumps(scores(0.5, captions=6)))

@@ -113,7 +113,7 @@ def test_a_record_is_gone_on_with(out: Path, tmp_path: Path, monkeypatch: pytest
     write_openmoji(tmp_path, shapes(), QUICK, few)  # now its run is there
     (tmp_path / "base" / "bag of words" / "0" / ENCODER).unlink()
     (tmp_path / "results.json").unlink()
-    with pytest.raises(ValueError, match="bag of words/0 has no encoder; move its folder away and take its row"):
+    with pytest.raises(ValueError, match="bag of words/0 has no encoder; move its folder away, and the part"):
         write_openmoji(tmp_path, shapes(), QUICK, few)
     shutil.rmtree(tmp_path / "base")
     (tmp_path / "results.json").write_text(json.dumps({"budget": {}, "ranks": {}}))
@@ -303,3 +303,19 @@ def test_captions_of_one_picture_are_drawn_together() -> None:
     assert one.high - one.low == pytest.approx(2 * 1.96 * values.std() / 50**0.5, rel=0.1)
     few = over_pictures({0: np.array([1.0, 1.0, 1.0, 0.0])}, np.array([0, 0, 0, 1]))
     assert (few.mean, few.low, few.high) == (0.75, 0, 1)
+
+
+def test_a_measure_and_a_score_are_drawn_by_the_same_pictures() -> None:
+    """Where what an encoder says of a picture is what is drawn of it, every draw has the same order in both."""
+    some = found(1, 1, 1)
+    rng, of = np.random.default_rng(1), np.repeat(np.arange(100), 4)
+    some = Found(some.tree | {"captions": [{"kind": "alias", "picture": int(i)} for i in of]}, "abcde")
+    some.tree["measured"] = dict.fromkeys(MEASURES, [*range(100)] * 2)  # two captions a picture, in another order
+    for name in "abcde":
+        hit = rng.random(100) < 0.5  # told apart by chance alone
+        for seed, (group, steps) in product(range(3), SCORED):
+            parts = some.tree["parts"]
+            parts[f"{group}/{name}/{seed}"]["scores"][str(steps)] = np.where(hit[of], 0, 7).tolist()
+            parts[f"base/{name}/{seed}"]["encoder"] = {m: np.tile(hit, 2).astype(float).tolist() for m in MEASURES}
+    agreed = some.agreement(MEASURES[0], "emf", 1)
+    assert (agreed.seeds.mean, agreed.pictures.low, agreed.pictures.high) == pytest.approx((1, 1, 1))

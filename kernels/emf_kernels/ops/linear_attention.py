@@ -13,8 +13,8 @@ Source:   SANA (arXiv 2410.10629); diffusers' SanaLinearAttnProcessor2_0: a row 
 
 Three launches: the norms of k's rows, which need all heads; S and s, a head at a time, in `chunks` partial sums over N;
 o. q's norm is left out: a factor of a row of q' cancels between a and z, in o, in o_dot and in every gradient, but for
-eps: z is up to 316 times smaller, the most by which the norm enlarges a row, so that eps is at most 1e-12 there. So
-q' = relu(q q_weight), dq = dq' q_weight and dq_weight = sum of dq' q.
+eps, which weighs up to 316 times more beside z, the most by which the norm enlarges a row. It is at most 1e-12 there,
+below rounding for rows of 2^-10. So q' = relu(q q_weight), dq = dq' q_weight and dq_weight = sum of dq' q.
 """
 
 from __future__ import annotations
@@ -375,7 +375,7 @@ def inputs(case: Case, dtype: torch.dtype, device: str, generator: torch.Generat
     normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=dtype).to(device)  # noqa: E731
     q, k, v = (normal(s["B"], s["N"], s["H"] * s["D"]) for _ in range(3))
     weight = [None if s.get("plain") else 1 + 0.2 * normal(s["H"] * s["D"]) for _ in range(2)]
-    # beside small features eps and the norm's own count: without q's norm eps itself, with it not yet
+    # beside small features the norm's own eps counts, and without a norm of q this one; with it, it is too small to
     size, eps = (2**-10, 1e-9 if s.get("plain") else 1e-12) if s.get("small") else (1, 1e-15)
     return dict(q=q * size, k=k * size, v=v, q_weight=weight[0], k_weight=weight[1], head_size=s["D"], eps=eps)
 
