@@ -136,7 +136,7 @@ def test_the_recorded_runs_are_a_record_to_go_on_with() -> None:
     # as profiles/LOG.md has it
     agreed = Found(tree, ENCODERS).agreement(MEASURES[1], "emf", 1)
     assert (agreed.n, agreed.verdict) == (1, "not told apart") and f"{agreed.seeds.mean:.2f}" == "0.56"
-    assert f"{agreed.captions.low:.2f} {agreed.captions.high:.2f} {agreed.chance:.2f}" == "0.10 0.90 0.37"
+    assert f"{agreed.pictures.low:.2f} {agreed.pictures.high:.2f} {agreed.chance:.2f}" == "0.10 0.90 0.37"
 
 
 def test_what_is_trained_is_what_is_told(out: Path) -> None:
