@@ -13,8 +13,8 @@ Source:   SANA (arXiv 2410.10629); diffusers' SanaLinearAttnProcessor2_0: a row 
 
 Three launches: the norms of k's rows, which need all heads; S and s, a head at a time, in `chunks` partial sums over N;
 o. q's norm is left out: a factor of a row of q' cancels between a and z, in o, in o_dot and in every gradient, but for
-eps, which weighs up to 316 times more beside z, the most by which the norm enlarges a row. It is at most 1e-12 there,
-below rounding for rows of 2^-10. So q' = relu(q q_weight), dq = dq' q_weight and dq_weight = sum of dq' q.
+eps: beside z it weighs up to 316 times more, as the norm may enlarge a row by so much, and is at most 1e-12 there. So
+q' = relu(q q_weight), dq = dq' q_weight and dq_weight = sum of dq' q.
 """
 
 from __future__ import annotations
@@ -364,9 +364,8 @@ def accepts(
     shape, C = tuple(q.shape), q.shape[2]
     if not 1 <= head_size <= 128 or C % head_size:
         raise ValueError(f"{op}: head_size {head_size}; expected at most 128 and a divisor of C, {C}")
-    most, why = (1e-9, "") if q_weight is None else (1e-12, ", beside which q's norm cancels")
-    if not 0 <= eps <= most:
-        raise ValueError(f"{op}: eps is {eps}; expected at most {most}{why}")
+    if not 0 <= eps <= (1e-9 if q_weight is None else 1e-12):
+        raise ValueError(f"{op}: eps is {eps}; expected at most 1e-12, without a norm of q 1e-9")
     check(op, q, q=(q, shape), k=(k, shape), v=(v, shape), q_weight=(q_weight, (C,)), k_weight=(k_weight, (C,)))
 
 
@@ -375,8 +374,7 @@ def inputs(case: Case, dtype: torch.dtype, device: str, generator: torch.Generat
     normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=dtype).to(device)  # noqa: E731
     q, k, v = (normal(s["B"], s["N"], s["H"] * s["D"]) for _ in range(3))
     weight = [None if s.get("plain") else 1 + 0.2 * normal(s["H"] * s["D"]) for _ in range(2)]
-    # beside small features the norm's own eps counts, and without a norm of q this one; with it, it is too small to
-    size, eps = (2**-10, 1e-9 if s.get("plain") else 1e-12) if s.get("small") else (1, 1e-15)
+    size, eps = (2**-10, 1e-9 if s.get("plain") else 1e-12) if s.get("small") else (1, 1e-15)  # small: eps counts
     return dict(q=q * size, k=k * size, v=v, q_weight=weight[0], k_weight=weight[1], head_size=s["D"], eps=eps)
 
 
