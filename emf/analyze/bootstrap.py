@@ -1,4 +1,4 @@
-"""Means with their bootstrap interval."""
+"""Means with their interval, by the bootstrap or by Student."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHUNK = 2**22  # numbers drawn at once
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the percentile bootstrap's interval around it; nan where nothing could be measured."""
+    """A mean and an interval around it; nan where nothing could be measured."""
 
     mean: float
     low: float
@@ -25,6 +25,19 @@ class Interval:
     def __format__(self, spec: str) -> str:
         spec = spec or ".3f"
         return "–" if math.isnan(self.mean) else f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+
+def interval(values: Sequence[float] | np.ndarray, level: float = LEVEL) -> Interval:
+    """Mean of values [n], as differences by seed or by query, and Student's interval; of one value it is without end,
+    of none nan."""
+    from scipy.stats import t as student  # a second, which those that draw a bootstrap need not take
+
+    x = np.asarray(values, np.float64)
+    if not len(x):
+        return Interval(math.nan, math.nan, math.nan)
+    n, mean = len(x), float(x.mean())
+    half = math.inf if n < 2 else float(student.ppf((1 + level) / 2, n - 1) * x.std(ddof=1)) / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half)
 
 
 def bootstrap(

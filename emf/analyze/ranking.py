@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import t as student
 
-from emf.analyze.bootstrap import CHUNK, LEVEL
+from emf.analyze.bootstrap import CHUNK, LEVEL, interval
 from emf.analyze.choices import RESAMPLES
 
 
@@ -54,12 +52,11 @@ def rank(values: Mapping[str, np.ndarray], *, resamples: int = RESAMPLES, seed: 
         parts.append(every[:, drawn].mean(2))
     means = np.concatenate(parts, 1)[order]  # [E, resamples], the highest first
     tail = (1 - LEVEL) / 2 / max(1, len(names) * (len(names) - 1) // 2)
-    reach = student.ppf(1 - tail, n - 1) / n**0.5 if n > 1 else math.inf
     alike: dict[str, list[str]] = {names[i]: [] for i in order}
     for a, i in enumerate(order):
         for j in order[a + 1 :]:
-            apart = every[i] - every[j]
-            if n == 1 or abs(apart.mean()) <= reach * apart.std(ddof=1):
+            apart = interval(every[i] - every[j], 1 - 2 * tail)
+            if apart.low <= 0 <= apart.high:
                 alike[names[i]].append(names[j])
                 alike[names[j]].append(names[i])
     sure = float((means[:-1] > means[1:]).all(0).mean())

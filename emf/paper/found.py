@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 from scipy.stats import nct
 from scipy.stats import t as student
 
-from emf.analyze.bootstrap import LEVEL, Interval
+from emf.analyze.bootstrap import LEVEL, interval
 from emf.paper.parts import ENCODERS
 from emf.paper.record import Rows
 
@@ -49,16 +48,6 @@ class Found(Rows):
 def gap(a: Mapping[int, float], b: Mapping[int, float]) -> list[float]:
     """The differences of two figures, within every seed that both have."""
     return [x - b[seed] for seed, x in a.items() if seed in b]
-
-
-def interval(gaps: list[float]) -> Interval:
-    """The mean of differences by seed, with Student's interval over seeds; of one seed it is without end, of none
-    nan."""
-    n = len(gaps)
-    if not n:
-        return Interval(*3 * [float("nan")])
-    half = student.ppf((1 + LEVEL) / 2, n - 1) * np.std(gaps, ddof=1) / math.sqrt(n) if n > 1 else math.inf
-    return Interval(mean(gaps), mean(gaps) - half, mean(gaps) + half)
 
 
 def seeds_to_tell(gaps: list[float], most: int = 1000) -> int | None:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
-from emf.analyze.bootstrap import LEVEL, Interval
-from emf.paper.found import MEASURES, SEEDS, BySeed, interval
+from emf.analyze.bootstrap import LEVEL, Interval, interval
+from emf.paper.found import MEASURES, SEEDS, BySeed
 from emf.paper.record import Rows
 
 SCORED = (("base", 30), ("emf", 1), ("emf", 2), ("emf", 4))

@@ -119,10 +119,8 @@ class Study:
         # A base that is trained again, for a part that is not recorded, is another one by rounding. Where parts of the
         # old one are recorded its row stays, since they are compared with it.
         known = self.recorded(out)
-        bases, kept = (
-            {part.base for part in some} for some in (self.parts, [p for p in self.parts if p.name in known])
-        )
-        own = [name for name in names if name not in known or (name in bases and name not in kept)]
+        renewed = {part.base for part in self.parts} - {part.base for part in self.parts if part.name in known}
+        own = [name for name in names if name not in known or name in renewed]
         rows = known | {name: self.row(out / name) for name in own if (out / name / SCORES).is_file()}
         for name in names:
             if name in rows and (lacks := self._lacks(name, rows[name])):

@@ -20,6 +20,7 @@ import torch
 
 pytest.importorskip("deepspeed")
 
+from emf.analyze.bootstrap import interval
 from emf.analyze.digit_pairs import scene_features, scenes
 from emf.conditioning.small import EncoderConfig, SmallEncoder
 from emf.data.digits import WORDS
@@ -27,7 +28,7 @@ from emf.files import alone
 from emf.network.build import build
 from emf.paper import paper_record
 from emf.paper import runs as running
-from emf.paper.found import Found, interval, seeds_to_tell, verdicts
+from emf.paper.found import Found, seeds_to_tell, verdicts
 from emf.paper.parts import ABLATIONS, ENCODERS, FULL, QUICK, Part, parts
 from emf.paper.record import SCORES
 from emf.paper.results_page import write_paper
