@@ -263,7 +263,7 @@ def test_verdicts_can_say_no() -> None:
     def tree(few: list[float], many: list[float]) -> dict[str, Any]:
         groups = (("emf/trained", few), ("base/trained", many))
         rows = {f"{g}/{seed}": {"scores": {"1": {"overall": x}}} for g, xs in groups for seed, x in enumerate(xs)}
-        return {"budget": {"seeds": [0, 1, 2, 3]}, "parts": rows}
+        return {"budget": {"seeds": [*range(6)]}, "parts": rows}
 
     cases = {
         "agrees": ([0.6, 0.7, 0.6], [0.3, 0.3, 0.3, 0.9]),
@@ -278,6 +278,7 @@ def test_verdicts_can_say_no() -> None:
     # figures of few values often agree by chance, and Student's interval of them is a point
     alike = verdicts(Found(tree([0.5, 0.5, 0.5], [0.25, 0.25, 0.25])))[0]
     assert alike[1:] == ("not told apart", "EMF 1 - FM 1: +0.250 in each of 3 seeds")
+    assert verdicts(Found(tree(6 * [0.5], 6 * [0.25])))[0][1] == "agrees"  # six are no chance
     two = verdicts(Found(tree([0.6, 0.61], [0.3, 0.3])))[0]
     assert two[1] == "not told apart" and two[2].startswith("EMF 1 - FM 1: +0.305 [+0.241, +0.369]; 3 seeds")
     assert verdicts(Found(tree([0.6], [0.3])))[0][1:] == ("not told apart", "EMF 1 - FM 1: +0.300, one seed")
